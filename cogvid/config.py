@@ -1,0 +1,182 @@
+"""What each CogVideoX model is: architecture, schedule, recommended settings, and the dtype policy.
+
+`CONFIGS` holds the five official models and the packs shipped with this library. A dataclass default
+is the value that most checkpoints share, so an entry below states only what is particular to it. The
+field names are those of the `config.json` files in the official layout, so `from_dict` reads them as they are.
+
+dtype policy, in one place:
+- weights and activations run in the dtype given to `load`;
+- always fp32 whatever that is: norm statistics, RoPE tables, modulation arithmetic, guidance, sampler arithmetic;
+- the noise schedule is fp64; pixels leave the VAE in its own dtype and are rounded, never truncated, to uint8;
+- fp16 arithmetic is never run on a CPU (ten times slower than bf16 there, and 5B overflows in it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+HEAD_DIM_SPLIT = (4, 6, 6)  # of 16ths of head_dim given to time, height, width by the 3-D tables: 16/24/24 of 64
+
+
+@dataclass(frozen=True)
+class _JsonConfig:
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a parsed `config.json`; keys that only matter to other libraries are ignored."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class TransformerConfig(_JsonConfig):
+    """Architecture of the expert transformer; defaults are CogVideoX-2B. Source: `CogVideoXTransformer3DModel`."""
+
+    num_attention_heads: int = 30
+    attention_head_dim: int = 64
+    num_layers: int = 30
+    in_channels: int = 16  # 32 for image-to-video: noisy latents, then image latents
+    out_channels: int = 16
+    text_embed_dim: int = 4096
+    time_embed_dim: int = 512
+    ofs_embed_dim: int | None = None  # 1.5-5B-I2V only
+    patch_size: int = 2
+    patch_size_t: int | None = None  # 2 for 1.5; None: frames are patched one by one
+    patch_bias: bool = True  # of the 1.0 convolution; the 1.5 linear always has one
+    max_text_seq_length: int = 226
+    use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool = False
+    sample_frames: int = 49
+    sample_height: int = 60
+    sample_width: int = 90
+    temporal_compression_ratio: int = 4
+    spatial_interpolation_scale: float = 1.875
+    temporal_interpolation_scale: float = 1.0
+    norm_eps: float = 1e-5
+    qk_norm_eps: float = 1e-6
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def takes_image(self) -> bool:
+        """True when half of the input channels are image latents."""
+        return self.in_channels == 2 * self.out_channels
+
+
+@dataclass(frozen=True)
+class VAEConfig(_JsonConfig):
+    """Architecture and latent scale of the 3-D causal VAE. Source: `AutoencoderKLCogVideoX`."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    layers_per_block: int = 3
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    temporal_compression_ratio: int = 4
+    sample_height: int = 480
+    sample_width: int = 720
+    scaling_factor: float = 1.15258426
+    invert_scale_latents: bool = False
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(_JsonConfig):
+    """Noise schedule. Source: `CogVideoXDDIMScheduler`, `CogVideoXDPMScheduler` and their converter."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    snr_shift_scale: float = 3.0
+    rescale_betas_zero_snr: bool = True
+    timestep_spacing: str = "trailing"
+    prediction_type: str = "v_prediction"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One entry of `CONFIGS`: a model and what its authors recommend.
+
+    repo: hub id of the official weights, or None for a shipped pack.
+    height, width: pixels. num_frames: pixel frames. fps: of the written video.
+    max_frames: the longest clip that the model was trained on.
+    frame_multiple: the authors' frame counts are `frame_multiple * n + 1`; others that decode exactly run too.
+    """
+
+    name: str
+    repo: str | None
+    transformer: TransformerConfig
+    vae: VAEConfig
+    scheduler: SchedulerConfig
+    height: int
+    width: int
+    num_frames: int
+    max_frames: int
+    fps: int
+    dtype: str
+    frame_multiple: int = 8
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    sampler: str = "dpm"
+
+
+_TRANSFORMER_2B = TransformerConfig()
+_TRANSFORMER_5B = TransformerConfig(
+    num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True
+)
+_TRANSFORMER_15 = dataclasses.replace(
+    _TRANSFORMER_5B, patch_size_t=2, patch_bias=False, sample_frames=81, sample_height=300, sample_width=300
+)
+_VAE_5B = VAEConfig(scaling_factor=0.7)
+_VAE_15 = VAEConfig(scaling_factor=0.7, invert_scale_latents=True)
+_SIZE_10: dict[str, Any] = {"height": 480, "width": 720, "num_frames": 49, "max_frames": 49, "fps": 8}
+_SIZE_15: dict[str, Any] = {
+    "height": 768,
+    "width": 1360,
+    "num_frames": 81,
+    "max_frames": 161,
+    "fps": 16,
+    "frame_multiple": 16,
+    "dtype": "bfloat16",
+}
+
+CONFIGS: dict[str, ModelConfig] = {
+    m.name: m
+    for m in (
+        ModelConfig(
+            "cogvideox-2b", "zai-org/CogVideoX-2b", _TRANSFORMER_2B, VAEConfig(), SchedulerConfig(),
+            dtype="float16", sampler="ddim", **_SIZE_10,
+        ),
+        ModelConfig(
+            "cogvideox-5b", "zai-org/CogVideoX-5b", _TRANSFORMER_5B, _VAE_5B, SchedulerConfig(snr_shift_scale=1.0),
+            dtype="bfloat16", **_SIZE_10,
+        ),
+        ModelConfig(
+            "cogvideox-5b-i2v", "zai-org/CogVideoX-5b-I2V",
+            dataclasses.replace(_TRANSFORMER_5B, in_channels=32, use_learned_positional_embeddings=True),
+            _VAE_5B, SchedulerConfig(snr_shift_scale=1.0), dtype="bfloat16", **_SIZE_10,
+        ),
+        ModelConfig(
+            "cogvideox1.5-5b", "zai-org/CogVideoX1.5-5B", _TRANSFORMER_15, _VAE_15,
+            SchedulerConfig(snr_shift_scale=1.0), **_SIZE_15,
+        ),
+        ModelConfig(
+            "cogvideox1.5-5b-i2v", "zai-org/CogVideoX1.5-5B-I2V",
+            dataclasses.replace(_TRANSFORMER_15, in_channels=32, ofs_embed_dim=512), _VAE_15,
+            SchedulerConfig(snr_shift_scale=1.0), **_SIZE_15,
+        ),
+    )
+}  # fmt: skip
