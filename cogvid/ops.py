@@ -1,0 +1,302 @@
+"""The operations that have a kernel: what each one computes, in plain PyTorch, and the bundle a model is given.
+
+The functions of this file are the one reference: models run them where there is no kernel, kernel tests compare
+against them, benchmarks time them. `cogvid_kernels` has a public function of the same name and signature for each.
+
+Letters: B batch, L text tokens, S video tokens, N = L + S with the text first, D model width, hd head width.
+Tensors are in the model's dtype unless said otherwise. In fp16 and bf16 the arithmetic inside one operation is fp32
+(fp64 stays fp64) and the result is rounded once. Every operation here is differentiable.
+
+A model takes an `Ops`; `dataclasses.replace(Ops.torch(), attention=mine)` swaps one operation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Rope = tuple[Tensor, Tensor]
+
+
+class AttentionOp(Protocol):
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from every token to every token, without a mask: `softmax(q k^T / sqrt(hd)) v`.
+
+        q, k, v: `[B, N, heads, hd]`, any strides as long as the last one is 1. Returns `[B, N, heads * hd]`.
+        """
+        ...
+
+
+class QKNormRopeOp(Protocol):
+    def __call__(
+        self,
+        qkv: Tensor,
+        q_weight: Tensor,
+        q_bias: Tensor,
+        k_weight: Tensor,
+        k_bias: Tensor,
+        rope: Rope | None,
+        *,
+        text_len: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """LayerNorm q and k over the head width, then rotate the video tokens.
+
+        qkv: `[B, N, 3, heads, hd]`, the merged projection. q_weight, q_bias, k_weight, k_bias: `[hd]`.
+        rope: None, or cos and sin, each fp32 `[S, hd / 2]`: one angle per pair of neighbouring channels, for the
+        tokens from `text_len` on. Returns q and k, each `[B, N, heads, hd]`.
+        """
+        ...
+
+
+class LayerNormModulateOp(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, *, text_len: int, eps: float
+    ) -> Tensor:
+        """Compute `LayerNorm(x) * (1 + scale) + shift` with one shift and scale for text and one for video.
+
+        x: `[B, N, D]`. weight, bias: `[D]`. shift, scale: `[B, 2, D]`, row 0 for the first `text_len` tokens and
+        row 1 for the others. Returns `[B, N, D]`.
+        """
+        ...
+
+
+class GateResidualOp(Protocol):
+    def __call__(self, x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tensor:
+        """Compute `x + gate * y`. x, y: `[B, N, D]`. gate: `[B, 2, D]`, rows as in `LayerNormModulateOp`."""
+        ...
+
+
+class GateResidualNormModulateOp(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        *,
+        text_len: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Do `GateResidualOp`, then `LayerNormModulateOp` on its result; return both results."""
+        ...
+
+
+class LinearGeluOp(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Compute `gelu(x @ weight.T + bias)`, the tanh form. x: `[..., K]`, weight: `[M, K]`, bias: `[M]`."""
+        ...
+
+
+class RMSNormOp(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last axis (T5's norm). x: `[..., D]`, weight: `[D]`."""
+        ...
+
+
+class GroupNormSiluOp(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
+        """Compute `silu(GroupNorm(x))`; statistics over all frames given. x: `[B, C, T, H, W]`, weight, bias: `[C]`."""
+        ...
+
+
+class SpatialNormSiluOp(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int, eps: float
+    ) -> Tensor:
+        """Compute `silu(GroupNorm(x) * up(scale) + up(shift))`, `up` being nearest upsampling to x's frames and size.
+
+        x: `[B, C, T, H, W]`. weight, bias: `[C]`. scale, shift: `[B, C, t, h, w]` at latent resolution, t <= T.
+        When T is odd and above 1, frame 0 takes latent frame 0 and the other frames are upsampled from the others:
+        the first frame of a clip has no partner in time.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations a model runs; each field's Protocol says what it must compute."""
+
+    attention: AttentionOp
+    qk_norm_rope: QKNormRopeOp
+    layer_norm_modulate: LayerNormModulateOp
+    gate_residual: GateResidualOp
+    gate_residual_norm_modulate: GateResidualNormModulateOp
+    linear_gelu: LinearGeluOp
+    rms_norm: RMSNormOp
+    group_norm_silu: GroupNormSiluOp
+    spatial_norm_silu: SpatialNormSiluOp
+
+    @staticmethod
+    def torch() -> Ops:
+        """Return the plain-PyTorch operations of this file; they run on any device."""
+        return _TORCH_OPS
+
+    @staticmethod
+    def triton() -> Ops:
+        """Return the Triton kernels.
+
+        Raises:
+            RuntimeError: the kernels, or one of them, cannot be imported; names which and why.
+        """
+        names = [field.name for field in dataclasses.fields(Ops)]
+        try:
+            kernels = importlib.import_module("cogvid_kernels")
+        except ImportError as error:
+            raise RuntimeError(f"ops 'triton' ({', '.join(names)}) cannot be imported: {error}") from error
+        found = {}
+        for name in names:
+            try:
+                found[name] = getattr(kernels, name)
+            except (AttributeError, ImportError) as error:
+                raise RuntimeError(f"op '{name}' of ops 'triton' cannot be imported: {error}") from error
+        return Ops(**found)
+
+
+def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
+    """Turn `ops` ("auto", "torch", "triton" or an `Ops`) into the bundle and the name to record for it.
+
+    "auto" is triton on CUDA and torch elsewhere. An `Ops` that is neither bundle is recorded as "custom".
+    """
+    if isinstance(ops, Ops):
+        return ops, "torch" if ops == Ops.torch() else "custom"
+    if ops == "auto":
+        ops = "triton" if torch.device(device).type == "cuda" else "torch"
+    if ops == "torch":
+        return Ops.torch(), ops
+    if ops == "triton":
+        return Ops.triton(), ops
+    raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute `AttentionOp` with PyTorch's own attention, which picks the best implementation it has."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    rope: Rope | None,
+    *,
+    text_len: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute `QKNormRopeOp`: the q and k half of diffusers' `CogVideoXAttnProcessor2_0`."""
+    q, k = (
+        _norm_rotate(qkv[:, :, i], weight, bias, rope, text_len, eps)
+        for i, (weight, bias) in enumerate([(q_weight, q_bias), (k_weight, k_bias)])
+    )
+    return q, k
+
+
+def _norm_rotate(x: Tensor, weight: Tensor, bias: Tensor, rope: Rope | None, text_len: int, eps: float) -> Tensor:
+    wide = _wide_dtype(x)
+    out = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    if rope is not None:
+        # A pair of neighbouring channels is one complex number, and the rotation one product, written in place.
+        cos, sin = (table.to(wide) for table in rope)
+        torch.view_as_complex(out[:, text_len:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
+    return out.to(x.dtype)
+
+
+def layer_norm_modulate(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, *, text_len: int, eps: float
+) -> Tensor:
+    """Compute `LayerNormModulateOp`: the norm half of diffusers' `CogVideoXLayerNormZero`."""
+    wide = _wide_dtype(x)
+    normed = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    gain, shift = 1 + scale.to(wide), shift.to(wide)
+    text = torch.addcmul(shift[:, :1], normed[:, :text_len], gain[:, :1])
+    video = torch.addcmul(shift[:, 1:], normed[:, text_len:], gain[:, 1:])
+    return torch.cat([text, video], dim=1).to(x.dtype)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tensor:
+    """Compute `GateResidualOp`; `addcmul` in low precision is fp32 inside and rounds once."""
+    text = torch.addcmul(x[:, :text_len], y[:, :text_len], gate[:, :1])
+    video = torch.addcmul(x[:, text_len:], y[:, text_len:], gate[:, 1:])
+    return torch.cat([text, video], dim=1)
+
+
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    text_len: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute `GateResidualNormModulateOp`; the norm sees the rounded sum, which is what the next residual adds to."""
+    x = gate_residual(x, y, gate, text_len=text_len)
+    return x, layer_norm_modulate(x, weight, bias, shift, scale, text_len=text_len, eps=eps)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute `LinearGeluOp`."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """Compute `RMSNormOp`."""
+    wide = _wide_dtype(x)
+    return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
+    """Compute `GroupNormSiluOp`."""
+    wide = _wide_dtype(x)
+    return F.silu(F.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)).to(x.dtype)
+
+
+def spatial_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int, eps: float
+) -> Tensor:
+    """Compute `SpatialNormSiluOp`: diffusers' `CogVideoXSpatialNorm3D` after its convolutions, and its activation."""
+    wide = _wide_dtype(x)
+    normed = F.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
+    scale, shift = (_upsample_latent(t, x.shape[2:]).to(wide) for t in (scale, shift))
+    return F.silu(torch.addcmul(shift, normed, scale)).to(x.dtype)
+
+
+def _upsample_latent(z: Tensor, size: torch.Size) -> Tensor:
+    frames, height, width = size
+    if frames > 1 and frames % 2 == 1:
+        first = F.interpolate(z[:, :, :1], size=(1, height, width))
+        rest = F.interpolate(z[:, :, 1:], size=(frames - 1, height, width))
+        return torch.cat([first, rest], dim=2)
+    return F.interpolate(z, size=(frames, height, width))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+_TORCH_OPS = Ops(
+    attention=attention,
+    qk_norm_rope=qk_norm_rope,
+    layer_norm_modulate=layer_norm_modulate,
+    gate_residual=gate_residual,
+    gate_residual_norm_modulate=gate_residual_norm_modulate,
+    linear_gelu=linear_gelu,
+    rms_norm=rms_norm,
+    group_norm_silu=group_norm_silu,
+    spatial_norm_silu=spatial_norm_silu,
+)

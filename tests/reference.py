@@ -1,0 +1,88 @@
+"""Builders of tiny reference models (the real diffusers classes with random weights) and the error measure."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+TRANSFORMER_VARIANTS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
+
+# Small, but every width differs from every other one, so that a swapped axis cannot pass.
+_TINY: dict[str, Any] = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 32,
+    "num_layers": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_embed_dim": 40,
+    "time_embed_dim": 24,
+    "max_text_seq_length": 10,
+    "sample_frames": 9,
+    "sample_height": 8,
+    "sample_width": 12,
+}
+_ROTARY: dict[str, Any] = {"use_rotary_positional_embeddings": True}
+_V15: dict[str, Any] = {
+    **_ROTARY,
+    "patch_size_t": 2,
+    "patch_bias": False,
+    "sample_frames": 13,
+    "sample_height": 300,
+    "sample_width": 300,
+}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "2b": {},
+    "5b": _ROTARY,
+    "5b-i2v": {**_ROTARY, "in_channels": 32, "use_learned_positional_embeddings": True},
+    "1.5-5b": _V15,
+    "1.5-5b-i2v": {**_V15, "in_channels": 32, "ofs_embed_dim": 24},
+}
+
+
+def perturb(module: Module, seed: int = 0, scale: float = 0.1) -> Module:
+    """Add seeded noise to every parameter, norms and biases included, so that a dropped or swapped one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return module
+
+
+def tiny_transformer(variant: str, seed: int = 0, **overrides: Any) -> CogVideoXTransformer3DModel:
+    """Build the real diffusers transformer of one of `TRANSFORMER_VARIANTS`, tiny, every parameter perturbed."""
+    torch.manual_seed(seed)
+    model = perturb(CogVideoXTransformer3DModel(**{**_TINY, **_VARIANTS[variant], **overrides}), seed)
+    if model.config["use_learned_positional_embeddings"]:
+        # The learned table starts as the sin-cos one; noise makes the two distinguishable.
+        table = model.patch_embed.pos_embedding
+        model.patch_embed.pos_embedding = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed))
+    return model.eval().requires_grad_(False)
+
+
+def tiny_vae(seed: int = 0, **overrides: Any) -> AutoencoderKLCogVideoX:
+    """Build the real diffusers VAE, tiny, every parameter perturbed."""
+    torch.manual_seed(seed)
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16, 24),
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "sample_height": 64,
+        "sample_width": 96,
+    }
+    return perturb(AutoencoderKLCogVideoX(**{**config, **overrides}), seed).eval().requires_grad_(False)
+
+
+def rel_rms(actual: Tensor, expected: Tensor) -> float:
+    """Return `rms(actual - expected) / rms(expected)`, computed in fp64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    if actual.shape != expected.shape:
+        raise ValueError(f"actual: got shape {tuple(actual.shape)}, want {tuple(expected.shape)}")
+    return float((actual - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
