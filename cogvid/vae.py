@@ -1,0 +1,362 @@
+"""The 3-D causal VAE of CogVideoX; equals diffusers' `AutoencoderKLCogVideoX`.
+
+Letters: `F` pixel frames, `T` frames of whatever passes through, `H W` pixel and `h w` latent height and width,
+`z` a chunk of latents. Everything is `[B, C, T, height, width]`.
+
+Time is worked off in chunks (8 pixel frames, 2 latent frames; what is left over joins the first chunk). Convolutions
+see across the border through a `ConvCache`; group norms do not, so the chunk sizes are part of the model and other
+sizes give other pixels. In an odd number of frames the first one is special: it is one frame at every temporal
+resolution, and the frames after it come in pairs.
+
+Parameter names follow diffusers' with the wrapper modules dropped:
+
+    {conv}.conv.weight|bias               -> {conv}.weight|bias            every causal convolution but conv_shortcut
+    {norm}.norm_layer.weight|bias         -> {norm}.weight|bias            decoder norms; the encoder's are equal
+    {norm}.conv_y|conv_b.conv.weight|bias -> {norm}.scale|shift.weight|bias
+    downsamplers.0.conv, upsamplers.0.conv -> downsample, upsample
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from cogvid.config import VAEConfig
+from cogvid.ops import Ops
+
+PIXEL_CHUNK = 8  # frames that the encoder takes at a time
+LATENT_CHUNK = 2  # frames that the decoder takes at a time
+FINAL_NORM_EPS = 1e-6  # of the decoder's norms and the encoder's last one, whatever the config says
+MID_BLOCK_LAYERS = 2
+
+
+class VAE(nn.Module):
+    """Encode videos to latents and back; `AutoencoderKLCogVideoX` without tiling.
+
+    The scaling factor is not applied here: `encode` gives and `decode` takes unscaled latents.
+    """
+
+    def __init__(self, config: VAEConfig, ops: Ops | None = None) -> None:
+        super().__init__()
+        ops = ops or Ops.torch()
+        self.config = config
+        self.encoder = Encoder(config, ops)
+        self.decoder = Decoder(config, ops)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Encode pixels to the distribution of their latents.
+
+        Args:
+            x: `[B, 3, F, H, W]` in [-1, 1]; H and W multiples of 8.
+
+        Returns:
+            Distribution over `[B, 16, T, H / 8, W / 8]`; T is (F + 3) // 4 for F = 8N or 8N + 1.
+        """
+        stride = self.config.spatial_compression_ratio
+        _check_video("x", x, self.config.in_channels)
+        if x.shape[3] % stride or x.shape[4] % stride:
+            raise ValueError(f"x has height x width {x.shape[3]} x {x.shape[4]}, wanted multiples of {stride}")
+        cache = ConvCache()
+        chunks = [self.encoder(_layout(c), cache) for c in x.split(chunk_sizes(x.shape[2], PIXEL_CHUNK), dim=2)]
+        return DiagonalGaussian(torch.cat(chunks, dim=2))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode latents to pixels.
+
+        Args:
+            z: `[B, 16, T, h, w]`, unscaled.
+
+        Returns:
+            `[B, 3, F, 8h, 8w]`, about [-1, 1] but not clamped; F is 4T - 3 for odd T and 4T for even T.
+        """
+        return torch.cat(list(self.decode_chunks(z)), dim=2)
+
+    def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
+        """Yield the frames of `decode(z)`, 8 at a time (the first chunk: 8, or 9 when T is odd) as they are ready."""
+        _check_video("z", z, self.config.latent_channels)
+        return self._decode_chunks(z)
+
+    def _decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
+        cache = ConvCache()
+        for chunk in z.split(chunk_sizes(z.shape[2], LATENT_CHUNK), dim=2):
+            yield self.decoder(_layout(chunk), cache).contiguous()
+
+
+class DiagonalGaussian:
+    """Normal distribution with diagonal covariance; diffusers' `DiagonalGaussianDistribution`.
+
+    Args:
+        parameters: `[B, 32, T, h, w]`: the mean, then the logarithm of the variance.
+    """
+
+    def __init__(self, parameters: Tensor) -> None:
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        """Draw `[B, 16, T, h, w]` in the mean's dtype; the noise is drawn on the generator's device, then moved."""
+        device = generator.device if generator is not None else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+
+class ConvCache:
+    """The last input frames of every causal convolution, carried from one chunk to the next.
+
+    Lives for one `encode` or `decode`. Convolutions of temporal size 1 look at no past and are not in it.
+    """
+
+    def __init__(self) -> None:
+        self.frames: dict[nn.Module, Tensor] = {}  # [B, C, 2, height, width] each
+
+    @property
+    def nbytes(self) -> int:
+        return sum(frames.nbytes for frames in self.frames.values())
+
+
+class Encoder(nn.Module):
+    """Pixels to the parameters of the latent distribution; `CogVideoXEncoder3D`."""
+
+    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        groups, eps, depth = config.norm_num_groups, config.norm_eps, config.layers_per_block
+        self.conv_in = CausalConv3d(config.in_channels, channels[0])
+        self.down_blocks = nn.ModuleList()
+        for i, (before, after) in enumerate(zip((channels[0], *channels), channels, strict=False)):
+            last = i == len(channels) - 1
+            resnets = _resnets(before, after, depth, groups=groups, eps=eps, ops=ops)
+            downsample = None if last else Downsample(after, compress_time=2**i < config.temporal_compression_ratio)
+            self.down_blocks.append(DownBlock(resnets, downsample))
+        self.mid_block = MidBlock(
+            _resnets(channels[-1], channels[-1], MID_BLOCK_LAYERS, groups=groups, eps=eps, ops=ops)
+        )
+        self.norm_out = NormSiLU(channels[-1], groups=groups, eps=FINAL_NORM_EPS, ops=ops)
+        self.conv_out = CausalConv3d(channels[-1], 2 * config.latent_channels)
+
+    def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
+        """`[B, 3, T, H, W]` -> `[B, 32, ceil(T / 4), H / 8, W / 8]`, one chunk."""
+        x = self.conv_in(x, cache)
+        for block in self.down_blocks:
+            x = block(x, cache)
+        x = self.mid_block(x, None, cache)
+        return self.conv_out(self.norm_out(x), cache)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels; `CogVideoXDecoder3D`."""
+
+    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+        super().__init__()
+        channels = config.block_out_channels[::-1]
+        groups, depth = config.norm_num_groups, config.layers_per_block + 1
+        self.conv_in = CausalConv3d(config.latent_channels, channels[0])
+        self.mid_block = MidBlock(
+            _resnets(channels[0], channels[0], MID_BLOCK_LAYERS, config.latent_channels, groups=groups, ops=ops)
+        )
+        self.up_blocks = nn.ModuleList()
+        for i, (before, after) in enumerate(zip((channels[0], *channels), channels, strict=False)):
+            last = i == len(channels) - 1
+            resnets = _resnets(before, after, depth, config.latent_channels, groups=groups, ops=ops)
+            upsample = None if last else Upsample(after, compress_time=2**i < config.temporal_compression_ratio)
+            self.up_blocks.append(UpBlock(resnets, upsample))
+        self.norm_out = NormSiLU(channels[-1], config.latent_channels, groups=groups, ops=ops)
+        self.conv_out = CausalConv3d(channels[-1], config.out_channels)
+
+    def forward(self, z: Tensor, cache: ConvCache) -> Tensor:
+        """`[B, 16, T, h, w]` -> `[B, 3, F, 8h, 8w]`, one chunk."""
+        x = self.conv_in(z, cache)
+        x = self.mid_block(x, z, cache)
+        for block in self.up_blocks:
+            x = block(x, z, cache)
+        return self.conv_out(self.norm_out(x, z), cache)
+
+
+class MidBlock(nn.Module):
+    """Resnets at the lowest resolution; `CogVideoXMidBlock3D`."""
+
+    def __init__(self, resnets: nn.ModuleList) -> None:
+        super().__init__()
+        self.resnets = resnets
+
+    def forward(self, x: Tensor, z: Tensor | None, cache: ConvCache) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x, z, cache)
+        return x
+
+
+class DownBlock(nn.Module):
+    """Resnets, then half the resolution; `CogVideoXDownBlock3D`."""
+
+    def __init__(self, resnets: nn.ModuleList, downsample: Downsample | None) -> None:
+        super().__init__()
+        self.resnets = resnets
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x, None, cache)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class UpBlock(nn.Module):
+    """Resnets, then twice the resolution; `CogVideoXUpBlock3D`."""
+
+    def __init__(self, resnets: nn.ModuleList, upsample: Upsample | None) -> None:
+        super().__init__()
+        self.resnets = resnets
+        self.upsample = upsample
+
+    def forward(self, x: Tensor, z: Tensor, cache: ConvCache) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x, z, cache)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class ResnetBlock(nn.Module):
+    """`CogVideoXResnetBlock3D`; its norms are spatial norms when `latent_channels` is given, as in the decoder."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        latent_channels: int | None = None,
+        *,
+        groups: int,
+        eps: float,
+        ops: Ops,
+    ) -> None:
+        super().__init__()
+        self.norm1 = NormSiLU(in_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = NormSiLU(out_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.conv_shortcut = None if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, z: Tensor | None, cache: ConvCache) -> Tensor:
+        y = self.conv1(self.norm1(x, z), cache)
+        y = self.conv2(self.norm2(y, z), cache)
+        # In place: the convolution's own output is needed by nobody else, not even by its backward.
+        return y.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class NormSiLU(nn.Module):
+    """Group norm and SiLU; with `latent_channels`, scaled and shifted by the latents: `CogVideoXSpatialNorm3D`.
+
+    diffusers upsamples the latents to the size of `x` and convolves them there. A convolution of size 1 commutes with
+    nearest-neighbour upsampling, so here it runs at latent resolution and the op gathers its result.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        latent_channels: int | None = None,
+        *,
+        groups: int,
+        eps: float = FINAL_NORM_EPS,
+        ops: Ops,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.eps = eps
+        self.ops = ops
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.scale = None if latent_channels is None else nn.Conv3d(latent_channels, channels, 1)
+        self.shift = None if latent_channels is None else nn.Conv3d(latent_channels, channels, 1)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        if self.scale is None or self.shift is None:
+            return self.ops.group_norm_silu(x, self.weight, self.bias, num_groups=self.groups, eps=self.eps)
+        return self.ops.spatial_norm_silu(
+            x, self.weight, self.bias, self.scale(z), self.shift(z), num_groups=self.groups, eps=self.eps
+        )
+
+
+class CausalConv3d(nn.Conv3d):
+    """3x3x3 convolution that sees the present and two past frames; `CogVideoXCausalConv3d`.
+
+    The past comes from the cache; at the start of a video it is the first frame, twice.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
+        past = cache.frames.pop(self, None)
+        x = torch.cat([x[:, :, :1], x[:, :, :1], x] if past is None else [past, x], dim=2)
+        # A copy, because a view would keep all of x alive until the next chunk.
+        cache.frames[self] = x[:, :, -2:].clone()
+        return super().forward(x)
+
+
+class Downsample(nn.Conv2d):
+    """Average pairs of frames (if `compress_time`), then a 3x3 convolution of stride 2; `CogVideoXDownsample3D`."""
+
+    def __init__(self, channels: int, *, compress_time: bool) -> None:
+        super().__init__(channels, channels, kernel_size=3, stride=2)
+        self.compress_time = compress_time
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compress_time and x.shape[2] > 1:
+            alone = x.shape[2] % 2
+            pairs = F.avg_pool3d(x[:, :, alone:], kernel_size=(2, 1, 1))
+            x = torch.cat([x[:, :, :alone], pairs], dim=2)
+        x = F.pad(x, (0, 1, 0, 1))
+        # As a 3-D convolution of temporal size 1 it needs no reshaping of frames into the batch.
+        return F.conv3d(x, self.weight.unsqueeze(2), self.bias, stride=(1, 2, 2))
+
+
+class Upsample(nn.Conv2d):
+    """Repeat pixels (and frames, if `compress_time`), then a 3x3 convolution; `CogVideoXUpsample3D`.
+
+    The convolution looks at one frame at a time, so frames are repeated after it: half the work, the same result.
+    """
+
+    def __init__(self, channels: int, *, compress_time: bool) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.compress_time = compress_time
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest")
+        x = F.conv3d(x, self.weight.unsqueeze(2), self.bias, padding=(0, 1, 1))
+        if self.compress_time and x.shape[2] > 1:
+            alone = x.shape[2] % 2
+            x = torch.cat([x[:, :, :alone], x[:, :, alone:].repeat_interleave(2, dim=2)], dim=2)
+        return x
+
+
+def chunk_sizes(frames: int, size: int) -> list[int]:
+    """Split `frames` into chunks of `size`; what is left over joins the first one: (13, 2) -> [3, 2, 2, 2, 2, 2]."""
+    count = max(frames // size, 1)
+    return [frames - size * (count - 1)] + [size] * (count - 1)
+
+
+def _resnets(
+    in_channels: int,
+    out_channels: int,
+    count: int,
+    latent_channels: int | None = None,
+    *,
+    groups: int,
+    eps: float = FINAL_NORM_EPS,
+    ops: Ops,
+) -> nn.ModuleList:
+    return nn.ModuleList(
+        ResnetBlock(out_channels if i else in_channels, out_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        for i in range(count)
+    )
+
+
+def _layout(x: Tensor) -> Tensor:
+    """Choose the memory format of all that follows: 16-bit 3-D convolutions are 2.7 times faster channels-last."""
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.element_size() == 2 else x
+
+
+def _check_video(name: str, x: Tensor, channels: int) -> None:
+    if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+        raise ValueError(f"{name} has shape {list(x.shape)}, wanted [batch, {channels}, frames, height, width]")
