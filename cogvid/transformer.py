@@ -1,0 +1,326 @@
+"""The expert transformer of CogVideoX; equals diffusers' `CogVideoXTransformer3DModel`, all five checkpoints.
+
+Text and video tokens live in one buffer `[B, N, D]`, text first, from the embedding to the last block: projections,
+attention and MLP see it whole, and what differs between the two (the adaLN shift, scale and gate) is a row chosen by
+the token's index. A token of the video is a patch of `pt x 2 x 2` latents.
+
+Letters: B batch, C latent channels, T latent frames, h w latent size, L text tokens, S video tokens, N = L + S,
+D model width, E text encoder width, pt frames per patch (1, and 2 in CogVideoX 1.5).
+
+Parameters (upstream's names for them are in weights.py):
+
+    patch_proj, text_proj                        embeddings of patches and text; a patch is flattened as (c, pt, ph, pw),
+                                                 so the upstream convolution of 1.0 is this matrix, unflattened
+    pos_embedding                                learned positions of text and video; 5B-I2V only, not a parameter
+    {time,ofs}_embed.linear_{in,out}             MLPs on the sinusoids of the timestep and of the constant ofs
+    blocks.{i}.modulation1, .norm1               adaLN before attention: (shift, scale, gate) of video, then of text
+    blocks.{i}.qkv, .q_norm, .k_norm, .out       attention; qkv holds the rows of Q, K and V in this order
+    blocks.{i}.modulation2, .norm2               adaLN before the MLP
+    blocks.{i}.mlp_in, .mlp_out                  MLP
+    norm_final, modulation_out, norm_out, proj_out      last norm, adaLN (shift, scale), projection to patches
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cogvid.config import HEAD_DIM_SPLIT, TransformerConfig
+from cogvid.ops import Ops, Rope
+from cogvid.rope import Grid, Positions, index_positions, resize_crop_positions, rotary_table, sincos_table
+
+OFS = 2.0  # the only value CogVideoX1.5-5B-I2V was trained with
+
+LearnedPositions = Literal["sincos", "slice"]
+
+
+class StepCache(Protocol):
+    """What may wrap the block loop, to skip blocks whose output it can tell; owns its state, lives one generation."""
+
+    def run(self, x: Tensor, temb: Tensor, blocks: Callable[..., Tensor]) -> Tensor:
+        """Return what all blocks would make of x.
+
+        x: `[B, N, D]`, the embedded text and video. temb: `[B, time_embed_dim]`, the embedded timestep after its silu.
+        blocks: `blocks(x, start=0, stop=None)` runs the blocks start..stop-1 and returns `[B, N, D]`.
+        """
+        ...
+
+
+class Transformer(nn.Module):
+    """The whole model: noisy latents, text and timestep in, predicted velocity out."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops | None = None) -> None:
+        """Build with random weights. ops: the operations to run, plain PyTorch by default."""
+        super().__init__()
+        self.config = config
+        self.ops = ops or Ops.torch()
+        width = config.hidden_size
+        patch_volume = (config.patch_size_t or 1) * config.patch_size**2
+
+        patch_bias = config.patch_bias or config.patch_size_t is not None
+        self.patch_proj = nn.Linear(config.in_channels * patch_volume, width, bias=patch_bias)
+        self.text_proj = nn.Linear(config.text_embed_dim, width)
+        if config.use_learned_positional_embeddings:
+            self.register_buffer("pos_embedding", self._initial_pos_embedding())
+        self.time_embed = SinusoidMLP(width, config.time_embed_dim)
+        if config.ofs_embed_dim is not None:
+            self.ofs_embed = SinusoidMLP(config.ofs_embed_dim, config.ofs_embed_dim)
+
+        self.blocks = nn.ModuleList(Block(config, self.ops) for _ in range(config.num_layers))
+
+        self.norm_final = nn.LayerNorm(width, eps=config.norm_eps)
+        self.modulation_out = nn.Linear(config.time_embed_dim, 2 * width)
+        self.norm_out = nn.LayerNorm(width, eps=config.norm_eps)
+        self.proj_out = nn.Linear(width, config.out_channels * patch_volume)
+
+        self._kept_tables: tuple[object, tuple[Tensor | None, Rope | None]] | None = None
+
+    def forward(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        timestep: Tensor,
+        *,
+        step_cache: StepCache | None = None,
+        learned_positions: LearnedPositions = "sincos",
+    ) -> Tensor:
+        """Predict the velocity of noisy latents.
+
+        Args:
+            latents: `[B, in_channels, T, h, w]` in the model's dtype; an image-to-video model takes the image latents
+                as its second half of channels. T, h and w must be multiples of the patch.
+            prompt_embeds: `[B, L, E]` in the model's dtype.
+            timestep: `[B]`, 0 to 999, integer or float.
+            step_cache: wraps the block loop; see `StepCache`.
+            learned_positions: what a model with learned positions (5B-I2V) adds when the frame count is not the
+                trained one: "sincos" as diffusers does, or "slice", the first rows of the table, as in training.
+
+        Returns:
+            `[B, out_channels, T, h, w]`.
+
+        Raises:
+            ValueError: a shape or dtype the model cannot take.
+        """
+        self._check(latents, prompt_embeds, timestep, learned_positions)
+        config = self.config
+        frames, height, width = grid = self._grid(latents)
+        text_len = prompt_embeds.shape[1]
+
+        temb = self.time_embed(timestep, latents.dtype)
+        if config.ofs_embed_dim is not None:
+            temb = temb + self.ofs_embed(timestep.new_full((1,), OFS, dtype=torch.float32), latents.dtype)
+        temb = F.silu(temb)  # every reader of temb wants its silu
+
+        learned = config.use_learned_positional_embeddings and (
+            grid == self._trained_grid() or learned_positions == "slice"
+        )
+        sincos, rope = self._tables(grid, latents, learned)
+        x = self._embed(latents, prompt_embeds, sincos)  # [B, N, D]
+        if learned:
+            x = x + self.pos_embedding[:, : x.shape[1]].to(x.dtype)
+
+        def blocks(x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+            return self.run_blocks(x, temb, rope, text_len, start, stop)
+
+        x = blocks(x) if step_cache is None else step_cache.run(x, temb, blocks)
+
+        video = self.norm_final(x[:, text_len:])
+        shift, scale = self.modulation_out(temb)[:, None].expand(-1, 2, -1).chunk(2, dim=-1)
+        norm = self.norm_out
+        video = self.ops.layer_norm_modulate(video, norm.weight, norm.bias, shift, scale, text_len=0, eps=norm.eps)
+        return rearrange(
+            self.proj_out(video),
+            "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)",
+            t=frames, h=height, w=width, pt=config.patch_size_t or 1, ph=config.patch_size, pw=config.patch_size,
+        )  # fmt: skip
+
+    def run_blocks(
+        self, x: Tensor, temb: Tensor, rope: Rope | None, text_len: int, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Run the blocks start..stop-1 on `[B, N, D]`; all of them by default."""
+        for block in list(self.blocks)[start:stop]:
+            x = block(x, temb, rope, text_len)
+        return x
+
+    def _embed(self, latents: Tensor, prompt_embeds: Tensor, sincos: Tensor | None) -> Tensor:
+        """Embed text and patches into one `[B, N, D]`. sincos: `[S, D]`, added to the video tokens."""
+        patches = rearrange(
+            latents,
+            "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)",
+            pt=self.config.patch_size_t or 1, ph=self.config.patch_size, pw=self.config.patch_size,
+        )  # fmt: skip
+        text, video = self.text_proj(prompt_embeds), self.patch_proj(patches)
+        if sincos is not None:
+            video = video + sincos
+        return torch.cat([text, video], dim=1)
+
+    def _tables(self, grid: Grid, latents: Tensor, learned: bool) -> tuple[Tensor | None, Rope | None]:
+        """Return the sin-cos table to add and the rotary table, keeping them until the grid, dtype or device changes.
+
+        learned: the learned table is added, so the sin-cos one is not.
+        """
+        config, device = self.config, latents.device
+        key = (grid, latents.dtype, device, learned)
+        if self._kept_tables is None or self._kept_tables[0] != key:
+            sincos, rope = None, None
+            # Tensors made in inference mode could not be used in training later.
+            with torch.inference_mode(False):
+                if not learned and (
+                    config.use_learned_positional_embeddings or not config.use_rotary_positional_embeddings
+                ):
+                    sincos = self._sincos_table(grid, device).to(latents.dtype)
+                if config.use_rotary_positional_embeddings:
+                    rope = rotary_table(self._rotary_positions(grid, device), _split_width(config.attention_head_dim))
+            self._kept_tables = key, (sincos, rope)
+        return self._kept_tables[1]
+
+    def _rotary_positions(self, grid: Grid, device: torch.device) -> Positions:
+        if self.config.patch_size_t is not None:
+            return index_positions(grid, device)
+        _, base_height, base_width = self._trained_grid()
+        return resize_crop_positions(grid, (base_height, base_width), device)
+
+    def _sincos_table(self, grid: Grid, device: torch.device | None = None) -> Tensor:
+        return sincos_table(
+            grid,
+            _split_width(self.config.hidden_size),
+            spatial_scale=self.config.spatial_interpolation_scale,
+            temporal_scale=self.config.temporal_interpolation_scale,
+            device=device,
+        )
+
+    def _initial_pos_embedding(self) -> Tensor:
+        video = self._sincos_table(self._trained_grid()).to(torch.get_default_dtype())
+        return F.pad(video, (0, 0, self.config.max_text_seq_length, 0))[None]
+
+    def _trained_grid(self) -> Grid:
+        config = self.config
+        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+        return frames, config.sample_height // config.patch_size, config.sample_width // config.patch_size
+
+    def _grid(self, latents: Tensor) -> Grid:
+        frames, height, width = latents.shape[2:]
+        patch = self.config.patch_size
+        return frames // (self.config.patch_size_t or 1), height // patch, width // patch
+
+    def _check(
+        self, latents: Tensor, prompt_embeds: Tensor, timestep: Tensor, learned_positions: LearnedPositions
+    ) -> None:
+        config, dtype = self.config, self.proj_out.weight.dtype
+        for name, tensor in {"latents": latents, "prompt_embeds": prompt_embeds}.items():
+            if tensor.dtype != dtype:
+                raise ValueError(f"{name}: got {tensor.dtype}, want the model's {dtype}")
+        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
+            raise ValueError(f"latents: got {list(latents.shape)}, want [B, {config.in_channels}, T, h, w]")
+        batch, _, frames, height, width = latents.shape
+        patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
+        if any(n == 0 or n % p for n, p in zip((frames, height, width), patch, strict=True)):
+            raise ValueError(f"latents: got T, h, w = {frames}, {height}, {width}, want multiples of {patch}")
+        if prompt_embeds.ndim != 3 or (prompt_embeds.shape[0], prompt_embeds.shape[2]) != (
+            batch,
+            config.text_embed_dim,
+        ):
+            raise ValueError(
+                f"prompt_embeds: got {list(prompt_embeds.shape)}, want [{batch}, L, {config.text_embed_dim}]"
+            )
+        if timestep.shape != (batch,):
+            raise ValueError(f"timestep: got shape {list(timestep.shape)}, want [{batch}]")
+
+        adds_positions = config.use_learned_positional_embeddings or not config.use_rotary_positional_embeddings
+        if adds_positions and prompt_embeds.shape[1] != config.max_text_seq_length:
+            raise ValueError(
+                f"prompt_embeds: got {prompt_embeds.shape[1]} tokens, want {config.max_text_seq_length}: "
+                "this model has positions for exactly as many"
+            )
+        if learned_positions not in ("sincos", "slice"):
+            raise ValueError(f"learned_positions: got {learned_positions!r}, want 'sincos' or 'slice'")
+        if config.use_learned_positional_embeddings:
+            trained_frames, _, _ = self._trained_grid()
+            if (height, width) != (config.sample_height, config.sample_width):
+                raise ValueError(
+                    f"latents: got {height}x{width}, want {config.sample_height}x{config.sample_width}: "
+                    "the learned positions are for this size alone"
+                )
+            if learned_positions == "slice" and self._grid(latents)[0] > trained_frames:
+                raise ValueError(
+                    f"latents: got {frames} frames, want at most {trained_frames} with learned_positions='slice'"
+                )
+
+
+class Block(nn.Module):
+    """One block: attention, then MLP, each between an adaLN and a gated residual; equals `CogVideoXBlock`."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        width, head_dim = config.hidden_size, config.attention_head_dim
+        self.ops = ops
+        self.num_heads = config.num_attention_heads
+
+        self.modulation1 = nn.Linear(config.time_embed_dim, 6 * width)
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(head_dim, eps=config.qk_norm_eps)
+        self.k_norm = nn.LayerNorm(head_dim, eps=config.qk_norm_eps)
+        self.out = nn.Linear(width, width)
+
+        self.modulation2 = nn.Linear(config.time_embed_dim, 6 * width)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, temb: Tensor, rope: Rope | None, text_len: int) -> Tensor:
+        """Return the next `[B, N, D]`. temb: `[B, time_embed_dim]`, activated. rope: see `QKNormRopeOp`."""
+        ops = self.ops
+
+        shift, scale, gate = _modulation(self.modulation1, temb)
+        norm = self.norm1
+        y = ops.layer_norm_modulate(x, norm.weight, norm.bias, shift, scale, text_len=text_len, eps=norm.eps)
+        qkv = self.qkv(y).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, head_dim]
+        q_norm, k_norm = self.q_norm, self.k_norm
+        q, k = ops.qk_norm_rope(
+            qkv, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, rope, text_len=text_len, eps=q_norm.eps
+        )
+        y = self.out(ops.attention(q, k, qkv[:, :, 2]))
+
+        shift, scale, mlp_gate = _modulation(self.modulation2, temb)
+        norm = self.norm2
+        x, y = ops.gate_residual_norm_modulate(
+            x, y, gate, norm.weight, norm.bias, shift, scale, text_len=text_len, eps=norm.eps
+        )
+        y = self.mlp_out(ops.linear_gelu(y, self.mlp_in.weight, self.mlp_in.bias))
+        return ops.gate_residual(x, y, mlp_gate, text_len=text_len)
+
+
+class SinusoidMLP(nn.Module):
+    """Embed a number per sample: sinusoids, then an MLP; equals `Timesteps` and `TimestepEmbedding`."""
+
+    def __init__(self, num_sinusoids: int, width: int) -> None:
+        super().__init__()
+        self.num_sinusoids = num_sinusoids
+        self.linear_in = nn.Linear(num_sinusoids, width)
+        self.linear_out = nn.Linear(width, width)
+
+    def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `[B, width]` of `value` `[B]`; the sinusoids are fp32 and enter the MLP as `dtype`."""
+        half = self.num_sinusoids // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=value.device) / half
+        angle = value[:, None].float() * torch.exp(-math.log(10000.0) * exponent)
+        sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+        return self.linear_out(F.silu(self.linear_in(sinusoids)))
+
+
+def _modulation(linear: nn.Linear, temb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return shift, scale and gate, each `[B, 2, D]`, text first; the checkpoints hold the video's first."""
+    shift, scale, gate = linear(temb).unflatten(-1, (2, 3, -1)).flip(1).unbind(2)
+    return shift, scale, gate
+
+
+def _split_width(width: int) -> tuple[int, int, int]:
+    time, rows, columns = (share * width // sum(HEAD_DIM_SPLIT) for share in HEAD_DIM_SPLIT)
+    return time, rows, columns
