@@ -9,8 +9,8 @@ D model width, E text encoder width, pt frames per patch (1, and 2 in CogVideoX 
 
 Parameters (upstream's names for them are in weights.py):
 
-    patch_proj, text_proj                        embeddings of patches and text; a patch is flattened as (c, pt, ph, pw),
-                                                 so the upstream convolution of 1.0 is this matrix, unflattened
+    patch_proj, text_proj                        embeddings of patches, flattened as (c, pt, ph, pw), and of text;
+                                                 upstream's convolution (1.0) is this matrix, unflattened
     pos_embedding                                learned positions of text and video; 5B-I2V only, not a parameter
     {time,ofs}_embed.linear_{in,out}             MLPs on the sinusoids of the timestep and of the constant ofs
     blocks.{i}.modulation1, .norm1               adaLN before attention: (shift, scale, gate) of video, then of text
@@ -309,8 +309,9 @@ class SinusoidMLP(nn.Module):
     def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Return `[B, width]` of `value` `[B]`; the sinusoids are fp32 and enter the MLP as `dtype`."""
         half = self.num_sinusoids // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=value.device) / half
-        angle = value[:, None].float() * torch.exp(-math.log(10000.0) * exponent)
+        # Multiply, then divide: a timestep of 999 would blow up another rounding of the exponent to 1e-4 of an angle.
+        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=value.device) / half
+        angle = value[:, None].float() * exponent.exp()
         sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
         return self.linear_out(F.silu(self.linear_in(sinusoids)))
 
