@@ -1,0 +1,240 @@
+"""Samplers against closed forms, and what they refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from cogvid.config import SchedulerConfig
+from cogvid.sampler import (
+    SAMPLERS,
+    Denoise,
+    Schedule,
+    add_noise,
+    ddim,
+    dpm,
+    draw_noise,
+    guidance_schedule,
+    guide,
+    make_schedule,
+    velocity,
+)
+
+CONFIG = SchedulerConfig(snr_shift_scale=1.0)
+
+
+def gaussian_denoiser(schedule: Schedule, mean: float, std: float) -> Denoise:
+    """Return the exact velocity for data distributed as N(mean, std^2) per element."""
+
+    def denoise(x: Tensor, i: int) -> Tensor:
+        alpha = schedule.alpha(schedule.timesteps[i])
+        x0 = mean + std**2 * alpha.sqrt() / (alpha * std**2 + 1 - alpha) * (x - alpha.sqrt() * mean)
+        noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
+
+    return denoise
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_ddim_follows_the_gaussian_flow() -> None:
+    """The flow carries x_T to mean + std x_T, and DDIM approaches it as the steps grow."""
+    x, mean, std, errors = noise(1, 2, 3, 4, 5), 0.7, 0.3, []
+    for steps in (10, 100, 1000):
+        schedule = make_schedule(CONFIG, steps)
+        result = ddim(gaussian_denoiser(schedule, mean, std), x, schedule)
+        errors.append((result - (mean + std * x)).abs().max().item())
+    assert errors[0] > 5 * errors[1] > 25 * errors[2]  # measured 0.363, 0.0680, 0.0095
+    assert errors[2] < 0.01
+
+
+def test_ddim_turns_by_the_angle_between_levels() -> None:
+    """For unit-variance data the velocity is zero, and N steps are the product of the cosines of the angles."""
+    schedule = make_schedule(CONFIG, 25)
+    angles = torch.stack([schedule.alpha(t) for t in (*schedule.timesteps, -1)]).sqrt().acos()
+    x = noise(1, 2, 3, 4, 5)
+    result = ddim(gaussian_denoiser(schedule, 0.0, 1.0), x, schedule)
+    torch.testing.assert_close(result, x * angles.diff().cos().prod(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_point_distribution_is_reached_exactly(name: str, steps: int) -> None:
+    schedule = make_schedule(CONFIG, steps)
+    result = SAMPLERS[name](gaussian_denoiser(schedule, 0.7, 0.0), noise(1, 2, 3, 4, 5), schedule)
+    torch.testing.assert_close(result, torch.full_like(result, 0.7), rtol=0, atol=1e-12)
+
+
+def test_dpm_samples_the_gaussian() -> None:
+    """Mean and deviation of 400,000 independent elements.
+
+    The last step returns the posterior mean at the last timestep, whose deviation is below that of the data.
+    """
+    schedule, mean, std = make_schedule(CONFIG, 200), 0.7, 0.3
+    x = noise(1, 4, 10, 100, 100)
+    result = dpm(gaussian_denoiser(schedule, mean, std), x, schedule, generator=Generator().manual_seed(1))
+    alpha = schedule.alpha(schedule.timesteps[-1]).item()
+    expected_std = std**2 * alpha**0.5 / (alpha * std**2 + 1 - alpha) ** 0.5
+    assert abs(result.mean().item() - mean) < 2e-3  # four standard errors
+    assert abs(result.std().item() - expected_std) < 4e-3  # measured 0.2953, expected 0.2927: the step size
+    assert abs(((result - mean) * x).mean().item()) < 2e-3  # stochastic: where the noise started is forgotten
+
+
+def test_next_rule_reaches_clean_where_the_default_does_not() -> None:
+    with pytest.warns(UserWarning, match=r"does not divide 1000: 19 steps .* does not reach clean"):
+        default = make_schedule(CONFIG, 28)
+    exact = make_schedule(CONFIG, 28, previous="next")
+    assert default.timesteps == exact.timesteps
+    assert default.prev_timesteps[-1] == 0
+    assert exact.prev_timesteps == (*exact.timesteps[1:], -1)
+    x, target = noise(1, 2, 3, 4, 5), torch.tensor(0.7, dtype=torch.float64)
+    reached = ddim(gaussian_denoiser(exact, 0.7, 0.0), x, exact)
+    missed = ddim(gaussian_denoiser(default, 0.7, 0.0), x, default)
+    assert (reached - target).abs().max() < 1e-12
+    assert (missed - target).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("steps", range(1, 1001, 3))
+@pytest.mark.filterwarnings("ignore:num_inference_steps")
+def test_any_step_count_gives_that_many_falling_steps(steps: int) -> None:
+    schedule = make_schedule(CONFIG, steps)
+    assert len(schedule) == steps
+    assert schedule.timesteps[0] == 999
+    assert all(a > b >= 0 for a, b in pairwise(schedule.timesteps))
+    assert all(t > p for t, p in zip(schedule.timesteps, schedule.prev_timesteps, strict=True))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("steps", [1, 4, 5, 8, 10, 20, 25, 40, 50, 100, 1000])
+def test_divisors_do_not_warn_and_both_rules_agree(steps: int) -> None:
+    default, exact = make_schedule(CONFIG, steps), make_schedule(CONFIG, steps, previous="next")
+    assert default.prev_timesteps[:-1] == exact.prev_timesteps[:-1]
+    assert default.prev_timesteps[-1] < 0
+    assert exact.prev_timesteps[-1] < 0
+
+
+def test_terminal_snr_is_zero() -> None:
+    schedule = make_schedule(CONFIG, 50)
+    assert schedule.alpha(999) == 0
+    assert schedule.alpha(-1) == 1
+    assert (schedule.alphas_cumprod.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_batch_with_generators_equals_single_runs(name: str) -> None:
+    schedule, x = make_schedule(CONFIG, 5), noise(3, 2, 3, 4, 5).float()
+    denoise = gaussian_denoiser(schedule, 0.7, 0.3)
+    batch = SAMPLERS[name](denoise, x, schedule, generator=[Generator().manual_seed(s) for s in range(3)])
+    for s in range(3):
+        alone = SAMPLERS[name](denoise, x[s : s + 1], schedule, generator=Generator().manual_seed(s))
+        assert torch.equal(batch[s : s + 1], alone)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_on_step_sees_and_replaces_the_state(name: str) -> None:
+    schedule, x, seen = make_schedule(CONFIG, 4), noise(1, 2, 3, 4, 5).bfloat16(), []
+
+    def on_step(i: int, t: int, state: Tensor) -> Tensor | None:
+        seen.append((i, t, state.dtype))
+        return torch.full_like(state, 2.5) if i == 3 else None
+
+    result = SAMPLERS[name](lambda latents, _i: latents.float(), x, schedule, on_step=on_step)
+    assert seen == [(i, t, torch.float32) for i, t in enumerate((999, 749, 499, 249))]
+    assert result.dtype == torch.bfloat16
+    assert (result == 2.5).all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_observing_changes_nothing(name: str) -> None:
+    schedule, x = make_schedule(CONFIG, 4), noise(1, 2, 3, 4, 5).bfloat16()
+    runs = [
+        SAMPLERS[name](lambda y, _i: y.float().sin(), x, schedule, generator=Generator().manual_seed(1), on_step=step)
+        for step in (None, lambda _i, _t, state: state)
+    ]
+    assert torch.equal(*runs)
+
+
+def test_noise_is_drawn_frames_first() -> None:
+    """One step from zero signal at an intermediate level adds exactly the drawn noise, frames before channels."""
+    schedule = make_schedule(CONFIG, 2)
+    x = torch.zeros(1, 2, 3, 4, 5)
+    states: list[Tensor] = []
+    dpm(
+        lambda y, _i: torch.zeros_like(y),
+        x,
+        schedule,
+        generator=Generator().manual_seed(1),
+        on_step=lambda _i, _t, s: states.append(s),
+    )
+    drawn = draw_noise((1, 3, 2, 4, 5), Generator().manual_seed(1), "cpu", torch.float32).transpose(1, 2)
+    torch.testing.assert_close(states[0], drawn * (1 - schedule.alpha(499)).sqrt().float())
+
+
+def test_noising_then_inverting() -> None:
+    schedule = make_schedule(CONFIG, 50)
+    x0, eps, t = noise(3, 2, 4), noise(3, 2, 4, seed=1), torch.tensor([0, 400, 999])
+    x, v = add_noise(x0, eps, t, schedule), velocity(x0, eps, t, schedule)
+    alpha = schedule.alphas_cumprod[t].reshape(-1, 1, 1)
+    torch.testing.assert_close(alpha.sqrt() * x - (1 - alpha).sqrt() * v, x0, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((1 - alpha).sqrt() * x + alpha.sqrt() * v, eps, rtol=1e-12, atol=1e-12)
+
+
+def test_bf16_noising_rounds_once() -> None:
+    """At t = 0 the noise level, 0.03, survives; in bf16 arithmetic it would vanish."""
+    schedule = make_schedule(CONFIG, 50)
+    x0, eps = torch.zeros(2, 4).bfloat16(), torch.ones(2, 4).bfloat16()
+    expected = (1 - schedule.alpha(0)).sqrt().bfloat16()
+    assert (add_noise(x0, eps, 0, schedule) == expected).all()
+
+
+def test_guidance() -> None:
+    uncond, cond = torch.tensor([1.0]).bfloat16(), torch.tensor([1.5]).bfloat16()
+    guided = guide(uncond, cond, 6.0)
+    assert guided.dtype == torch.float32
+    assert guided.item() == 4.0
+    schedule = make_schedule(CONFIG, 50)
+    assert guidance_schedule(6.0, schedule) == [6.0] * 50
+    published = [2.29, 2.54, 6.97, 6.42, 2.79, 4.27, 1.04]
+    assert [round(g, 2) for g in guidance_schedule(6.0, schedule, "diffusers")[:7]] == published
+    smooth = guidance_schedule(6.0, schedule, "cosine")
+    assert smooth[0] == 1.0
+    assert all(a <= b for a, b in pairwise(smooth))
+    assert 6.5 < smooth[-1] < 7.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make_schedule(CONFIG, 0), "num_inference_steps: got 0, wanted 1 to 1000"),
+        (lambda: make_schedule(CONFIG, 1001), "num_inference_steps: got 1001, wanted 1 to 1000"),
+        (lambda: make_schedule(CONFIG, 50, previous="last"), "previous: got 'last'"),  # pyright: ignore
+        (lambda: make_schedule(SchedulerConfig(timestep_spacing="leading"), 50), "timestep_spacing: got 'leading'"),
+        (lambda: make_schedule(SchedulerConfig(prediction_type="epsilon"), 50), "prediction_type: got 'epsilon'"),
+        (lambda: make_schedule(CONFIG, 50).tail(0.0), "strength: got 0.0"),
+        (lambda: make_schedule(CONFIG, 50).tail(1.5), "strength: got 1.5"),
+        (lambda: make_schedule(CONFIG, 50).tail(0.01), "strength: 0.01 of 50 steps is none"),
+        (lambda: guidance_schedule(6.0, make_schedule(CONFIG, 5), "linear"), "mode: got 'linear'"),  # pyright: ignore
+        (
+            lambda: draw_noise((2, 1, 1, 1, 1), [Generator()], "cpu", torch.float32),
+            "generator: got a list of 1, wanted one per batch item, 2",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_named(call, message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        call()
+    assert message in str(error.value)
+
+
+def test_import_is_light() -> None:
+    heavy = "{'transformers', 'sentencepiece', 'diffusers'}"
+    code = f"import sys, cogvid.sampler, cogvid.text; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
