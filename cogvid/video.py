@@ -1,0 +1,346 @@
+"""Frames to an H.264 MP4 and back through PyAV, and the one place where pixels become 8-bit.
+
+`denormalize` and `to_uint8` must equal diffusers' `VideoProcessor.postprocess_video` in fp32. A written file appears
+under its name whole or not at all. Its colours are BT.709 in limited range, converted with that matrix and tagged so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+    from PIL.Image import Image
+
+PRESETS = (
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
+)  # fmt: skip
+_BT709 = 1  # the same number as matrix, as primaries and as transfer (ITU-T H.273), and in swscale
+_BT601 = 5
+_LIMITED, _FULL = 1, 2  # colour ranges, as FFmpeg numbers them
+_THREADS = "4"  # fixed: x264's choice by the number of cores changes the bytes from machine to machine
+
+
+class VideoWriter:
+    """Write one H.264 MP4 (yuv420p, BT.709, index first) chunk by chunk, as a context manager.
+
+    Frames go to a temporary file beside the target, which takes the target's name when the block is left without an
+    exception; with one, it is removed and what was at the target stays. The same frames give the same bytes however
+    they are cut into chunks.
+
+    Args:
+        path: `.mp4` file to write; its directory must exist.
+        height, width: pixels of a frame; even, because yuv420p has one chroma sample for 2x2 pixels.
+        fps: frames per second of the file, whole or fractional.
+        crf: x264's constant rate factor, 0 (lossless) to 51 (worst); 18 is visually near-lossless.
+        preset: x264's speed preset, one of `PRESETS`.
+        metadata: JSON-serialisable values for the file's comment, which `read_metadata` returns.
+    Raises:
+        ValueError: on construction, for arguments that cannot work; by `write`, for frames that are not `[f, H, W, 3]`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        height: int,
+        width: int,
+        fps: float | Fraction = 16,
+        crf: float = 18,
+        preset: str = "medium",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._target = check_output_path(path)
+        for argument, size in (("height", height), ("width", width)):
+            if size < 2 or size % 2:
+                reason = "H.264 in yuv420p has one colour sample for 2x2 pixels"
+                raise ValueError(f"{argument} is {size}, wanted a positive even number: {reason}")
+        if not 0 <= crf <= 51:  # NaN fails too
+            raise ValueError(f"crf is {crf}, wanted 0 (lossless) to 51 (worst)")
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}, wanted one of {', '.join(PRESETS)}")
+        self.height, self.width = height, width
+        self._rate = _frame_rate(fps)
+        self._options = {"crf": f"{crf:g}", "preset": preset, "threads": _THREADS}
+        self._comment = None if metadata is None else json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
+        self._count = 0
+        self._temporary: str | None = None
+        self._container: OutputContainer | None = None
+        self._stream: VideoStream | None = None
+
+    def __enter__(self) -> Self:
+        import av
+
+        self._temporary = os.path.join(os.path.dirname(self._target), f".cogvid-{secrets.token_hex(6)}.mp4")
+        try:
+            # Made here and not by `tempfile`, which hides it from others: the mode must follow the umask.
+            os.close(os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            container = av.open(self._temporary, "w", format="mp4", options={"movflags": "+faststart"})
+            self._container = container
+            if self._comment is not None:
+                container.metadata["comment"] = self._comment
+            stream = container.add_stream("libx264", rate=self._rate, options=self._options)
+            stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _LIMITED
+            self._stream = stream
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, frames: Tensor | np.ndarray) -> None:
+        """Append frames: `[f, H, W, 3]` uint8 RGB, on any device."""
+        import av
+
+        if self._container is None or self._stream is None:
+            raise RuntimeError("VideoWriter writes inside its `with` block only")
+        array = np.asarray(frames.detach().cpu() if isinstance(frames, Tensor) else frames)
+        if array.shape[1:] != (self.height, self.width, 3) or array.dtype != np.uint8:
+            wanted = f"[f, {self.height}, {self.width}, 3] uint8"
+            raise ValueError(f"frames is {list(array.shape)} {array.dtype}, wanted {wanted}")
+        for pixels in array:
+            frame = _rgb_to_yuv(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"))
+            frame.pts, frame.time_base = self._count, 1 / self._rate
+            self._container.mux(self._stream.encode(frame))
+            self._count += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    def _finish(self) -> None:
+        assert self._container is not None
+        assert self._stream is not None
+        assert self._temporary is not None
+        if self._count == 0:
+            raise ValueError("frames is empty, wanted at least one frame")
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        os.replace(self._temporary, self._target)
+
+    def _discard(self) -> None:
+        """Close what is open and remove the temporary file, if it is still there."""
+        if self._container is not None:
+            with contextlib.suppress(Exception):  # a container that failed may fail again; its file goes anyway
+                self._container.close()
+        if self._temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+        self._container = self._stream = None
+
+
+def export_to_video(
+    frames: Iterable[Image | np.ndarray | Tensor] | np.ndarray | Tensor,
+    path: str | os.PathLike[str],
+    fps: float | Fraction = 16,
+    crf: float = 18,
+    preset: str = "medium",
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the frames of one video to an MP4 file; see `VideoWriter` for the other arguments.
+
+    Args:
+        frames: PIL RGB images, or one array or tensor `[F, H, W, 3]` or `[F, 3, H, W]`, or a list of such frames;
+            uint8 0-255, or floating point in [0, 1], which is rounded.
+        fps: frames per second of the written file, not of the model.
+    """
+    if isinstance(frames, (str, bytes)) or not isinstance(frames, (Iterable, Tensor)):
+        raise ValueError(f"frames is {type(frames).__name__}, wanted the frames of one video")
+    arrays = _frames_to_uint8(frames)
+    first = next(arrays, None)
+    if first is None:
+        raise ValueError("frames is empty, wanted at least one frame")
+    with VideoWriter(path, first.shape[0], first.shape[1], fps, crf, preset, metadata) as writer:
+        writer.write(first[None])
+        for array in arrays:
+            writer.write(array[None])
+
+
+def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
+    """Decode a video file, upright; colours without a tag are read as BT.601, as FFmpeg does.
+
+    Args:
+        max_frames: frames after these are not decoded.
+    Returns:
+        `[F, H, W, 3]` uint8 RGB on the CPU, and the mean frames per second.
+    Raises:
+        ValueError: a file that is not a whole, readable video.
+    """
+    name = repr(os.fspath(path))
+    frames: list[np.ndarray] = []
+    with _opened(path) as container:
+        if not container.streams.video:
+            raise ValueError(f"video {name} holds no pictures, wanted a video stream")
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise ValueError(f"cannot read video {name}: it is cut off or damaged")
+            frames += (_to_rgb(frame) for frame in packet.decode())
+            if max_frames is not None and len(frames) >= max_frames:
+                frames = frames[:max_frames]
+                break
+        else:
+            if len(frames) < stream.frames:  # the index lists frames that the data does not hold
+                raise ValueError(
+                    f"cannot read video {name}: it holds {len(frames)} of the {stream.frames} frames it lists"
+                )
+    if not frames or not rate:
+        raise ValueError(f"video {name} holds no frames, wanted at least one")
+    return torch.from_numpy(np.stack(frames)), float(rate)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what `metadata=` put into a written file."""
+    with _opened(path) as container:
+        comment = container.metadata.get("comment", "")
+    try:
+        values = json.loads(comment)
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"video {os.fspath(path)!r} holds no record of how it was made, wanted a file made by cogvid")
+    return values
+
+
+def check_output_path(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path behind links that a video can be written to, or raise `ValueError` saying why not."""
+    target = os.path.realpath(path)
+    directory = os.path.dirname(target)
+    name = repr(os.fspath(path))
+    if os.path.isdir(target):
+        raise ValueError(f"output {name} is a directory, wanted a file name ending in .mp4")
+    if os.path.splitext(target)[1].lower() != ".mp4":
+        raise ValueError(f"output {name} does not end in .mp4, wanted an MP4 file name")
+    if not os.path.isdir(directory):
+        raise ValueError(f"output directory {directory!r} does not exist, wanted an existing one")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ValueError(f"output directory {directory!r} is not writable, wanted one that is")
+    if os.path.exists(target) and not (os.path.isfile(target) and os.access(target, os.W_OK)):
+        raise ValueError(f"output {name} exists and is not a writable file, wanted one that may be replaced")
+    return target
+
+
+def denormalize(video: Tensor) -> Tensor:
+    """Map the VAE's pixels from [-1, 1] to float32 in [0, 1], same shape, clamping what lies outside.
+
+    In fp32 this equals diffusers bit for bit. In low precision diffusers adds in that precision and so loses a bit of
+    the pixels; here the arithmetic is fp32.
+    """
+    return (video.float() * 0.5 + 0.5).clamp(0, 1)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Round pixels in [0, 1] to uint8 0-255, same shape, ties to even as diffusers' `numpy_to_pil` does."""
+    pixels = pixels.float()
+    if pixels.numel():
+        low, high = (bound.item() for bound in pixels.aminmax())
+        if not (low >= 0 and high <= 1):  # NaN fails too
+            raise ValueError(f"pixels lie between {low:g} and {high:g}, wanted [0, 1]")
+    return (pixels * 255).round().to(torch.uint8)
+
+
+def _frames_to_uint8(frames: Iterable[Any]) -> Iterator[np.ndarray]:
+    """Yield each frame as `[H, W, 3]` uint8."""
+    from PIL import Image as pil
+
+    for index, frame in enumerate(frames):
+        name = f"frames[{index}]"
+        if isinstance(frame, pil.Image):
+            if frame.mode != "RGB":
+                raise ValueError(f"{name} is a PIL image of mode {frame.mode}, wanted RGB")
+            yield np.asarray(frame)
+            continue
+        if not isinstance(frame, (np.ndarray, Tensor)):
+            hint = "; one video at a time: pass frames[0]" if isinstance(frame, (list, tuple)) else ""
+            raise ValueError(f"{name} is {type(frame).__name__}, wanted a PIL image, an array or a tensor{hint}")
+        shape, dtype = list(frame.shape), str(frame.dtype).removeprefix("torch.")
+        if frame.ndim != 3 or 3 not in (shape[0], shape[2]):
+            hint = "; one video at a time: pass frames[0]" if frame.ndim == 4 else ""
+            raise ValueError(f"{name} has shape {shape}, wanted [H, W, 3] or [3, H, W]{hint}")
+        if dtype != "uint8" and not dtype.startswith(("float", "bfloat")):
+            raise ValueError(f"{name} is {dtype}, wanted uint8 0-255 or floating point in [0, 1]")
+        tensor = frame.detach().cpu() if isinstance(frame, Tensor) else torch.tensor(frame)
+        if shape[2] != 3:  # with both 3, the last: a frame three pixels wide is odd and refused all the same
+            tensor = rearrange(tensor, "c h w -> h w c")
+        try:
+            yield (tensor if dtype == "uint8" else to_uint8(tensor)).numpy()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _frame_rate(fps: float | Fraction) -> Fraction:
+    if not 0.01 <= fps <= 1000:  # NaN fails too
+        raise ValueError(f"fps is {fps}, wanted 0.01 to 1000 frames per second")
+    return Fraction(fps).limit_denominator(1001)  # 24000/1001 and its like stay exact
+
+
+def _rgb_to_yuv(frame: VideoFrame) -> VideoFrame:
+    return frame.reformat(
+        format="yuv420p",
+        src_color_range=_FULL,
+        dst_color_range=_LIMITED,
+        dst_colorspace=_BT709,  # swscale's own default is BT.601
+        interpolation=_interpolation(),
+    )
+
+
+def _to_rgb(frame: VideoFrame) -> np.ndarray:
+    """Convert a decoded frame to upright `[H, W, 3]` uint8."""
+    matrix = frame.colorspace if frame.colorspace in (_BT709, 7, 9) else _BT601  # 7: SMPTE 240M, 9: BT.2020
+    full = frame.color_range == _FULL or frame.format.is_rgb
+    rgb = frame.reformat(
+        format="rgb24",
+        src_colorspace=matrix,
+        dst_colorspace=matrix,
+        src_color_range=_FULL if full else _LIMITED,
+        dst_color_range=_FULL,
+        interpolation=_interpolation(),
+    ).to_ndarray()
+    return np.rot90(rgb, frame.rotation // 90)
+
+
+def _interpolation() -> int:
+    """swscale's flags for the right rounding, full chroma and the same bits with every instruction set."""
+    from av.video.reformatter import Interpolation as Flag
+
+    return int(Flag.BICUBIC | Flag.ACCURATE_RND | Flag.FULL_CHR_H_INT | Flag.FULL_CHR_H_INP | Flag.BITEXACT)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a video for reading; what FFmpeg cannot read raises one `ValueError`."""
+    import av
+    from av.error import FFmpegError
+
+    name = repr(os.fspath(path))
+    if os.path.isdir(path):
+        raise ValueError(f"video {name} is a directory, wanted a video file")
+    if not os.path.isfile(path):
+        raise ValueError(f"video {name} does not exist, wanted a video file")
+    try:
+        # An absolute path: FFmpeg would take what stands before a colon for a network protocol.
+        with av.open(os.path.abspath(path)) as container:
+            yield container
+    except FFmpegError as error:
+        raise ValueError(f"cannot read video {name}: {error.strerror}") from error
