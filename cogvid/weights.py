@@ -1,0 +1,699 @@
+"""Find or fetch a checkpoint, say which model it is, and load it; and the way back, for diffusers to read.
+
+A checkpoint has the layout that diffusers' `save_pretrained` writes: `model_index.json` and a folder for each component
+with `config.json` and safetensors, in one file or in several with an index. weights.md lists the official ones.
+
+Nothing is read into memory that need not be. Modules are built on the meta device, safetensors are mapped, and where
+neither device nor dtype changes the parameters are the mapping itself: pages that the kernel reads when they are first
+used and may drop again. Q, K and V are the exception, because the model wants the three as one matrix; see `_merge`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cogvid.config import CONFIGS, ModelConfig, SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.ops import Ops, resolve_ops
+from cogvid.transformer import Transformer
+from cogvid.vae import VAE
+
+PACKS = Path(__file__).parent / "packs"
+BASENAME = "diffusion_pytorch_model"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Upstream's module -> ours; `{}` is the number of a layer, and `.weight` and `.bias` come along. Where several go to
+# one, that one holds their rows in the order of this table.
+TRANSFORMER_NAMES = {
+    "patch_embed.pos_embedding": "pos_embedding",
+    "patch_embed.proj": "patch_proj",
+    "patch_embed.text_proj": "text_proj",
+    "time_embedding.linear_1": "time_embed.linear_in",
+    "time_embedding.linear_2": "time_embed.linear_out",
+    "ofs_embedding.linear_1": "ofs_embed.linear_in",
+    "ofs_embedding.linear_2": "ofs_embed.linear_out",
+    "transformer_blocks.{}.norm1.linear": "blocks.{}.modulation1",
+    "transformer_blocks.{}.norm1.norm": "blocks.{}.norm1",
+    "transformer_blocks.{}.attn1.to_q": "blocks.{}.qkv",
+    "transformer_blocks.{}.attn1.to_k": "blocks.{}.qkv",
+    "transformer_blocks.{}.attn1.to_v": "blocks.{}.qkv",
+    "transformer_blocks.{}.attn1.norm_q": "blocks.{}.q_norm",
+    "transformer_blocks.{}.attn1.norm_k": "blocks.{}.k_norm",
+    "transformer_blocks.{}.attn1.to_out.0": "blocks.{}.out",
+    "transformer_blocks.{}.norm2.linear": "blocks.{}.modulation2",
+    "transformer_blocks.{}.norm2.norm": "blocks.{}.norm2",
+    "transformer_blocks.{}.ff.net.0.proj": "blocks.{}.mlp_in",
+    "transformer_blocks.{}.ff.net.2": "blocks.{}.mlp_out",
+    "norm_final": "norm_final",
+    "norm_out.linear": "modulation_out",
+    "norm_out.norm": "norm_out",
+    "proj_out": "proj_out",
+}
+VAE_NAMES = {
+    "encoder.conv_in.conv": "encoder.conv_in",
+    "encoder.down_blocks.{}.resnets.{}.norm1": "encoder.down_blocks.{}.resnets.{}.norm1",
+    "encoder.down_blocks.{}.resnets.{}.conv1.conv": "encoder.down_blocks.{}.resnets.{}.conv1",
+    "encoder.down_blocks.{}.resnets.{}.norm2": "encoder.down_blocks.{}.resnets.{}.norm2",
+    "encoder.down_blocks.{}.resnets.{}.conv2.conv": "encoder.down_blocks.{}.resnets.{}.conv2",
+    "encoder.down_blocks.{}.resnets.{}.conv_shortcut": "encoder.down_blocks.{}.resnets.{}.conv_shortcut",
+    "encoder.down_blocks.{}.downsamplers.0.conv": "encoder.down_blocks.{}.downsample",
+    "encoder.mid_block.resnets.{}.norm1": "encoder.mid_block.resnets.{}.norm1",
+    "encoder.mid_block.resnets.{}.conv1.conv": "encoder.mid_block.resnets.{}.conv1",
+    "encoder.mid_block.resnets.{}.norm2": "encoder.mid_block.resnets.{}.norm2",
+    "encoder.mid_block.resnets.{}.conv2.conv": "encoder.mid_block.resnets.{}.conv2",
+    "encoder.norm_out": "encoder.norm_out",
+    "encoder.conv_out.conv": "encoder.conv_out",
+    "decoder.conv_in.conv": "decoder.conv_in",
+    "decoder.mid_block.resnets.{}.norm1.norm_layer": "decoder.mid_block.resnets.{}.norm1",
+    "decoder.mid_block.resnets.{}.norm1.conv_y.conv": "decoder.mid_block.resnets.{}.norm1.scale",
+    "decoder.mid_block.resnets.{}.norm1.conv_b.conv": "decoder.mid_block.resnets.{}.norm1.shift",
+    "decoder.mid_block.resnets.{}.conv1.conv": "decoder.mid_block.resnets.{}.conv1",
+    "decoder.mid_block.resnets.{}.norm2.norm_layer": "decoder.mid_block.resnets.{}.norm2",
+    "decoder.mid_block.resnets.{}.norm2.conv_y.conv": "decoder.mid_block.resnets.{}.norm2.scale",
+    "decoder.mid_block.resnets.{}.norm2.conv_b.conv": "decoder.mid_block.resnets.{}.norm2.shift",
+    "decoder.mid_block.resnets.{}.conv2.conv": "decoder.mid_block.resnets.{}.conv2",
+    "decoder.up_blocks.{}.resnets.{}.norm1.norm_layer": "decoder.up_blocks.{}.resnets.{}.norm1",
+    "decoder.up_blocks.{}.resnets.{}.norm1.conv_y.conv": "decoder.up_blocks.{}.resnets.{}.norm1.scale",
+    "decoder.up_blocks.{}.resnets.{}.norm1.conv_b.conv": "decoder.up_blocks.{}.resnets.{}.norm1.shift",
+    "decoder.up_blocks.{}.resnets.{}.conv1.conv": "decoder.up_blocks.{}.resnets.{}.conv1",
+    "decoder.up_blocks.{}.resnets.{}.norm2.norm_layer": "decoder.up_blocks.{}.resnets.{}.norm2",
+    "decoder.up_blocks.{}.resnets.{}.norm2.conv_y.conv": "decoder.up_blocks.{}.resnets.{}.norm2.scale",
+    "decoder.up_blocks.{}.resnets.{}.norm2.conv_b.conv": "decoder.up_blocks.{}.resnets.{}.norm2.shift",
+    "decoder.up_blocks.{}.resnets.{}.conv2.conv": "decoder.up_blocks.{}.resnets.{}.conv2",
+    "decoder.up_blocks.{}.resnets.{}.conv_shortcut": "decoder.up_blocks.{}.resnets.{}.conv_shortcut",
+    "decoder.up_blocks.{}.upsamplers.0.conv": "decoder.up_blocks.{}.upsample",
+    "decoder.norm_out.norm_layer": "decoder.norm_out",
+    "decoder.norm_out.conv_y.conv": "decoder.norm_out.scale",
+    "decoder.norm_out.conv_b.conv": "decoder.norm_out.shift",
+    "decoder.conv_out.conv": "decoder.conv_out",
+}
+
+PIPELINES = {  # class in model_index.json -> whether its transformer takes an image
+    "CogVideoXPipeline": False,
+    "CogVideoXVideoToVideoPipeline": False,
+    "CogVideoXImageToVideoPipeline": True,
+}
+CLASSES = {  # what a component may be; both schedulers keep the same settings, and the sampler is chosen by the caller
+    "transformer": ("CogVideoXTransformer3DModel",),
+    "vae": ("AutoencoderKLCogVideoX",),
+    "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+    "text_encoder": ("T5EncoderModel",),
+    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+}
+CONFIG_FILES = {name: "scheduler_config.json" if name == "scheduler" else "config.json" for name in CLASSES}
+COMPONENTS = tuple(CLASSES)
+_WEIGHTS = {"transformer": BASENAME, "vae": BASENAME, "text_encoder": "model"}  # basenames of the safetensors
+
+# Settings that upstream's classes have and no checkpoint changes; another value would be another model.
+_FIXED: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "activation_fn": "gelu-approximate",
+        "timestep_activation_fn": "silu",
+        "norm_elementwise_affine": True,
+        "attention_bias": True,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    },
+    "vae": {
+        "act_fn": "silu",
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+    },
+    "scheduler": {
+        "beta_schedule": "scaled_linear",
+        "trained_betas": None,
+        "set_alpha_to_one": True,
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+    },
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+Config = TypeVar("Config", TransformerConfig, VAEConfig, SchedulerConfig)
+
+
+def load_transformer(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    ops: str | Ops = "auto",
+) -> Transformer:
+    """Load the transformer of a checkpoint, or the one in its own directory.
+
+    Args:
+        model: as for `find`, or a directory that holds the transformer's own config.json.
+        dtype: float32, float16 or bfloat16, as a name or a `torch.dtype`; None keeps the stored one. On a CPU float16
+            becomes bfloat16 or float32, with a warning.
+        ops: "auto", "torch", "triton" or an `Ops`.
+
+    Raises:
+        ValueError: the files are missing, broken or not this model's; an argument is not one of the above.
+    """
+    directory = component_directory(model, "transformer")
+    bundle, _ = resolve_ops(ops, resolve_device(device))
+    with torch.device("meta"):
+        module = Transformer(_read_config(directory, "transformer", TransformerConfig), bundle)
+    return _fill(module, directory, device, dtype)
+
+
+def load_vae(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    ops: str | Ops = "auto",
+) -> VAE:
+    """Load the VAE of a checkpoint, or the one in its own directory; arguments as for `load_transformer`."""
+    directory = component_directory(model, "vae")
+    bundle, _ = resolve_ops(ops, resolve_device(device))
+    with torch.device("meta"):
+        module = VAE(_read_config(directory, "vae", VAEConfig), bundle)
+    return _fill(module, directory, device, dtype)
+
+
+def load_scheduler_config(model: str | Path) -> SchedulerConfig:
+    """Read the noise schedule of a checkpoint."""
+    return _read_config(component_directory(model, "scheduler"), "scheduler", SchedulerConfig)
+
+
+def save_transformer(module: Transformer, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `config.json` and the safetensors that `CogVideoXTransformer3DModel.from_pretrained` reads.
+
+    dtype: of the file; None keeps the module's.
+    """
+    config = module.config.to_dict()
+    del config["qk_norm_eps"]  # upstream has it in its code
+    _save(module, "transformer", config, Path(directory), dtype)
+
+
+def save_vae(module: VAE, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `config.json` and the safetensors that `AutoencoderKLCogVideoX.from_pretrained` reads."""
+    blocks = len(module.config.block_out_channels)
+    types = {"down_block_types": ["CogVideoXDownBlock3D"] * blocks, "up_block_types": ["CogVideoXUpBlock3D"] * blocks}
+    _save(module, "vae", {**module.config.to_dict(), **types}, Path(directory), dtype)
+
+
+def map_transformer_state_dict(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """Rename (and merge, see `TRANSFORMER_NAMES`) a state dict of `CogVideoXTransformer3DModel` for `Transformer`.
+
+    Raises:
+        ValueError: names or shapes are not those of the config.
+    """
+    with torch.device("meta"):
+        module = Transformer(config)
+    return _map(state, module, "state", lambda x: x, torch.cat)
+
+
+def map_vae_state_dict(state: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
+    """Rename a state dict of `AutoencoderKLCogVideoX` for `VAE`; errors as for `map_transformer_state_dict`."""
+    with torch.device("meta"):
+        module = VAE(config)
+    return _map(state, module, "state", lambda x: x, torch.cat)
+
+
+def unmap_state_dict(module: Transformer | VAE) -> dict[str, Tensor]:
+    """Return the module's state dict under upstream's names and shapes: the inverse of the two functions above."""
+    state = module.state_dict()
+    return {
+        name: part.reshape(shape)
+        for key, parts in _upstream(module).items()
+        for (name, shape), part in zip(parts.items(), state[key].chunk(len(parts)), strict=True)
+    }
+
+
+def _rename(key: str, pattern: str, to: str) -> str | None:
+    """Rename a key that fits the pattern of a table, else return None."""
+    match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(\.weight|\.bias|)", key)
+    return to.format(*match.groups()[:-1]) + match.groups()[-1] if match else None
+
+
+def _upstream(module: Transformer | VAE) -> dict[str, dict[str, tuple[int, ...]]]:
+    """For each key of the module's state dict, the upstream keys that make it up, in order, with their shapes."""
+    names = TRANSFORMER_NAMES if isinstance(module, Transformer) else VAE_NAMES
+    expected = {}
+    for key, tensor in module.state_dict().items():
+        parts = [name for theirs, ours in names.items() if (name := _rename(key, ours, theirs)) is not None]
+        shape = (tensor.shape[0] // len(parts), *tensor.shape[1:])
+        if isinstance(module, Transformer) and key == "patch_proj.weight" and module.config.patch_size_t is None:
+            # Upstream's 1.0 has a convolution here, whose flattened kernel is the matrix of the same patches.
+            shape = (shape[0], module.config.in_channels, module.config.patch_size, module.config.patch_size)
+        expected[key] = dict.fromkeys(parts, shape)
+    return expected
+
+
+def _map(
+    state: Mapping[str, Tensor],
+    module: Transformer | VAE,
+    source: str | Path,
+    place: Callable[[Tensor], Tensor],
+    merge: Callable[[list[Tensor]], Tensor],
+) -> dict[str, Tensor]:
+    """Rename `state` for `module`; each tensor goes through `place`, or with its fellows through `merge`."""
+    expected = _upstream(module)
+    _check_names(state, expected, source)
+    own = module.state_dict()
+    mapped = {}
+    for key, parts in expected.items():
+        tensors = [state[name] for name in parts]
+        tensor = merge(tensors) if len(tensors) > 1 else place(tensors[0])
+        mapped[key] = tensor.reshape(own[key].shape)
+    return mapped
+
+
+def _check_names(
+    state: Mapping[str, Tensor], parts: Mapping[str, dict[str, tuple[int, ...]]], source: str | Path
+) -> None:
+    """Raise one line that lists what is missing, unexpected or of the wrong shape, with the nearest names."""
+    expected = {name: shape for part in parts.values() for name, shape in part.items()}
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    shapes = [(n, tuple(state[n].shape), s) for n, s in expected.items() if n in state and tuple(state[n].shape) != s]
+    faults = [
+        _listing("missing", missing, lambda n: f"{n}{_nearest(n, unexpected)}"),
+        _listing("unexpected", unexpected, lambda n: f"{n}{_nearest(n, missing or list(expected))}"),
+        _listing("of another shape", shapes, lambda s: f"{s[0]} is {list(s[1])}, wanted {list(s[2])}"),
+    ]
+    if any(faults):
+        raise ValueError(f"{source}: the weights do not fit the config: {'; '.join(f for f in faults if f)}")
+
+
+def _listing(what: str, items: list[Any], describe: Callable[[Any], str], limit: int = 3) -> str:
+    if not items:
+        return ""
+    more = f", and {len(items) - limit} more" if len(items) > limit else ""
+    return f"{len(items)} {what} ({', '.join(describe(item) for item in items[:limit])}{more})"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" [nearest: {close[0]}]" if close else ""
+
+
+Module = TypeVar("Module", Transformer, VAE)
+
+
+def _fill(module: Module, directory: Path, device: str | torch.device, dtype: str | torch.dtype | None) -> Module:
+    """Give a module on the meta device the weights of a directory."""
+    state = load_state(directory)
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device, stored=stored_dtype(state, directory))
+    mapped = _map(state, module, directory, lambda x: x.to(device, dtype), lambda xs: _merge(xs, device, dtype))
+    module.load_state_dict(mapped, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _merge(parts: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Stack the rows of several matrices: where they are to go, or, if they may stay where they are, in a file.
+
+    The parts lie apart in a mapped checkpoint. Merged in ordinary memory they would take a fifth of the model's size
+    that the kernel cannot drop; written to a nameless temporary file and mapped, they are like the rest of the weights.
+    """
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    if device.type == "cpu" and all(part.dtype == dtype for part in parts):
+        try:
+            with tempfile.NamedTemporaryFile(prefix="cogvid-") as file:
+                for part in parts:
+                    file.write(part.contiguous().view(torch.uint8).numpy())
+                file.flush()
+                # A private mapping of the file, which it outlives.
+                merged = torch.from_file(file.name, shared=False, size=sum(p.numel() for p in parts), dtype=dtype)
+        except OSError as error:
+            where = f"in {tempfile.gettempdir()}, where merged weights are kept; TMPDIR can name another place"
+            raise OSError(error.errno, f"{error.strerror} {where}") from error
+        return merged.view(shape)
+    merged = torch.empty(shape, dtype=dtype, device=device)
+    for part, rows in zip(parts, merged.split([len(part) for part in parts]), strict=True):
+        rows.copy_(part)
+    return merged
+
+
+def load_state(directory: Path, basename: str = BASENAME) -> dict[str, Tensor]:
+    """Map the tensors of `basename.safetensors`, or of the shards that `basename.safetensors.index.json` names.
+
+    Nothing is read but the headers; a tensor's pages are read when it is used.
+    """
+    index = directory / f"{basename}.safetensors.index.json"
+    if not index.is_file():
+        return _map_file(directory / f"{basename}.safetensors")
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shard_of.values()):
+        raise ValueError(f"{index}: wanted a 'weight_map' of tensor names to file names")
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        # A tensor that the index gives to another shard is that shard's; one the index leaves out is kept, to be named.
+        state |= {k: v for k, v in _map_file(directory / shard).items() if shard_of.get(k, shard) == shard}
+    if absent := [name for name in shard_of if name not in state]:
+        raise ValueError(f"{index}: {_listing('tensors not in the shard it names', absent, str)}")
+    return state
+
+
+def _map_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".safetensors", ".bin", ".pt"))
+        raise ValueError(f"{path}: no such file{'; there is ' + ', '.join(there[:3]) if there else ''}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype:
+    """Return the dtype that most of the weights are stored in."""
+    count: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        count[tensor.dtype] += tensor.numel()
+    if others := [str(dtype).removeprefix("torch.") for dtype in count if dtype not in DTYPES.values()]:
+        raise ValueError(f"{source}: the weights are {', '.join(others)}, wanted {' or '.join(DTYPES)}")
+    if not count:
+        raise ValueError(f"{source}: no weights in it")
+    return count.most_common(1)[0][0]
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype to run in: the one asked for or else the stored one, but never float16 on a CPU."""
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else stored if dtype is None else dtype
+    if chosen not in DTYPES.values():
+        raise ValueError(f"dtype: got {dtype!r}, wanted {', '.join(DTYPES)}")
+    if chosen == torch.float16 and device.type == "cpu":
+        name, chosen = cpu_dtype()
+        warnings.warn(f"float16 arithmetic is not run on a CPU: {name} instead", stacklevel=4)
+    return chosen
+
+
+def cpu_dtype() -> tuple[str, torch.dtype]:
+    """Return what stands in for float16 on this CPU: bfloat16 if it has instructions for that, else float32."""
+    name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    return name, DTYPES[name]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device, which must be a CPU or a CUDA GPU that is there."""
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {str(device)!r}, wanted 'cpu', 'cuda' or 'cuda:N'")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {str(device)!r}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
+    return resolved
+
+
+def _save(
+    module: Transformer | VAE,
+    component: str,
+    config: dict[str, Any],
+    directory: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    # Copies, because safetensors writes no two tensors of one memory, and Q, K and V are rows of one.
+    state = {name: x.to("cpu", dtype, copy=True).contiguous() for name, x in unmap_state_dict(module).items()}
+    _write(directory / f"{BASENAME}.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    text = json.dumps({"_class_name": CLASSES[component][0], **config}, indent=2) + "\n"
+    _write(directory / "config.json", lambda path: path.write_text(text))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place: it appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def find(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    components: Iterable[str] = COMPONENTS,
+) -> Path:
+    """Return the directory of a checkpoint, fetching it if it is named by a hub id.
+
+    Args:
+        model: the name of a shipped pack, a directory, or a hub id such as "zai-org/CogVideoX-5b", in this order
+            ("./tiny-i2v" is a directory whatever packs there are).
+        revision: branch, tag or commit of a hub id.
+        local_files_only: take a hub id from the local cache, and never from the network.
+        components: what a hub id is fetched for.
+
+    Raises:
+        ValueError: no such model.
+        OSError: the hub cannot be reached, or there is no room.
+    """
+    name = os.fspath(model)
+    if name in packs():
+        return PACKS / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"model: {name} is a file, wanted the directory of a checkpoint")
+    if _HUB_ID.fullmatch(name) and isinstance(model, str):
+        return _fetch(name, revision, local_files_only, components)
+    known = f"; its weights are {CONFIGS[name].repo}" if name in CONFIGS and CONFIGS[name].repo else ""
+    raise ValueError(
+        f"model: got {name!r}{known}; wanted a directory, a shipped pack ({', '.join(packs())}) or a hub id "
+        f"such as {CONFIGS['cogvideox-5b-i2v'].repo}"
+    )
+
+
+def packs() -> list[str]:
+    """Return the names of the shipped packs."""
+    return sorted(path.parent.name for path in PACKS.glob("*/model_index.json"))
+
+
+def _fetch(repo: str, revision: str | None, local_files_only: bool, components: Iterable[str]) -> Path:
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["model_index.json"]
+    for component in components:
+        names = ["spiece.model"] if component == "tokenizer" else [CONFIG_FILES[component]]
+        if base := _WEIGHTS.get(component):
+            names += [f"{base}.safetensors", f"{base}-*-of-*.safetensors", f"{base}.safetensors.index.json"]
+        files += [f"{component}/{name}" for name in names]
+    where = repo + (f" at {revision}" if revision else "")
+    try:
+        if not local_files_only:
+            try:
+                info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                raise
+            except OSError:
+                info = None  # no network: what is in the cache may be enough, and snapshot_download knows
+            if info is not None:
+                wanted = filter_repo_objects(info.siblings or [], allow_patterns=files, key=lambda f: f.rfilename)
+                sizes = [
+                    file.size or 0
+                    for file in wanted
+                    if not isinstance(try_to_load_from_cache(repo, file.rfilename, revision=info.sha), str)
+                ]
+                if sizes:
+                    print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB", file=sys.stderr)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=local_files_only))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        kind = "revision" if isinstance(error, RevisionNotFoundError) else "repository that you can read"
+        raise ValueError(f"model: {where} is not a directory here, and the hub has no such {kind}") from error
+    except LocalEntryNotFoundError as error:
+        if local_files_only:
+            raise ValueError(f"model: {where} is not a directory here, nor in the hub's local cache") from error
+        raise OSError(f"model: {where} is not a directory here, and the hub cannot be reached to fetch it") from error
+
+
+def component_directory(model: str | Path, component: str) -> Path:
+    """Return the directory of one component, given the checkpoint's (as for `find`) or the component's own."""
+    directory = find(model, components=(component,))
+    if (directory / component).is_dir():
+        return directory / component
+    if (directory / CONFIG_FILES[component]).is_file() and not (directory / "model_index.json").is_file():
+        return directory
+    raise ValueError(f"{directory}: neither a {component}/ nor a {CONFIG_FILES[component]} in it")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: wanted a JSON object")
+    return values
+
+
+def _read_config(directory: Path, component: str, config: type[Config]) -> Config:
+    """Read a component's config and refuse what cogvid does not implement."""
+    path = directory / CONFIG_FILES[component]
+    values = _read_json(path)
+    if values.get("_class_name") not in CLASSES[component]:
+        raise ValueError(f"{path}: is of class {values.get('_class_name')}, wanted {' or '.join(CLASSES[component])}")
+    for name, value in _FIXED[component].items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{path}: {name} is {values[name]!r}; only {value!r} is implemented")
+    if component == "scheduler" and (absent := [name for name in config().to_dict() if name not in values]):
+        # Unlike the other two, upstream's defaults here are not those of CogVideoX.
+        raise ValueError(f"{path}: no {', '.join(absent)} in it")
+    try:
+        return config.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_model_index(directory: str | Path) -> dict[str, Any]:
+    """Read and check `model_index.json`: a CogVideoX pipeline with its five components."""
+    path = Path(directory) / "model_index.json"
+    index = _read_json(path)
+    if index.get("_class_name") not in PIPELINES:
+        raise ValueError(f"{path}: is of class {index.get('_class_name')}, wanted {' or '.join(PIPELINES)}")
+    for component, classes in CLASSES.items():
+        entry = index.get(component)
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if name not in classes:
+            raise ValueError(f"{path}: {component} is of class {name}, wanted {' or '.join(classes)}")
+    return index
+
+
+def read_model_config(directory: str | Path) -> ModelConfig:
+    """Say which model a checkpoint is, from its configs and the shapes and dtype of its weights.
+
+    An official model or a shipped pack is told by its architecture; its recommended settings are those of `CONFIGS`.
+    Of any other checkpoint they follow from the configs: the size it was made for, and the stored dtype.
+    """
+    directory = Path(directory)
+    pipeline = read_model_index(directory)["_class_name"]
+    transformer = _read_config(directory / "transformer", "transformer", TransformerConfig)
+    vae = _read_config(directory / "vae", "vae", VAEConfig)
+    scheduler = _read_config(directory / "scheduler", "scheduler", SchedulerConfig)
+    text_width = _read_json(directory / "text_encoder" / "config.json").get("d_model")
+    for what, got, wanted in (
+        ("out_channels", transformer.out_channels, vae.latent_channels),
+        ("in_channels", transformer.in_channels, vae.latent_channels * (1 + PIPELINES[pipeline])),
+        ("text_embed_dim", transformer.text_embed_dim, text_width),
+    ):
+        if got != wanted:
+            raise ValueError(
+                f"{directory}: the transformer's {what} is {got}, but {wanted} goes with the other components "
+                f"of this {pipeline}"
+            )
+
+    parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+    known = next((m for m in CONFIGS.values() if _without_size(m.transformer) == _without_size(transformer)), None)
+    # 1.5 is hosted with sample sizes that are not what it was trained for.
+    if known is not None and (transformer == known.transformer or transformer.patch_size_t is not None):
+        return dataclasses.replace(known, **parts)
+    size: dict[str, Any] = {
+        "height": transformer.sample_height * vae.spatial_compression_ratio,
+        "width": transformer.sample_width * vae.spatial_compression_ratio,
+        "num_frames": transformer.sample_frames,
+        "max_frames": transformer.sample_frames,
+    }
+    if known is not None:
+        return dataclasses.replace(known, **parts, **size)
+    dtype = stored_dtype(load_state(directory / "transformer"), directory / "transformer")
+    return ModelConfig(
+        name="custom-i2v" if transformer.takes_image else "custom-t2v",
+        repo=None,
+        dtype=str(dtype).removeprefix("torch."),
+        fps=8 if transformer.patch_size_t is None else 16,
+        frame_multiple=vae.temporal_compression_ratio * 2 * (transformer.patch_size_t or 1),
+        **parts,
+        **size,
+    )
+
+
+def _without_size(config: TransformerConfig) -> TransformerConfig:
+    return dataclasses.replace(config, sample_frames=0, sample_height=0, sample_width=0)
+
+
+@dataclass(frozen=True)
+class ComponentSummary:
+    """What the files of one component hold; `shapes` are under upstream's names, `size` is in bytes."""
+
+    name: str
+    class_name: str
+    dtype: str
+    parameters: int
+    size: int
+    shapes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a checkpoint is; `model` and `pipeline` are None for the directory of a single component."""
+
+    directory: Path
+    pipeline: str | None
+    model: ModelConfig | None
+    components: tuple[ComponentSummary, ...]
+
+
+def inspect(model: str | Path) -> Summary:
+    """Say what a checkpoint, or a component's own directory, is, and that its weights fit its config.
+
+    Only configs and the headers of the safetensors are read.
+    """
+    directory = find(model)
+    if (directory / "model_index.json").is_file():
+        config = read_model_config(directory)
+        components = tuple(_summarise(directory / name, name) for name in _WEIGHTS)
+        return Summary(directory, read_model_index(directory)["_class_name"], config, components)
+    class_name = _class_name(_read_json(directory / "config.json"))
+    component = next((name for name in _WEIGHTS if class_name in CLASSES[name]), None)
+    if component is None:
+        wanted = " or ".join(CLASSES[name][0] for name in _WEIGHTS)
+        raise ValueError(f"{directory / 'config.json'}: is of class {class_name}, wanted {wanted}")
+    return Summary(directory, None, None, (_summarise(directory, component),))
+
+
+def _summarise(directory: Path, component: str) -> ComponentSummary:
+    state = load_state(directory, _WEIGHTS[component])
+    with torch.device("meta"):
+        if component == "transformer":
+            module = Transformer(_read_config(directory, component, TransformerConfig))
+        elif component == "vae":
+            module = VAE(_read_config(directory, component, VAEConfig))
+        else:
+            module = None
+    if module is not None:
+        _check_names(state, _upstream(module), directory)
+    return ComponentSummary(
+        name=component,
+        class_name=_class_name(_read_json(directory / "config.json")),
+        dtype=str(stored_dtype(state, directory)).removeprefix("torch."),
+        parameters=sum(x.numel() for x in state.values()),
+        size=sum(x.nbytes for x in state.values()),
+        shapes={name: tuple(x.shape) for name, x in state.items()},
+    )
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    """Return the class of a component: diffusers writes one name, transformers a list."""
+    return str(config.get("_class_name") or (config.get("architectures") or [None])[0])
