@@ -1,0 +1,257 @@
+"""What a checkpoint is, and whether a run is legal and how it is set up, before a weight is loaded.
+
+`settle` turns what a caller asks for and what a model's authors recommend into `Settings`: every choice of a run that
+is not a tensor. Sizes follow from the VAE's strides (8 in space, 4 in time) and the transformer's patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from cogvid.config import CONFIGS, ModelConfig, VAEConfig
+from cogvid.image import RESIZE_MODES
+from cogvid.sampler import SAMPLERS, GuidanceMode
+from cogvid.weights import (
+    find,
+    load_state,
+    map_transformer_state_dict,
+    map_vae_state_dict,
+    read_model_config,
+    stored_dtype,
+)
+
+TASKS = ("text-to-video", "image-to-video", "video-to-video")
+IMAGE_LATENT_SCALES = ("diffusers", "none", "multiply")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold every choice of a run that is not a tensor, checked, with nothing left to default.
+
+    task: one of `TASKS`. height, width: pixels. num_frames: pixel frames, all of them kept.
+    guidance_mode: the rule of `sampler.guidance_schedule`. strength: the share of the steps that video-to-video runs.
+    resize: how a picture of another shape is fitted, see `image.prepare_image`.
+    image_latent_scale: what the image latents of a model with `invert_scale_latents` are multiplied by, where upstream
+    disagrees with itself: "diffusers" 1 / scaling_factor; "none" 1; "multiply" scaling_factor.
+    previous_timestep: where a step lands, see `sampler.make_schedule`.
+    """
+
+    task: str
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_mode: GuidanceMode
+    scheduler: str
+    strength: float
+    resize: str
+    image_latent_scale: str
+    previous_timestep: str
+
+    @property
+    def guided(self) -> bool:
+        """True when the unconditional branch is run too; the static scale decides, also for a dynamic one."""
+        return self.guidance_scale > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def settle(
+    model: ModelConfig,
+    *,
+    task: str,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    use_dynamic_cfg: bool | GuidanceMode | None = None,
+    scheduler: str | None = None,
+    strength: float = 0.8,
+    resize: str = "stretch",
+    image_latent_scale: str = "diffusers",
+    previous_timestep: str = "diffusers",
+) -> Settings:
+    """Fill in the model's recommendations and check the whole; `untrained` says what is legal but of doubtful use."""
+    check_task(model, task)
+    scheduler = model.sampler if scheduler is None else scheduler
+    if use_dynamic_cfg is None:
+        use_dynamic_cfg = scheduler == "dpm"
+    if isinstance(use_dynamic_cfg, bool):
+        use_dynamic_cfg = "diffusers" if use_dynamic_cfg else "constant"
+    settings = Settings(
+        task=task,
+        height=model.height if height is None else height,
+        width=model.width if width is None else width,
+        num_frames=model.num_frames if num_frames is None else num_frames,
+        num_inference_steps=model.num_inference_steps if num_inference_steps is None else num_inference_steps,
+        guidance_scale=model.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_mode=use_dynamic_cfg,
+        scheduler=scheduler,
+        strength=strength,
+        resize=resize,
+        image_latent_scale=image_latent_scale,
+        previous_timestep=previous_timestep,
+    )
+    check_choice("scheduler", settings.scheduler, tuple(SAMPLERS))
+    check_choice("use_dynamic_cfg", settings.guidance_mode, get_args(GuidanceMode))
+    check_choice("resize", settings.resize, RESIZE_MODES)
+    check_choice("image_latent_scale", settings.image_latent_scale, IMAGE_LATENT_SCALES)
+    check_choice("previous_timestep", settings.previous_timestep, ("diffusers", "next"))
+    check_size(model, settings.height, settings.width)
+    check_frames(model.vae, settings.num_frames)
+    check_int("num_inference_steps", settings.num_inference_steps, 1, model.scheduler.num_train_timesteps)
+    if not (math.isfinite(settings.guidance_scale) and settings.guidance_scale >= 0):
+        raise ValueError(f"guidance_scale: got {settings.guidance_scale}, wanted a finite number, 0 or more")
+    if not 0 < settings.strength <= 1:
+        raise ValueError(f"strength: got {settings.strength}, wanted more than 0 and at most 1")
+    if task == "video-to-video" and int(settings.num_inference_steps * settings.strength) < 1:
+        raise ValueError(
+            f"strength: {settings.strength} of {settings.num_inference_steps} steps is none, "
+            f"wanted at least {1 / settings.num_inference_steps:g}"
+        )
+    return settings
+
+
+def task_of(image: object | None, video: object | None) -> str:
+    """Return the task that follows from the inputs."""
+    if image is not None and video is not None:
+        raise ValueError("image, video: got both, wanted one of them or neither")
+    return "image-to-video" if image is not None else "video-to-video" if video is not None else "text-to-video"
+
+
+def read_model(source: str, *, revision: str | None = None, local_files_only: bool = False) -> ModelConfig:
+    """Say which model a checkpoint is; the arguments are those of `cogvid.load`."""
+    return read_model_config(find(source, revision=revision, local_files_only=local_files_only))
+
+
+def describe(source: str, *, revision: str | None = None, local_files_only: bool = False) -> dict[str, Any]:
+    """Say what a checkpoint is, ready for JSON; raise if its weights are not those of its configs.
+
+    The arguments are those of `cogvid.load`. Only configs and the headers of the safetensors are read.
+    """
+    directory = find(source, revision=revision, local_files_only=local_files_only)
+    model = read_model_config(directory)
+    states = {
+        "transformer": load_state(directory / "transformer"),
+        "vae": load_state(directory / "vae"),
+        "text_encoder": load_state(directory / "text_encoder", "model"),
+    }
+    on_meta = {part: {name: tensor.to("meta") for name, tensor in state.items()} for part, state in states.items()}
+    map_transformer_state_dict(on_meta["transformer"], model.transformer)
+    map_vae_state_dict(on_meta["vae"], model.vae)
+    recommended = ("height", "width", "num_frames", "max_frames", "fps", "dtype", "num_inference_steps")
+    return {
+        "model": model.name,
+        "official": model.repo,
+        "directory": str(directory),
+        "tasks": [task for task in TASKS if (task == "image-to-video") == model.transformer.takes_image],
+        "recommended": {
+            **{name: getattr(model, name) for name in recommended},
+            "guidance_scale": model.guidance_scale,
+            "scheduler": model.sampler,
+        },
+        "weights": {
+            part: {
+                "tensors": len(state),
+                "parameters": sum(tensor.numel() for tensor in state.values()),
+                "bytes": sum(tensor.nbytes for tensor in state.values()),
+                "dtype": str(stored_dtype(state, directory / part)).removeprefix("torch."),
+            }
+            for part, state in states.items()
+        },
+        "config": {
+            "transformer": model.transformer.to_dict(),
+            "vae": model.vae.to_dict(),
+            "scheduler": model.scheduler.to_dict(),
+        },
+    }
+
+
+def check_task(model: ModelConfig, task: str) -> None:
+    """Raise unless the model can do the task, naming the official models that can."""
+    check_choice("task", task, TASKS)
+    if (task == "image-to-video") != model.transformer.takes_image:
+        wants = "an image" if model.transformer.takes_image else "no image"
+        able = [m.name for m in CONFIGS.values() if m.transformer.takes_image == (task == "image-to-video")]
+        raise ValueError(f"model: {model.name} takes {wants} and cannot do {task}; wanted one of {', '.join(able)}")
+
+
+def check_size(model: ModelConfig, height: int, width: int) -> None:
+    """Raise unless height and width are whole numbers of patches, and, for a learned position table, its own size."""
+    stride = model.vae.spatial_compression_ratio
+    patch = stride * model.transformer.patch_size
+    for name, pixels in (("height", height), ("width", width)):
+        check_int(name, pixels, 1)
+        if pixels % patch:
+            below, above = pixels // patch * patch, (pixels // patch + 1) * patch
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(f"{name}: got {pixels}, wanted a multiple of {patch}; the nearest is {nearest}")
+    table = (model.transformer.sample_height * stride, model.transformer.sample_width * stride)
+    if model.transformer.use_learned_positional_embeddings and (height, width) != table:
+        raise ValueError(
+            f"height, width: got {height}x{width}, wanted {table[0]}x{table[1]}, the size of the learned position "
+            f"table of {model.name}"
+        )
+
+
+def check_frames(vae: VAEConfig, num_frames: int) -> None:
+    """Raise unless the VAE decodes exactly this many frames (8N or 8N + 1)."""
+    check_int("num_frames", num_frames, 1)
+
+    def exact(n: int) -> bool:
+        return decoded_frames(vae, latent_frames(vae, n)) == n
+
+    if not exact(num_frames):
+        period = 2 * vae.temporal_compression_ratio
+        below = next(n for n in range(num_frames, 0, -1) if exact(n))
+        above = next(n for n in range(num_frames, num_frames + period + 1) if exact(n))
+        raise ValueError(
+            f"num_frames: got {num_frames}, wanted {period}N or {period}N + 1; the nearest are {below} and {above}"
+        )
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise unless the value is an integer from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        wanted = f"{low} or more" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: got {value!r}, wanted an integer, {wanted}")
+
+
+def latent_frames(vae: VAEConfig, num_frames: int) -> int:
+    """Return how many latent frames the VAE makes of a clip."""
+    return (num_frames - 1) // vae.temporal_compression_ratio + 1
+
+
+def decoded_frames(vae: VAEConfig, frames: int) -> int:
+    """Return how many pixel frames the VAE makes of latent frames: the first of an odd count stands for one."""
+    ratio = vae.temporal_compression_ratio
+    return ratio * frames - (ratio - 1) * (frames % 2)
+
+
+def untrained(model: ModelConfig, height: int, width: int, num_frames: int) -> list[str]:
+    """Name what of a legal run lies outside what the model was trained for."""
+    departures = []
+    shorter, longer = sorted((height, width))
+    # CogVideoX1.5-I2V saw every aspect ratio with the same shorter side
+    free_ratio = model.transformer.takes_image and model.transformer.patch_size_t is not None
+    in_range = shorter == min(model.height, model.width) and longer <= max(model.height, model.width)
+    if (height, width) != (model.height, model.width) and not (free_ratio and in_range):
+        departures.append(f"{height}x{width} pixels (recommended: {model.height}x{model.width})")
+    if num_frames > model.max_frames or num_frames % model.frame_multiple != 1:
+        departures.append(
+            f"{num_frames} frames (recommended: {model.num_frames}; {model.frame_multiple}N + 1 up to "
+            f"{model.max_frames})"
+        )
+    return departures
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(choices)}")
