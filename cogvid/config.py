@@ -14,21 +14,49 @@ dtype policy, in one place:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 HEAD_DIM_SPLIT = (4, 6, 6)  # of 16ths of head_dim given to time, height, width by the 3-D tables: 16/24/24 of 64
 
 
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a field -> in words, and the test of a value
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "str": ("a string", lambda v: isinstance(v, str)),
+    "int": ("a positive integer", lambda v: type(v) is int and v > 0),
+    "int | None": ("a positive integer or null", lambda v: v is None or (type(v) is int and v > 0)),
+    "float": ("a number", lambda v: type(v) in (int, float) and math.isfinite(v)),
+    "tuple[int, ...]": (
+        "a list of positive integers",
+        lambda v: isinstance(v, tuple) and bool(v) and all(type(i) is int and i > 0 for i in v),
+    ),
+}
+
+
+def _checked(name: str, value: Any, kind: str) -> Any:
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(value, float) and value.is_integer() and kind.startswith("int"):
+        value = int(value)  # upstream's own type for some of them is float
+    words, fits = _KINDS[kind]
+    if not fits(value):
+        raise ValueError(f"{name}: got {value!r}, wanted {words}")
+    return value
+
+
 @dataclass(frozen=True)
 class _JsonConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a parsed `config.json`; keys that only matter to other libraries are ignored."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-        return cls(**known)
+        """Build from a parsed `config.json`; keys that only matter to other libraries are ignored.
+
+        Raises:
+            ValueError: a value is of the wrong type, or no number where one is wanted.
+        """
+        kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+        return cls(**{name: _checked(name, value, kinds[name]) for name, value in values.items() if name in kinds})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -134,9 +162,7 @@ class ModelConfig:
 
 
 _TRANSFORMER_2B = TransformerConfig()
-_TRANSFORMER_5B = TransformerConfig(
-    num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True
-)
+_TRANSFORMER_5B = TransformerConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
 _TRANSFORMER_15 = dataclasses.replace(
     _TRANSFORMER_5B, patch_size_t=2, patch_bias=False, sample_frames=81, sample_height=300, sample_width=300
 )

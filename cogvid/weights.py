@@ -20,7 +20,6 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,7 +119,7 @@ CONFIG_FILES = {name: "scheduler_config.json" if name == "scheduler" else "confi
 COMPONENTS = tuple(CLASSES)
 _WEIGHTS = {"transformer": BASENAME, "vae": BASENAME, "text_encoder": "model"}  # basenames of the safetensors
 
-# Settings that upstream's classes have and no checkpoint changes; another value would be another model.
+# What upstream's classes can be set to and no checkpoint changes; another value would be another model.
 _FIXED: dict[str, dict[str, Any]] = {
     "transformer": {
         "activation_fn": "gelu-approximate",
@@ -142,9 +141,6 @@ _FIXED: dict[str, dict[str, Any]] = {
         "beta_schedule": "scaled_linear",
         "trained_betas": None,
         "set_alpha_to_one": True,
-        "rescale_betas_zero_snr": True,
-        "timestep_spacing": "trailing",
-        "prediction_type": "v_prediction",
     },
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -222,14 +218,14 @@ def map_transformer_state_dict(state: Mapping[str, Tensor], config: TransformerC
     """
     with torch.device("meta"):
         module = Transformer(config)
-    return _map(state, module, "state", lambda x: x, torch.cat)
+    return _map(state, module, "state dict", lambda x: x, torch.cat)
 
 
 def map_vae_state_dict(state: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
     """Rename a state dict of `AutoencoderKLCogVideoX` for `VAE`; errors as for `map_transformer_state_dict`."""
     with torch.device("meta"):
         module = VAE(config)
-    return _map(state, module, "state", lambda x: x, torch.cat)
+    return _map(state, module, "state dict", lambda x: x, torch.cat)
 
 
 def unmap_state_dict(module: Transformer | VAE) -> dict[str, Tensor]:
@@ -254,6 +250,7 @@ def _upstream(module: Transformer | VAE) -> dict[str, dict[str, tuple[int, ...]]
     expected = {}
     for key, tensor in module.state_dict().items():
         parts = [name for theirs, ours in names.items() if (name := _rename(key, ours, theirs)) is not None]
+        assert parts, f"{key} is in no table"
         shape = (tensor.shape[0] // len(parts), *tensor.shape[1:])
         if isinstance(module, Transformer) and key == "patch_proj.weight" and module.config.patch_size_t is None:
             # Upstream's 1.0 has a convolution here, whose flattened kernel is the matrix of the same patches.
@@ -334,7 +331,7 @@ def _merge(parts: list[Tensor], device: torch.device, dtype: torch.dtype) -> Ten
         try:
             with tempfile.NamedTemporaryFile(prefix="cogvid-") as file:
                 for part in parts:
-                    file.write(part.contiguous().view(torch.uint8).numpy())
+                    file.write(part.contiguous().view(torch.uint8).numpy().data)
                 file.flush()
                 # A private mapping of the file, which it outlives.
                 merged = torch.from_file(file.name, shared=False, size=sum(p.numel() for p in parts), dtype=dtype)
@@ -394,18 +391,13 @@ def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
     """Return the dtype to run in: the one asked for or else the stored one, but never float16 on a CPU."""
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else stored if dtype is None else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype: got {dtype!r}, wanted {', '.join(DTYPES)}")
     if chosen == torch.float16 and device.type == "cpu":
-        name, chosen = cpu_dtype()
-        warnings.warn(f"float16 arithmetic is not run on a CPU: {name} instead", stacklevel=4)
+        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+        chosen = DTYPES[name]
+        warnings.warn(f"float16 arithmetic is not run on a CPU: running in {name} instead", stacklevel=2)
     return chosen
-
-
-def cpu_dtype() -> tuple[str, torch.dtype]:
-    """Return what stands in for float16 on this CPU: bfloat16 if it has instructions for that, else float32."""
-    name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    return name, DTYPES[name]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -432,7 +424,7 @@ def _save(
     # Copies, because safetensors writes no two tensors of one memory, and Q, K and V are rows of one.
     state = {name: x.to("cpu", dtype, copy=True).contiguous() for name, x in unmap_state_dict(module).items()}
     _write(directory / f"{BASENAME}.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    text = json.dumps({"_class_name": CLASSES[component][0], **config}, indent=2) + "\n"
+    text = json.dumps({"_class_name": CLASSES[component][0], **_FIXED[component], **config}, indent=2) + "\n"
     _write(directory / "config.json", lambda path: path.write_text(text))
 
 
@@ -631,69 +623,3 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 def _without_size(config: TransformerConfig) -> TransformerConfig:
     return dataclasses.replace(config, sample_frames=0, sample_height=0, sample_width=0)
-
-
-@dataclass(frozen=True)
-class ComponentSummary:
-    """What the files of one component hold; `shapes` are under upstream's names, `size` is in bytes."""
-
-    name: str
-    class_name: str
-    dtype: str
-    parameters: int
-    size: int
-    shapes: dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a checkpoint is; `model` and `pipeline` are None for the directory of a single component."""
-
-    directory: Path
-    pipeline: str | None
-    model: ModelConfig | None
-    components: tuple[ComponentSummary, ...]
-
-
-def inspect(model: str | Path) -> Summary:
-    """Say what a checkpoint, or a component's own directory, is, and that its weights fit its config.
-
-    Only configs and the headers of the safetensors are read.
-    """
-    directory = find(model)
-    if (directory / "model_index.json").is_file():
-        config = read_model_config(directory)
-        components = tuple(_summarise(directory / name, name) for name in _WEIGHTS)
-        return Summary(directory, read_model_index(directory)["_class_name"], config, components)
-    class_name = _class_name(_read_json(directory / "config.json"))
-    component = next((name for name in _WEIGHTS if class_name in CLASSES[name]), None)
-    if component is None:
-        wanted = " or ".join(CLASSES[name][0] for name in _WEIGHTS)
-        raise ValueError(f"{directory / 'config.json'}: is of class {class_name}, wanted {wanted}")
-    return Summary(directory, None, None, (_summarise(directory, component),))
-
-
-def _summarise(directory: Path, component: str) -> ComponentSummary:
-    state = load_state(directory, _WEIGHTS[component])
-    with torch.device("meta"):
-        if component == "transformer":
-            module = Transformer(_read_config(directory, component, TransformerConfig))
-        elif component == "vae":
-            module = VAE(_read_config(directory, component, VAEConfig))
-        else:
-            module = None
-    if module is not None:
-        _check_names(state, _upstream(module), directory)
-    return ComponentSummary(
-        name=component,
-        class_name=_class_name(_read_json(directory / "config.json")),
-        dtype=str(stored_dtype(state, directory)).removeprefix("torch."),
-        parameters=sum(x.numel() for x in state.values()),
-        size=sum(x.nbytes for x in state.values()),
-        shapes={name: tuple(x.shape) for name, x in state.items()},
-    )
-
-
-def _class_name(config: dict[str, Any]) -> str:
-    """Return the class of a component: diffusers writes one name, transformers a list."""
-    return str(config.get("_class_name") or (config.get("architectures") or [None])[0])
