@@ -186,7 +186,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def summarise(part: str, times: dict[str, list[float]], peaks: dict[str, float]) -> list[dict[str, Any]]:
-    """Turn seconds per provider into rows; `ratio` is the first provider's median over this one's, above 1 is faster."""
+    """Turn seconds per provider into rows; `ratio` above 1 is faster than the first provider."""
     base = statistics.median(next(iter(times.values())))
     rows = []
     for name, values in times.items():
@@ -210,7 +210,7 @@ def summarise(part: str, times: dict[str, list[float]], peaks: dict[str, float])
 def bench_calls(
     part: str, calls: dict[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype, runs: int
 ) -> list[dict[str, Any]]:
-    """Check every provider against the first, then time them in turns; peak memory is what a call adds at its height."""
+    """Check every provider against the first, then time them in turns and note the memory that a call adds."""
     wrong, peaks, reference = [], {}, None
     for name in list(calls):
         value, peaks[name] = with_peak_memory(calls[name], device)
@@ -300,17 +300,20 @@ def our_ops(device: torch.device) -> dict[str, Ops]:
     return ops
 
 
-def build(module: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """Make a module in its dtype on its device with small random weights, without a second copy anywhere."""
-    with torch.device("meta"):
-        made = module()
-    made = made.to(dtype).to_empty(device=device).eval()
-    for name, parameter in made.named_parameters():
+def build(make: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Make a module in its dtype on its device, with random weights that keep activations near unit size."""
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            module = make().eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
         else:
             parameter.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.02)
-    return made
+    return module
 
 
 def assign(module_type: Any, config: Any, ops: Ops, state: dict[str, Tensor]) -> Any:
