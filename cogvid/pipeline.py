@@ -108,7 +108,7 @@ def load(
         model,
         transformer=load_transformer(directory, device=device, dtype=dtype, ops=bundle),
         vae=load_vae(directory, device=device, dtype=dtype, ops=bundle),
-        text_encoder=load_text_encoder(directory / "text_encoder", device=device, dtype=dtype, ops=bundle),
+        text_encoder=load_text_encoder(directory, device=device, dtype=dtype, ops=bundle),
         ops=ops_name,
         source=os.fspath(source),
         revision=revision,
