@@ -1,0 +1,106 @@
+"""Block sizes per operation, shape class and architecture: one committed table, no autotuning at run time.
+
+`scripts/bench_kernels.py` measures candidates and its winners are written here by hand, with the measurement logged in
+`kernels/RESULTS.md`. The entries that no GPU has judged yet were chosen from compiler output alone: no spills, the
+shared memory of the chip, the wanted instructions, and how many programs fit on one multiprocessor.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INTERPRETER = 0
+ARCHITECTURES = (80, 89, 90, 100)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes by the names of the kernel's constexpr arguments, and the launch options they were chosen with."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return block sizes and launch options as the keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def architecture(tensor: Tensor) -> int:
+    """Return the table's column for the tensor's device: 80, 89, 90, 100, or INTERPRETER for a CPU.
+
+    A chip without a column of its own takes the one that it can run: its shared memory is never smaller.
+    """
+    if tensor.device.type == "cpu":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    if major == 9:
+        return 90
+    if major in (10, 11):
+        return 100
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block, 8.0 and 8.7 have 163.
+    return 80 if (major, minor) in ((8, 0), (8, 7)) else 89
+
+
+def tile_for(operation: str, shape_class: str, arch: int) -> Tile:
+    """Look one tile up.
+
+    Raises:
+        ValueError: the table has no entry for it.
+    """
+    try:
+        return TILES[operation, shape_class][arch]
+    except KeyError:
+        known = sorted(name for op, name in TILES if op == operation)
+        raise ValueError(
+            f"{operation}: got shape class {shape_class!r} on architecture {arch}, wanted one of {known}"
+        ) from None
+
+
+def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
+
+
+# Small, so that a few hundred tokens are several tiles.
+_TOY = _attention(32, 32, 4, 1)
+
+# Shape classes of attention: variant, bits of an element, head_dim rounded up to a power of two.
+_POINTER_16x64 = {
+    INTERPRETER: _TOY,
+    80: _attention(128, 64, 4, 3),
+    89: _attention(128, 64, 4, 3),
+    90: _attention(128, 128, 8, 2),
+    100: _attention(128, 64, 4, 3),
+}
+_POINTER_16x128 = {
+    INTERPRETER: _TOY,
+    80: _attention(128, 64, 8, 3),
+    89: _attention(128, 32, 8, 2),
+    90: _attention(128, 64, 8, 3),
+    100: _attention(128, 64, 8, 2),
+}
+# fp32 runs on the CUDA cores (no tensor core multiplies fp32 exactly): small tiles, whose operands stay in registers.
+_POINTER_32x64 = {arch: _attention(32, 32, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
+_POINTER_32x128 = {arch: _attention(32, 16, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
+_TMA_16x64 = {
+    INTERPRETER: _TOY,
+    90: _attention(128, 128, 8, 2),
+    100: _attention(128, 64, 4, 3),
+}
+_TMA_16x128 = {
+    INTERPRETER: _TOY,
+    90: _attention(128, 64, 8, 3),
+    100: _attention(128, 64, 8, 2),
+}
+
+TILES: dict[tuple[str, str], dict[int, Tile]] = {
+    ("attention", "pointer/16x64"): _POINTER_16x64,
+    ("attention", "pointer/16x128"): _POINTER_16x128,
+    ("attention", "pointer/32x64"): _POINTER_32x64,
+    ("attention", "pointer/32x128"): _POINTER_32x128,
+    ("attention", "tma/16x64"): _TMA_16x64,
+    ("attention", "tma/16x128"): _TMA_16x128,
+}

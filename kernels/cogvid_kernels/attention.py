@@ -1,0 +1,531 @@
+"""Fused attention, forward only: `softmax(q k^T * scale) v` over the whole sequence, without a mask.
+
+Equal to `scaled_dot_product_attention` and so to the attention of diffusers' `CogVideoXAttnProcessor2_0`. q, k and v
+are read where the merged projection left them and the output is written as the next linear wants it, so nothing is
+transposed on either side.
+
+Softmax runs in base 2: `exp(scale * s - max) = exp2(c * s - max')` with `c = scale * log2(e)`, one fused multiply-add and
+one `ex2` a score. Folding c into the weight of the QK norm instead would save nothing here, because the subtraction of
+the shift is that same instruction; a caller whose q is already scaled passes what is left as `scale`.
+
+Letters: B batch, H heads, N query tokens, M key tokens, hd head_dim.
+
+Two forms of the softmax:
+
+- online: the running maximum of each row is the shift, and every tile rescales what came before (FlashAttention).
+- bounded: `|q_i| * max_j |k_j| * c` bounds every logit of row i (Cauchy-Schwarz), and softmax does not care which shift
+  it is given as long as nothing over- or underflows. So the shift is fixed before the loop, which then has no maximum,
+  no rescaling and no dependency between tiles. The row sum itself says afterwards whether the bound was too loose: a
+  sum of at least 2**-80 means that the keys lost to underflow (each below 2**-126) are less than M * 2**-46 of it. A
+  tile with any row outside the safe range, or NaN, is computed again in the online form, inside the same program; so
+  any bound is safe, a bad one is only slow.
+
+Two ways of loading: plain pointers, and TMA descriptors made by the host (Hopper and later).
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cogvid_kernels._cases import KernelCase
+from cogvid_kernels._checks import check_runnable, check_tensor, is_aligned, is_interpreted
+from cogvid_kernels._tiles import INTERPRETER, Tile, architecture, tile_for
+
+VARIANTS = ("pointer", "pointer_bounded", "tma", "tma_bounded", "tma_persistent", "tma_persistent_bounded")
+MAX_HEAD_DIM = 128
+
+_FLOAT_MIN: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# The row sums between which the bounded form stands (see above; the upper end keeps the accumulator finite).
+_SAFE_LOW: tl.constexpr = tl.constexpr(2.0**-80)
+_SAFE_HIGH: tl.constexpr = tl.constexpr(2.0**60)
+# fp16 weights end at 2**16 and lose bits below 2**-14: lift them to just under the top, and ask for a mean weight of
+# 2**-13, whose absolute rounding error of 2**-25 is then one unit of fp16's own relative rounding.
+_FP16_LIFT: tl.constexpr = tl.constexpr(15.0)
+_FP16_SAFE_MEAN: tl.constexpr = tl.constexpr(2.0**-13)
+
+
+@triton.jit
+def _load_tile(
+    source,  # pointer to this head's token 0, or a descriptor over [B, H, tokens, hd]
+    stride,
+    batch,
+    head,
+    start,
+    num_tokens,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Load tokens start.. of one head as [BLOCK, BLOCK_D]; what lies outside is zero."""
+    if TMA:
+        return source.load([batch, head, start, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        o_n = tl.arange(0, BLOCK)
+        o_d = tl.arange(0, BLOCK_D)
+        # `start` is an int in the interpreter and a scalar tensor elsewhere; full() takes both.
+        p_x = source + tl.full([], start, tl.int64) * stride + o_n[:, None] * stride + o_d[None, :]
+        if MASKED or BLOCK_D != HEAD_DIM:
+            return tl.load(p_x, mask=(start + o_n < num_tokens)[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+        else:
+            return tl.load(p_x)
+
+
+@triton.jit
+def _dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """Return x y + acc in fp32. Triton's interpreter would multiply the bits of bf16 as integers: there, widen first."""
+    if WIDEN:
+        return tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_acc, input_precision=PRECISION)
+    else:
+        return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _attend_keys(
+    b_q,  # [BLOCK_M, BLOCK_D]
+    b_acc,  # [BLOCK_M, BLOCK_D] fp32
+    b_sum,  # [BLOCK_M] fp32
+    b_shift,  # [BLOCK_M] fp32, base 2
+    k,
+    v,
+    stride_k,
+    stride_v,
+    batch,
+    head,
+    start,
+    num_keys,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Add keys start..start+BLOCK_N to the running sums."""
+    b_k = _load_tile(k, stride_k, batch, head, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, TMA)
+    b_zero = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)
+    b_s = _dot(b_q, b_k.T, b_zero, PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        b_s = tl.where((start + tl.arange(0, BLOCK_N) < num_keys)[None, :], b_s, float("-inf"))
+    if not BOUNDED:
+        b_max = tl.maximum(b_shift, tl.max(b_s, 1) * scale_log2)
+        b_decay = tl.exp2(b_shift - b_max)
+        b_sum = b_sum * b_decay
+        b_acc = b_acc * b_decay[:, None]
+        b_shift = b_max
+    b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
+    b_sum += tl.sum(b_p, 1)
+    b_v = _load_tile(v, stride_v, batch, head, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, TMA)
+    b_acc = _dot(b_p.to(b_v.dtype), b_v, b_acc, PRECISION, WIDEN)
+    return b_acc, b_sum, b_shift
+
+
+@triton.jit
+def _attend(
+    b_q,
+    b_shift,
+    k,
+    v,
+    stride_k,
+    stride_v,
+    batch,
+    head,
+    num_keys,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    TMA: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Attend from one tile of queries to every key. Returns the weighted values, the row sums and the shifts."""
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    full = num_keys // BLOCK_N * BLOCK_N
+    for start in tl.range(0, full, BLOCK_N):
+        b_acc, b_sum, b_shift = _attend_keys(
+            b_q, b_acc, b_sum, b_shift, k, v, stride_k, stride_v, batch, head, start, num_keys, scale_log2,
+            HEAD_DIM, BLOCK_N, BLOCK_D, False, TMA, BOUNDED, PRECISION, WIDEN,
+        )  # fmt: skip
+    # The tail is peeled, so that no other tile pays for a mask.
+    if HAS_TAIL:
+        b_acc, b_sum, b_shift = _attend_keys(
+            b_q, b_acc, b_sum, b_shift, k, v, stride_k, stride_v, batch, head, full, num_keys, scale_log2,
+            HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, BOUNDED, PRECISION, WIDEN,
+        )  # fmt: skip
+    return b_acc, b_sum, b_shift
+
+
+@triton.jit
+def _attend_queries(
+    i_tile,
+    q,
+    k,
+    v,
+    key_norms,
+    out,
+    lse,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    num_queries,
+    num_keys,
+    num_heads,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    TMA: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Compute and store one tile of queries of one head."""
+    tiles_per_head = tl.cdiv(num_queries, BLOCK_M)
+    i_bh = i_tile // tiles_per_head
+    i_b = i_bh // num_heads
+    i_h = i_bh % num_heads
+    start_m = i_tile % tiles_per_head * BLOCK_M
+    if TMA:
+        q_head = q
+        k_head = k
+        v_head = v
+    else:
+        q_head = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+        k_head = k + i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh
+        v_head = v + i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
+
+    b_q = _load_tile(q_head, stride_qn, i_b, i_h, start_m, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True, TMA)
+    # Not -inf: a first tile of logits that are all -inf must not turn later, finite ones into NaN.
+    b_lowest = tl.full([BLOCK_M], _FLOAT_MIN, tl.float32)
+    if BOUNDED:
+        b_q32 = b_q.to(tl.float32)
+        b_bound = tl.sqrt(tl.sum(b_q32 * b_q32, 1)) * tl.load(key_norms + i_bh) * scale_log2
+        safe_low = _SAFE_LOW
+        if b_q.dtype == tl.float16:
+            b_bound -= _FP16_LIFT
+            safe_low = num_keys * _FP16_SAFE_MEAN
+        b_acc, b_sum, b_shift = _attend(
+            b_q, b_bound, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, True, PRECISION, WIDEN,
+        )  # fmt: skip
+        # NaN compares false, so it takes the online form too.
+        safe = (b_sum >= safe_low) & (b_sum <= _SAFE_HIGH)
+        if tl.min(safe.to(tl.int32), 0) == 0:
+            b_acc, b_sum, b_shift = _attend(
+                b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, False, PRECISION, WIDEN,
+            )  # fmt: skip
+    else:
+        b_acc, b_sum, b_shift = _attend(
+            b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, False, PRECISION, WIDEN,
+        )  # fmt: skip
+
+    b_out = b_acc / b_sum[:, None]
+    o_m = start_m + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    p_row = out + ((i_b.to(tl.int64) * num_queries + o_m) * num_heads + i_h) * HEAD_DIM
+    m_out = (o_m < num_queries)[:, None] & (o_d < HEAD_DIM)[None, :]
+    tl.store(p_row[:, None] + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_out)
+    if WRITE_LSE:
+        b_lse = (b_shift + tl.log2(b_sum)) * _LN2
+        tl.store(lse + i_bh.to(tl.int64) * num_queries + o_m, b_lse, mask=o_m < num_queries)
+
+
+@triton.jit
+def _attention_kernel(
+    q,  # [B, N, H, hd] by its strides, or a descriptor over [B, H, N, hd]
+    k,  # [B, M, H, hd], the same
+    v,  # [B, M, H, hd], the same
+    key_norms,  # [B, H] fp32, the largest |k_j| of each head; read when BOUNDED
+    out,  # [B, N, H * hd] contiguous
+    lse,  # [B, H, N] fp32 contiguous; written when WRITE_LSE
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    num_queries,
+    num_keys,
+    num_heads,
+    num_tiles,  # ceil(N / BLOCK_M) * B * H; tiles of one head are neighbours, so its keys stay in the L2 cache
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    TMA: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    if PERSISTENT:
+        for i_tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            _attend_queries(
+                i_tile, q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
+                stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TAIL, TMA, BOUNDED, WRITE_LSE, PRECISION, WIDEN,
+            )  # fmt: skip
+    else:
+        _attend_queries(
+            tl.program_id(0), q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn,
+            stride_kh, stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TAIL, TMA, BOUNDED, WRITE_LSE, PRECISION, WIDEN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _key_norms_kernel(
+    k,  # [B, M, H, hd] by its strides
+    key_norms,  # [B, H] fp32, zero before the launch
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    num_keys,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_bh = tl.program_id(1)
+    i_b = (i_bh // num_heads).to(tl.int64)
+    i_h = (i_bh % num_heads).to(tl.int64)
+    start = tl.program_id(0) * BLOCK_N
+    k_head = k + i_b * stride_kb + i_h * stride_kh
+    b_k = _load_tile(k_head, stride_kn, 0, 0, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True, False).to(tl.float32)
+    tl.atomic_max(key_norms + i_bh, tl.max(tl.sqrt(tl.sum(b_k * b_k, 1)), 0))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    variant: str | None = None,
+    tile: Tile | None = None,
+    key_norms: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from every query to every key: `softmax(q k^T * scale) v`, without a mask, forward only.
+
+    Args:
+        q: `[B, N, H, hd]` fp32, bf16 or fp16, any strides as long as the last one is 1; hd at most 128.
+        k, v: `[B, M, H, hd]`, q's dtype and device.
+        scale: factor of the logits, above zero; None is `hd ** -0.5`.
+        variant: one of VARIANTS; None takes `default_variant`. A variant that cannot take these tensors raises.
+        tile: block sizes; None takes the committed table's.
+        key_norms: `[B, H]` fp32, for the bounded variants: the largest |k_j| of each head, or more; None computes it.
+        return_lse: also return `log(sum(exp(scale * q k^T)))`.
+
+    Returns:
+        `[B, N, H * hd]` in q's dtype, contiguous; with return_lse also `[B, H, N]` fp32.
+
+    Raises:
+        ValueError: an argument is not as described, or the variant cannot take it; the message names it.
+    """
+    _check(q, k, v, scale, key_norms)
+    check_runnable("q", q, _attention_kernel)
+    arch = architecture(q)
+    if variant is None:
+        variant = default_variant(q, k, v, arch)
+    _check_variant(variant, q, k, v, key_norms, arch)
+    batch, num_queries, num_heads, head_dim = q.shape
+    if "bounded" in variant and key_norms is None:
+        key_norms = torch.zeros(batch, num_heads, dtype=torch.float32, device=q.device)
+        _key_norms_kernel[triton.cdiv(k.shape[1], 128), batch * num_heads](**_key_norms_arguments(k, key_norms))
+    out = torch.empty(batch, num_queries, num_heads * head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device) if return_lse else None
+    arguments = _attention_arguments(q, k, v, out, lse, key_norms, scale, variant, arch, tile)
+    programs = arguments["num_tiles"]
+    if arguments["PERSISTENT"] and q.is_cuda:
+        programs = min(programs, 2 * torch.cuda.get_device_properties(q.device).multi_processor_count)
+    elif arguments["PERSISTENT"]:
+        programs = min(programs, 3)  # the interpreter: few enough that each program takes several tiles
+    _attention_kernel[(programs,)](**arguments)
+    return out if lse is None else (out, lse)
+
+
+def default_variant(q: Tensor, k: Tensor, v: Tensor, arch: int) -> str:
+    """Return the variant that runs when none is asked for: TMA on Hopper where it can take the tensors."""
+    tma = arch == 90 and q.element_size() == 2 and all(is_aligned(x, 16) for x in (q, k, v))
+    return "tma" if tma else "pointer"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, key_norms: Tensor | None) -> None:
+    check_tensor("q", q, shape=(None, None, None, None))
+    batch, _, num_heads, head_dim = q.shape
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"q: got head_dim {head_dim}, wanted at most {MAX_HEAD_DIM}")
+    check_tensor("k", k, shape=(batch, None, num_heads, head_dim), dtypes=(q.dtype,), device=q.device)
+    check_tensor("v", v, shape=k.shape, dtypes=(q.dtype,), device=q.device)
+    # Not `scale <= 0`, which would let NaN pass.
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale: got {scale}, wanted a finite number above 0")
+    if key_norms is not None:
+        check_tensor(
+            "key_norms",
+            key_norms,
+            shape=(batch, num_heads),
+            dtypes=(torch.float32,),
+            device=q.device,
+            contiguous=True,
+        )
+
+
+def _check_variant(variant: str, q: Tensor, k: Tensor, v: Tensor, key_norms: Tensor | None, arch: int) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: got {variant!r}, wanted one of {', '.join(VARIANTS)}")
+    if "bounded" not in variant and key_norms is not None:
+        raise ValueError(f"key_norms: got a tensor with variant {variant!r}, wanted a bounded variant")
+    if variant.startswith("tma"):
+        if arch not in (INTERPRETER, 90, 100):
+            raise ValueError(f"variant: got {variant!r} on compute capability {arch / 10}, wanted 9.0 or later for TMA")
+        if q.element_size() != 2:
+            raise ValueError(f"variant: got {variant!r} with {q.dtype}, wanted bfloat16 or float16 for TMA")
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            check_tensor(name, tensor, alignment=16)
+
+
+def _attention_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    key_norms: Tensor | None,
+    scale: float | None,
+    variant: str,
+    arch: int,
+    tile: Tile | None,
+) -> dict[str, Any]:
+    batch, num_queries, num_heads, head_dim = q.shape
+    num_keys = k.shape[1]
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    tma = variant.startswith("tma")
+    if tile is None:
+        loads = "tma" if tma else "pointer"
+        tile = tile_for("attention", f"{loads}/{8 * q.element_size()}x{max(64, block_d)}", arch)
+    block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
+
+    def source(x: Tensor, block: int) -> Tensor | TensorDescriptor:
+        if not tma:
+            return x
+        # Tokens next to channels, so that the block is a plain matrix; a descriptor's strides may have any order.
+        heads_first = x.transpose(1, 2)
+        return TensorDescriptor(heads_first, list(heads_first.shape), list(heads_first.stride()), [1, 1, block, block_d])
+
+    return {
+        "q": source(q, block_m),
+        "k": source(k, block_n),
+        "v": source(v, block_n),
+        "key_norms": key_norms,
+        "out": out,
+        "lse": lse,
+        "stride_qb": q.stride(0),
+        "stride_qn": q.stride(1),
+        "stride_qh": q.stride(2),
+        "stride_kb": k.stride(0),
+        "stride_kn": k.stride(1),
+        "stride_kh": k.stride(2),
+        "stride_vb": v.stride(0),
+        "stride_vn": v.stride(1),
+        "stride_vh": v.stride(2),
+        "num_queries": num_queries,
+        "num_keys": num_keys,
+        "num_heads": num_heads,
+        "num_tiles": triton.cdiv(num_queries, block_m) * batch * num_heads,
+        "scale_log2": (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "HAS_TAIL": num_keys % block_n != 0,
+        "TMA": tma,
+        "BOUNDED": "bounded" in variant,
+        "PERSISTENT": "persistent" in variant,
+        "WRITE_LSE": lse is not None,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "WIDEN": is_interpreted(_attention_kernel),
+        # One FMA for `scale * s - shift`; Triton's own default differs between versions.
+        "enable_fp_fusion": True,
+        **tile.options,
+    }
+
+
+def _key_norms_arguments(k: Tensor, key_norms: Tensor) -> dict[str, Any]:
+    head_dim = k.shape[3]
+    return {
+        "k": k,
+        "key_norms": key_norms,
+        "stride_kb": k.stride(0),
+        "stride_kn": k.stride(1),
+        "stride_kh": k.stride(2),
+        "num_keys": k.shape[1],
+        "num_heads": k.shape[2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_N": 128,
+        "num_warps": 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+
+
+def compile_cases(arch: int) -> list[KernelCase]:
+    """List what is compiled without a GPU: every variant at CogVideoX's own shape, every dtype and head_dim once."""
+    variants = VARIANTS if arch >= 90 else tuple(name for name in VARIANTS if not name.startswith("tma"))
+    cases = [_case(variant, torch.bfloat16, 64, arch) for variant in variants]
+    default = "tma" if arch == 90 else "pointer"
+    cases += [_case(default, torch.bfloat16, head_dim, arch) for head_dim in (32, 80, 96, 128)]
+    cases.append(_case(default, torch.float16, 64, arch))
+    cases += [_case("pointer", torch.float32, head_dim, arch) for head_dim in (64, 128)]
+    packed = torch.empty(2, 17776, 3, 48, 64, dtype=torch.bfloat16, device="meta")
+    norms = torch.empty(2, 48, dtype=torch.float32, device="meta")
+    arguments = _key_norms_arguments(packed[:, :, 1], norms)
+    return [*cases, KernelCase("attention/key_norms/bf16-hd64", _key_norms_kernel, arguments, sass=("LDG.E.128",))]
+
+
+def _case(variant: str, dtype: torch.dtype, head_dim: int, arch: int) -> KernelCase:
+    packed = torch.empty(2, 17776, 3, 48, head_dim, dtype=dtype, device="meta")
+    q, k, v = packed.unbind(2)
+    out = torch.empty(2, 17776, 48 * head_dim, dtype=dtype, device="meta")
+    norms = torch.empty(2, 48, dtype=torch.float32, device="meta") if "bounded" in variant else None
+    arguments = _attention_arguments(q, k, v, out, None, norms, None, variant, arch, None)
+    if dtype == torch.float32:
+        sass = ("FFMA",)
+    else:
+        multiply = {90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")
+        copy = "UTMALDG" if variant.startswith("tma") else "LDGSTS.128"
+        sass = (multiply, copy, "MUFU.EX2", "STG.E.128")
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return KernelCase(f"attention/{variant}/{short}-hd{head_dim}", _attention_kernel, arguments, sass)
