@@ -32,7 +32,9 @@ PRESETS = (
 _BT709 = 1  # the same number as matrix, as primaries and as transfer (ITU-T H.273), and in swscale
 _BT601 = 5
 _LIMITED, _FULL = 1, 2  # colour ranges, as FFmpeg numbers them
-_THREADS = "4"  # fixed: x264's choice by the number of cores changes the bytes from machine to machine
+# The same frames must give the same bytes. x264's output depends on the number of threads, by default that of the
+# cores; and with AVX-512 it was seen to differ from run to run, unless told to match every other processor.
+_REPRODUCIBLE = {"threads": "4", "x264-params": "cpu-independent=1"}
 
 
 class VideoWriter:
@@ -74,7 +76,7 @@ class VideoWriter:
             raise ValueError(f"preset is {preset!r}, wanted one of {', '.join(PRESETS)}")
         self.height, self.width = height, width
         self._rate = _frame_rate(fps)
-        self._options = {"crf": f"{crf:g}", "preset": preset, "threads": _THREADS}
+        self._options = {"crf": f"{crf:g}", "preset": preset, **_REPRODUCIBLE}
         self._comment = None if metadata is None else json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
         self._count = 0
         self._temporary: str | None = None
@@ -292,7 +294,7 @@ def _frames_to_uint8(frames: Iterable[Any]) -> Iterator[np.ndarray]:
 def _frame_rate(fps: float | Fraction) -> Fraction:
     if not 0.01 <= fps <= 1000:  # NaN fails too
         raise ValueError(f"fps is {fps}, wanted 0.01 to 1000 frames per second")
-    return Fraction(fps).limit_denominator(1001)  # 24000/1001 and its like stay exact
+    return Fraction(float(fps)).limit_denominator(1001)  # 24000/1001 and its like stay exact
 
 
 def _rgb_to_yuv(frame: VideoFrame) -> VideoFrame:
@@ -341,6 +343,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         # An absolute path: FFmpeg would take what stands before a colon for a network protocol.
         with av.open(os.path.abspath(path)) as container:
+            if container.format.name == "tty":  # FFmpeg would show a text file as a film of a terminal
+                raise ValueError(f"video {name} is a text file, wanted a video file")
             yield container
     except FFmpegError as error:
         raise ValueError(f"cannot read video {name}: {error.strerror}") from error
