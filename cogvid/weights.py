@@ -378,14 +378,15 @@ def _map_file(path: Path) -> dict[str, Tensor]:
 
 def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype:
     """Return the dtype that most of the weights are stored in."""
+    if not state:
+        raise ValueError(f"{source}: no weights in it")
     count: Counter[torch.dtype] = Counter()
     for tensor in state.values():
         count[tensor.dtype] += tensor.numel()
-    if others := [str(dtype).removeprefix("torch.") for dtype in count if dtype not in DTYPES.values()]:
-        raise ValueError(f"{source}: the weights are {', '.join(others)}, wanted {' or '.join(DTYPES)}")
-    if not count:
-        raise ValueError(f"{source}: no weights in it")
-    return count.most_common(1)[0][0]
+    stored = count.most_common(1)[0][0]
+    if stored not in DTYPES.values():
+        raise ValueError(f"{source}: the weights are {stored}, wanted {', '.join(DTYPES)}")
+    return stored
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
@@ -481,9 +482,13 @@ def packs() -> list[str]:
 
 
 def _fetch(repo: str, revision: str | None, local_files_only: bool, components: Iterable[str]) -> Path:
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        DryRunError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     files = ["model_index.json"]
     for component in components:
@@ -492,31 +497,35 @@ def _fetch(repo: str, revision: str | None, local_files_only: bool, components: 
             names += [f"{base}.safetensors", f"{base}-*-of-*.safetensors", f"{base}.safetensors.index.json"]
         files += [f"{component}/{name}" for name in names]
     where = repo + (f" at {revision}" if revision else "")
+    options: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": files,
+        "local_files_only": local_files_only,
+    }
     try:
-        if not local_files_only:
-            try:
-                info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-            except (RepositoryNotFoundError, RevisionNotFoundError):
-                raise
-            except OSError:
-                info = None  # no network: what is in the cache may be enough, and snapshot_download knows
-            if info is not None:
-                wanted = filter_repo_objects(info.siblings or [], allow_patterns=files, key=lambda f: f.rfilename)
-                sizes = [
-                    file.size or 0
-                    for file in wanted
-                    if not isinstance(try_to_load_from_cache(repo, file.rfilename, revision=info.sha), str)
-                ]
-                if sizes:
-                    print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB", file=sys.stderr)
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=local_files_only))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        kind = "revision" if isinstance(error, RevisionNotFoundError) else "repository that you can read"
-        raise ValueError(f"model: {where} is not a directory here, and the hub has no such {kind}") from error
+        try:
+            sizes = [
+                file.file_size or 0 for file in snapshot_download(repo, dry_run=True, **options) if file.will_download
+            ]
+        except DryRunError:
+            sizes = []  # no hub to be reached, or none wanted: it may all be in the local cache
+        if sizes:
+            print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
+        return Path(snapshot_download(repo, **options))
+    except RevisionNotFoundError as error:
+        raise ValueError(f"model: the hub has no revision {revision!r} of {repo}") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"model: {repo} is no directory here and no repository of the hub that you can read"
+        ) from error
     except LocalEntryNotFoundError as error:
         if local_files_only:
-            raise ValueError(f"model: {where} is not a directory here, nor in the hub's local cache") from error
-        raise OSError(f"model: {where} is not a directory here, and the hub cannot be reached to fetch it") from error
+            raise ValueError(f"model: {where} is no directory here and not whole in the hub's local cache") from error
+        raise OSError(f"model: {where} is no directory here, and the hub cannot be reached to fetch it") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the hub's client lets the errors of its HTTP library through
+        raise OSError(f"model: fetching {where} broke off: {error}; what is there is kept, try again") from error
 
 
 def component_directory(model: str | Path, component: str) -> Path:

@@ -1,0 +1,222 @@
+"""Names, shapes and files: what diffusers has and writes is what cogvid has and reads, and the other way round."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from torch import Tensor, nn
+
+from cogvid.config import CONFIGS, TransformerConfig, VAEConfig
+from cogvid.transformer import Transformer
+from cogvid.vae import VAE
+from cogvid.weights import (
+    TRANSFORMER_NAMES,
+    VAE_NAMES,
+    load_transformer,
+    load_vae,
+    map_transformer_state_dict,
+    map_vae_state_dict,
+    save_transformer,
+    save_vae,
+    unmap_state_dict,
+)
+from tests.reference import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
+
+# Tensors and millions of parameters of the official transformers; the learned table of 5B-I2V is counted as a tensor.
+SIZES = {
+    "cogvideox-2b": (736, 1694),
+    "cogvideox-5b": (1024, 5570),
+    "cogvideox-5b-i2v": (1025, 5570),
+    "cogvideox1.5-5b": (1024, 5571),
+    "cogvideox1.5-5b-i2v": (1028, 5572),
+}
+OFFICIAL = [name for name, model in CONFIGS.items() if model.repo]
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+def meta_transformers(name: str) -> tuple[CogVideoXTransformer3DModel, Transformer]:
+    config = CONFIGS[name].transformer
+    options = {k: v for k, v in config.to_dict().items() if k != "qk_norm_eps"}
+    with torch.device("meta"):
+        return CogVideoXTransformer3DModel(**options), Transformer(config)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_full_size_transformer_has_upstream_names_and_shapes(name: str) -> None:
+    reference, ours = meta_transformers(name)
+    assert shapes(unmap_state_dict(ours)) == shapes(reference.state_dict())
+    mapped = map_transformer_state_dict(reference.state_dict(), ours.config)
+    assert shapes(mapped) == shapes(ours.state_dict())
+    assert parameters(ours) == parameters(reference)
+    assert (len(reference.state_dict()), round(parameters(ours) / 1e6)) == SIZES[name]
+
+
+@pytest.mark.parametrize("config", [m.vae for m in CONFIGS.values() if m.name in ("cogvideox-2b", "cogvideox1.5-5b")])
+def test_full_size_vae_has_upstream_names_and_shapes(config: VAEConfig) -> None:
+    with torch.device("meta"):
+        reference, ours = AutoencoderKLCogVideoX(**config.to_dict()), VAE(config)
+    assert shapes(unmap_state_dict(ours)) == shapes(reference.state_dict())
+    assert shapes(map_vae_state_dict(reference.state_dict(), config)) == shapes(ours.state_dict())
+    assert (parameters(ours), round(parameters(ours) / 1e5)) == (parameters(reference), 2156)
+
+
+def test_every_row_of_the_tables_is_used() -> None:
+    """Also: no key of upstream's fits two rows, and only Q, K and V are merged."""
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX()
+    transformer_keys = {key for name in OFFICIAL for key in meta_transformers(name)[0].state_dict()}
+    for names, keys in ((TRANSFORMER_NAMES, transformer_keys), (VAE_NAMES, set(vae.state_dict()))):
+        rows = [re.escape(row).replace(r"\{\}", r"\d+") + r"(\.weight|\.bias)?" for row in names]
+        assert all(any(re.fullmatch(row, key) for key in keys) for row in rows)
+        assert all(sum(re.fullmatch(row, key) is not None for row in rows) == 1 for key in keys)
+        merged = {ours for ours in names.values() if list(names.values()).count(ours) > 1}
+        assert merged == ({"blocks.{}.qkv"} if names is TRANSFORMER_NAMES else set())
+
+
+@pytest.mark.parametrize("variant", TRANSFORMER_VARIANTS)
+def test_transformer_map_is_a_bijection(variant: str) -> None:
+    reference = tiny_transformer(variant)
+    # Every element is another number, so that a swap of any two parts would show.
+    start, state = 0, {}
+    for name, tensor in reference.state_dict().items():
+        state[name] = torch.arange(start, start + tensor.numel(), dtype=torch.float64).view(tensor.shape)
+        start += tensor.numel()
+    config = TransformerConfig.from_dict(reference.config)
+    mapped = map_transformer_state_dict(state, config)
+    assert torch.cat([x.flatten() for x in mapped.values()]).unique().numel() == start
+    ours = Transformer(config).double()
+    ours.load_state_dict(mapped, strict=True)
+    assert_same_state(unmap_state_dict(ours), state)
+
+
+def test_vae_map_is_a_bijection() -> None:
+    reference = tiny_vae()
+    config = VAEConfig.from_dict(reference.config)
+    mapped = map_vae_state_dict(reference.state_dict(), config)
+    assert len(mapped) == len(reference.state_dict())
+    ours = VAE(config)
+    ours.load_state_dict(mapped, strict=True)
+    assert_same_state(unmap_state_dict(ours), reference.state_dict())
+
+
+@pytest.mark.parametrize("shard", [None, "100KB"], ids=["single", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-5b-i2v"])
+def test_transformer_loads_what_diffusers_saves(
+    tmp_path: Path, variant: str, dtype: torch.dtype, shard: str | None
+) -> None:
+    reference = tiny_transformer(variant).to(dtype)
+    options: dict[str, Any] = {} if shard is None else {"max_shard_size": shard}
+    reference.save_pretrained(tmp_path / "transformer", **options)
+    assert (len(list(tmp_path.glob("*/*.safetensors"))) > 1) == (shard is not None)
+    for directory in (tmp_path, tmp_path / "transformer"):
+        ours = load_transformer(directory)
+        assert_same_state(unmap_state_dict(ours), reference.state_dict())
+        assert not ours.training
+        assert not any(p.requires_grad for p in ours.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_vae_loads_what_diffusers_saves(tmp_path: Path, dtype: torch.dtype) -> None:
+    reference = tiny_vae().to(dtype)
+    reference.save_pretrained(tmp_path / "vae", max_shard_size="50KB")
+    assert_same_state(unmap_state_dict(load_vae(tmp_path)), reference.state_dict())
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.bfloat16], ids=str)
+def test_loading_in_another_dtype_rounds_each_weight(tmp_path: Path, dtype: str | torch.dtype) -> None:
+    reference = tiny_transformer("5b").half()
+    reference.save_pretrained(tmp_path)
+    ours = load_transformer(tmp_path, dtype=dtype)
+    assert_same_state(unmap_state_dict(ours), reference.to(getattr(torch, str(dtype).split(".")[-1])).state_dict())
+
+
+@pytest.fixture
+def upstream_says_nothing() -> Any:
+    """Fail on anything that diffusers logs at warning level or warns of."""
+    records: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    logger.removeHandler(handler)
+    assert records == []
+
+
+@pytest.mark.usefixtures("upstream_says_nothing")
+@pytest.mark.parametrize("variant", TRANSFORMER_VARIANTS)
+def test_diffusers_loads_what_save_transformer_writes(tmp_path: Path, variant: str) -> None:
+    reference = tiny_transformer(variant)
+    reference.save_pretrained(tmp_path / "theirs")
+    save_transformer(load_transformer(tmp_path / "theirs"), tmp_path / "ours")
+    # With a dtype, because without one diffusers makes a learned position table float64, whatever the file holds.
+    again = CogVideoXTransformer3DModel.from_pretrained(
+        tmp_path / "ours", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    assert_same_state(again.state_dict(), reference.state_dict())
+    assert_same_config(again.config, reference.config)
+    assert str(tmp_path) not in (tmp_path / "ours" / "config.json").read_text()
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+
+
+@pytest.mark.usefixtures("upstream_says_nothing")
+def test_diffusers_loads_what_save_vae_writes(tmp_path: Path) -> None:
+    reference = tiny_vae(
+        block_out_channels=(8, 16, 24),
+        down_block_types=("CogVideoXDownBlock3D",) * 3,
+        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        scaling_factor=0.5,
+        invert_scale_latents=True,
+    )
+    reference.save_pretrained(tmp_path / "theirs")
+    save_vae(load_vae(tmp_path / "theirs"), tmp_path / "ours")
+    again = AutoencoderKLCogVideoX.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    assert_same_state(again.state_dict(), reference.state_dict())
+    assert_same_config(again.config, reference.config)
+
+
+def test_save_in_another_dtype(tmp_path: Path) -> None:
+    reference = tiny_transformer("5b")
+    ours = Transformer(TransformerConfig.from_dict(reference.config))
+    ours.load_state_dict(map_transformer_state_dict(reference.state_dict(), ours.config))
+    save_transformer(ours, tmp_path, dtype=torch.float16)
+    again = CogVideoXTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.float16, low_cpu_mem_usage=False)
+    assert_same_state(again.state_dict(), reference.half().state_dict())
+
+
+def assert_same_config(actual: Any, expected: Any) -> None:
+    """Compare all but what diffusers notes for itself; JSON has lists for tuples and no integer scale factors."""
+    for name, value in expected.items():
+        if not name.startswith("_") and name != "dropout":
+            assert (tuple(actual[name]) if isinstance(value, tuple) else actual[name]) == value, name
