@@ -34,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cogvid_kernels._cases import KernelCase
 from cogvid_kernels._checks import check_runnable, check_tensor, is_aligned, is_interpreted
+from cogvid_kernels._interpreter import dot, round_to
 from cogvid_kernels._tiles import INTERPRETER, Tile, architecture, tile_for
 
 VARIANTS = ("pointer", "pointer_bounded", "tma", "tma_bounded", "tma_persistent", "tma_persistent_bounded")
@@ -79,15 +80,6 @@ def _load_tile(
 
 
 @triton.jit
-def _dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """Return x y + acc in fp32. Triton's interpreter would multiply the bits of bf16 as integers: there, widen first."""
-    if WIDEN:
-        return tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_acc, input_precision=PRECISION)
-    else:
-        return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION)
-
-
-@triton.jit
 def _attend_keys(
     b_q,  # [BLOCK_M, BLOCK_D]
     b_acc,  # [BLOCK_M, BLOCK_D] fp32
@@ -109,12 +101,12 @@ def _attend_keys(
     TMA: tl.constexpr,
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Add keys start..start+BLOCK_N to the running sums."""
     b_k = _load_tile(k, stride_k, batch, head, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, TMA)
     b_zero = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)
-    b_s = _dot(b_q, b_k.T, b_zero, PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
+    b_s = dot(b_q, b_k.T, b_zero, PRECISION, INTERPRETED)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         b_s = tl.where((start + tl.arange(0, BLOCK_N) < num_keys)[None, :], b_s, float("-inf"))
     if not BOUNDED:
@@ -126,7 +118,7 @@ def _attend_keys(
     b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
     b_sum += tl.sum(b_p, 1)
     b_v = _load_tile(v, stride_v, batch, head, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, TMA)
-    b_acc = _dot(b_p.to(b_v.dtype), b_v, b_acc, PRECISION, WIDEN)
+    b_acc = dot(round_to(b_p, b_v.dtype, INTERPRETED), b_v, b_acc, PRECISION, INTERPRETED)
     return b_acc, b_sum, b_shift
 
 
@@ -150,7 +142,7 @@ def _attend(
     TMA: tl.constexpr,
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Attend from one tile of queries to every key. Returns the weighted values, the row sums and the shifts."""
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -159,13 +151,13 @@ def _attend(
     for start in tl.range(0, full, BLOCK_N):
         b_acc, b_sum, b_shift = _attend_keys(
             b_q, b_acc, b_sum, b_shift, k, v, stride_k, stride_v, batch, head, start, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_N, BLOCK_D, False, TMA, BOUNDED, PRECISION, WIDEN,
+            HEAD_DIM, BLOCK_N, BLOCK_D, False, TMA, BOUNDED, PRECISION, INTERPRETED,
         )  # fmt: skip
     # The tail is peeled, so that no other tile pays for a mask.
     if HAS_TAIL:
         b_acc, b_sum, b_shift = _attend_keys(
             b_q, b_acc, b_sum, b_shift, k, v, stride_k, stride_v, batch, head, full, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, BOUNDED, PRECISION, WIDEN,
+            HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, BOUNDED, PRECISION, INTERPRETED,
         )  # fmt: skip
     return b_acc, b_sum, b_shift
 
@@ -201,7 +193,7 @@ def _attend_queries(
     BOUNDED: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Compute and store one tile of queries of one head."""
     tiles_per_head = tl.cdiv(num_queries, BLOCK_M)
@@ -230,19 +222,19 @@ def _attend_queries(
             safe_low = num_keys * _FP16_SAFE_MEAN
         b_acc, b_sum, b_shift = _attend(
             b_q, b_bound, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, True, PRECISION, WIDEN,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, True, PRECISION, INTERPRETED,
         )  # fmt: skip
         # NaN compares false, so it takes the online form too.
         safe = (b_sum >= safe_low) & (b_sum <= _SAFE_HIGH)
         if tl.min(safe.to(tl.int32), 0) == 0:
             b_acc, b_sum, b_shift = _attend(
                 b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, False, PRECISION, WIDEN,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, False, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
         b_acc, b_sum, b_shift = _attend(
             b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, False, PRECISION, WIDEN,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, False, PRECISION, INTERPRETED,
         )  # fmt: skip
 
     b_out = b_acc / b_sum[:, None]
@@ -250,7 +242,7 @@ def _attend_queries(
     o_d = tl.arange(0, BLOCK_D)
     p_row = out + ((i_b.to(tl.int64) * num_queries + o_m) * num_heads + i_h) * HEAD_DIM
     m_out = (o_m < num_queries)[:, None] & (o_d < HEAD_DIM)[None, :]
-    tl.store(p_row[:, None] + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_out)
+    tl.store(p_row[:, None] + o_d[None, :], round_to(b_out, out.dtype.element_ty, INTERPRETED), mask=m_out)
     if WRITE_LSE:
         b_lse = (b_shift + tl.log2(b_sum)) * _LN2
         tl.store(lse + i_bh.to(tl.int64) * num_queries + o_m, b_lse, mask=o_m < num_queries)
@@ -288,20 +280,20 @@ def _attention_kernel(
     PERSISTENT: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     if PERSISTENT:
         for i_tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
             _attend_queries(
                 i_tile, q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
                 stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TAIL, TMA, BOUNDED, WRITE_LSE, PRECISION, WIDEN,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TAIL, TMA, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
         _attend_queries(
             tl.program_id(0), q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn,
             stride_kh, stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TAIL, TMA, BOUNDED, WRITE_LSE, PRECISION, WIDEN,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TAIL, TMA, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -475,7 +467,7 @@ def _attention_arguments(
         "PERSISTENT": "persistent" in variant,
         "WRITE_LSE": lse is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "WIDEN": is_interpreted(_attention_kernel),
+        "INTERPRETED": is_interpreted(_attention_kernel),
         # One FMA for `scale * s - shift`; Triton's own default differs between versions.
         "enable_fp_fusion": True,
         **tile.options,
