@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -204,25 +205,34 @@ def qk_norm_rope(
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, bias: Tensor, rope: Rope | None, text_len: int, eps: float) -> Tensor:
+    if rope is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)  # fp32 inside, whatever the dtype
     wide = _wide_dtype(x)
     out = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
-    if rope is not None:
-        # A pair of neighbouring channels is one complex number, and the rotation one product, written in place.
-        cos, sin = (table.to(wide) for table in rope)
-        torch.view_as_complex(out[:, text_len:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
+    # A pair of neighbouring channels is one complex number, and the rotation one product, written in place.
+    cos, sin = (table.to(wide) for table in rope)
+    torch.view_as_complex(out[:, text_len:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
     return out.to(x.dtype)
 
 
 def layer_norm_modulate(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, *, text_len: int, eps: float
 ) -> Tensor:
-    """Compute `LayerNormModulateOp`: the norm half of diffusers' `CogVideoXLayerNormZero`."""
+    """Compute `LayerNormModulateOp`: the norm half of diffusers' `CogVideoXLayerNormZero`.
+
+    The modulation of a LayerNorm is a LayerNorm with another weight and bias, one pair per sample and stream.
+    """
     wide = _wide_dtype(x)
-    normed = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
-    gain, shift = 1 + scale.to(wide), shift.to(wide)
-    text = torch.addcmul(shift[:, :1], normed[:, :text_len], gain[:, :1])
-    video = torch.addcmul(shift[:, 1:], normed[:, text_len:], gain[:, 1:])
-    return torch.cat([text, video], dim=1).to(x.dtype)
+    gain = 1 + scale.to(wide)
+    weights, biases = weight.to(wide) * gain, bias.to(wide) * gain + shift.to(wide)  # [B, 2, D]
+    # A CPU norms low precision with fp32 weights as it is; elsewhere the two must agree.
+    source = x if x.device.type == "cpu" else x.to(wide)
+    streams = [
+        F.layer_norm(stream, stream.shape[-1:], weights[b, row], biases[b, row], eps).to(x.dtype)
+        for b, sample in enumerate(source)
+        for row, stream in enumerate((sample[:text_len], sample[text_len:]))
+    ]
+    return torch.cat(streams).view(x.shape)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tensor:
@@ -251,7 +261,14 @@ def gate_residual_norm_modulate(
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `LinearGeluOp`."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_has_bf16():
+        # oneDNN applies the gelu to the fp32 sums as it stores them: a pass and a rounding less. It has no backward.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _onednn_has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -262,27 +279,92 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
     """Compute `GroupNormSiluOp`."""
-    wide = _wide_dtype(x)
-    return F.silu(F.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)).to(x.dtype)
+    gain, offset = _group_norm_affine(x, weight, bias, num_groups, eps)
+
+    def apply(frames: slice) -> Tensor:
+        return F.silu(torch.addcmul(offset, x[:, :, frames].to(gain.dtype), gain)).to(x.dtype)
+
+    return map_frames(apply, x.shape[2], _frames_in_cache(x))
 
 
 def spatial_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int, eps: float
 ) -> Tensor:
     """Compute `SpatialNormSiluOp`: diffusers' `CogVideoXSpatialNorm3D` after its convolutions, and its activation."""
-    wide = _wide_dtype(x)
-    normed = F.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
-    scale, shift = (_upsample_latent(t, x.shape[2:]).to(wide) for t in (scale, shift))
-    return F.silu(torch.addcmul(shift, normed, scale)).to(x.dtype)
+    gain, offset = _group_norm_affine(x, weight, bias, num_groups, eps)
+    # The norm's own gain and offset, and the latents', are one of each, still at latent resolution.
+    scale, shift = scale.to(gain.dtype), shift.to(gain.dtype)
+    gain, offset = gain * scale, torch.addcmul(shift, offset, scale)
+    sources = _latent_frames(x.shape[2], scale.shape[2])
+
+    def apply(frames: slice) -> Tensor:
+        part = x[:, :, frames].to(gain.dtype)
+        g, o = (F.interpolate(t[:, :, sources[frames]], size=part.shape[2:]) for t in (gain, offset))
+        return F.silu(torch.addcmul(o, part, g)).to(x.dtype)
+
+    return map_frames(apply, x.shape[2], _frames_in_cache(x))
 
 
-def _upsample_latent(z: Tensor, size: torch.Size) -> Tensor:
-    frames, height, width = size
+def map_frames(function: Callable[[slice], Tensor], frames: int, at_once: int) -> Tensor:
+    """Concatenate `function(slice)` over slices of `at_once` frames, along dimension 2.
+
+    Temporaries stay the size of a slice. Without gradients the parts go straight into the result, so that there are
+    never two copies of it.
+    """
+    slices = [slice(start, min(start + at_once, frames)) for start in range(0, frames, at_once)]
+    first = function(slices[0])
+    if len(slices) == 1:
+        return first
+    if torch.is_grad_enabled():
+        return torch.cat([first, *map(function, slices[1:])], dim=2)
+    batch, channels, _, height, width = first.shape
+    layout = (
+        torch.channels_last_3d if first.is_contiguous(memory_format=torch.channels_last_3d) else torch.contiguous_format
+    )
+    shape = (batch, channels, frames, height, width)
+    result = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
+    result[:, :, slices[0]] = first
+    for part in slices[1:]:
+        result[:, :, part] = function(part)
+    return result
+
+
+def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return gain and offset, `[B, C, 1, 1, 1]` in at least fp32, such that `GroupNorm(x) = x * gain + offset`.
+
+    `F.group_norm` on a CPU takes E[x^2] - E[x]^2 in fp32 when x is channels-last: off by 2e-4 where the mean is ten
+    standard deviations. Here sums are taken about each channel's mean in the first frame, which cancels next to nothing.
+    """
+    wide, count = _wide_dtype(x), x[0, 0].numel()
+    center = x[:, :, 0].to(wide).mean(dim=(2, 3), keepdim=True)  # [B, C, 1, 1]
+    total, square = torch.zeros_like(center, dtype=torch.float64), torch.zeros_like(center, dtype=torch.float64)
+    for frame in x.unbind(2):
+        difference = frame.to(wide) - center
+        total = total + difference.sum(dim=(2, 3), keepdim=True)
+        square = square + (difference * difference).sum(dim=(2, 3), keepdim=True)
+    mean = center + total / count
+    spread = square / count - (total / count) ** 2
+    # From channels to groups: the variance in a group is that in its channels and that between them.
+    group_mean = mean.flatten(1).unflatten(1, (num_groups, -1))  # [B, groups, C / groups]
+    between, group_mean = torch.var_mean(group_mean, dim=2, correction=0, keepdim=True)
+    within = spread.flatten(1).unflatten(1, (num_groups, -1)).mean(dim=2, keepdim=True)
+    inverse = (within + between + eps).rsqrt()
+    gain = inverse * weight.unflatten(0, (num_groups, -1))
+    offset = bias.unflatten(0, (num_groups, -1)) - group_mean * gain
+    gain, offset = (t.flatten(1).to(wide)[:, :, None, None, None] for t in (gain, offset))
+    return gain, offset
+
+
+def _latent_frames(frames: int, latent_frames: int) -> list[int]:
+    """Return the latent frame that each frame takes: nearest, but the first of an odd number has one to itself."""
     if frames > 1 and frames % 2 == 1:
-        first = F.interpolate(z[:, :, :1], size=(1, height, width))
-        rest = F.interpolate(z[:, :, 1:], size=(frames - 1, height, width))
-        return torch.cat([first, rest], dim=2)
-    return F.interpolate(z, size=(frames, height, width))
+        return [0, *(1 + i * (latent_frames - 1) // (frames - 1) for i in range(frames - 1))]
+    return [i * latent_frames // frames for i in range(frames)]
+
+
+def _frames_in_cache(x: Tensor) -> int:
+    """Return how many frames to work on at once so that their temporaries stay in a CPU's cache; at least one."""
+    return max(2**20 // x[:, :, 0].numel(), 1)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

@@ -55,6 +55,8 @@ class StepCache(Protocol):
 class Transformer(nn.Module):
     """The whole model: noisy latents, text and timestep in, predicted velocity out."""
 
+    pos_embedding: Tensor  # [1, L + S, D], 5B-I2V only
+
     def __init__(self, config: TransformerConfig, ops: Ops | None = None) -> None:
         """Build with random weights. ops: the operations to run, plain PyTorch by default."""
         super().__init__()
