@@ -1,0 +1,220 @@
+"""Prompt to embeddings: T5's tokenizer on sentencepiece, and its encoder.
+
+The encoder is transformers' `T5EncoderModel`, run as diffusers' `CogVideoXPipeline.encode_prompt` runs it: the prompt
+as it is (no cleaning), padded to a fixed length, no attention mask.
+
+Token ids are those of transformers' `T5Tokenizer`, but for one case: where normalisation rewrites a character that is
+followed by combining marks or joiners, transformers 5 may replace all of them by what the first becomes, and so lose
+marks. The ids here are sentencepiece's, with which T5 was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cogvid.ops import Ops, resolve_ops
+from cogvid.weights import (
+    component_directory,
+    load_state,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+)
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
+
+# What transformers splits words at. Python's own \s has four control characters more.
+_SPACES = "\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+_WORD_START = "\u2581"  # sentencepiece's visible space
+_EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
+
+
+class TextEncoder:
+    """Encode prompts with T5."""
+
+    def __init__(self, model: T5EncoderModel, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.shared.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.shared.weight.device
+
+    def __call__(self, prompts: Sequence[str], max_length: int) -> Tensor:
+        """Return embeddings `[B, max_length, E]` in the encoder's dtype, on its device.
+
+        Padding is encoded like text, because the models were trained so. Must equal `_get_t5_prompt_embeds`.
+        """
+        ids = self.tokenizer.encode(prompts, max_length)
+        return self.model(ids.to(self.device)).last_hidden_state
+
+
+class Tokenizer:
+    """Turn text into T5's token ids.
+
+    spiece_path: the `spiece.model` of a checkpoint. extra_ids: number of `<extra_id_N>` sentinels; their ids follow
+    those of the model, counted down.
+    """
+
+    def __init__(self, spiece_path: str | Path, extra_ids: int = 100) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        if not Path(spiece_path).is_file():
+            raise ValueError(f"{spiece_path}: no such file, wanted a sentencepiece model")
+        try:
+            self.model = SentencePieceProcessor(model_file=str(spiece_path))
+        except RuntimeError as error:
+            raise ValueError(f"{spiece_path}: not a sentencepiece model ({error})") from None
+        size = self.model.get_piece_size()
+        self.pad, self.eos = self.model.pad_id(), self.model.eos_id()
+        if self.pad < 0 or self.eos < 0:
+            raise ValueError(f"{spiece_path}: got no {'pad' if self.pad < 0 else 'eos'} token, wanted a T5 model")
+        self._special = {
+            self.model.id_to_piece(i): i for i in range(size) if self.model.is_control(i) or self.model.is_unknown(i)
+        } | {f"<extra_id_{i}>": size + extra_ids - 1 - i for i in range(extra_ids)}
+        self._split_special = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+        self._spaces = {ord(c): " " for c in _SPACES if self._keeps(c)}
+        self._keeps_word_start = self._keeps(_WORD_START)
+        self.vocab_size = size + extra_ids
+
+    def encode(self, prompts: Sequence[str], max_length: int) -> Tensor:
+        """Return int64 ids `[B, max_length]`: text, end of sequence, padding; warn where text had to be cut."""
+        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}, wanted a list of str")
+        if max_length < 1:
+            raise ValueError(f"max_length: got {max_length}, wanted at least 1")
+        ids = torch.full((len(prompts), max_length), self.pad)
+        for row, prompt in zip(ids, prompts, strict=True):
+            tokens = self._tokenize(prompt)
+            if (excess := len(tokens) + 1 - max_length) > 0:
+                warnings.warn(
+                    f"prompt {prompt!r:.40}: {len(tokens)} tokens and the end are more than {max_length}; "
+                    f"the last {excess} are not used",
+                    stacklevel=3,
+                )
+            kept = [*tokens[: max_length - 1], self.eos]
+            row[: len(kept)] = torch.tensor(kept)
+        return ids
+
+    def _tokenize(self, prompt: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split_special.split(prompt):
+            if part in self._special:
+                ids.append(self._special[part])
+            else:
+                for word in part.translate(self._spaces).split(" "):
+                    ids += self._tokenize_word(word)
+        return ids
+
+    def _tokenize_word(self, word: str) -> list[int]:
+        if _WORD_START not in word or not self._keeps_word_start:
+            return self.model.encode(word)
+        # transformers starts a word at each of these characters, where sentencepiece would join or strip them
+        starts = re.findall(f"{_WORD_START}[^{_WORD_START}]*|^[^{_WORD_START}]+", word)
+        alone = self.model.piece_to_id(_WORD_START)
+        return [i for s in starts for i in self.model.encode(s.removeprefix(_WORD_START)) or [alone]]
+
+    def _keeps(self, character: str) -> bool:
+        """Say whether the model's normalisation leaves a character as it is; twice, because a space would collapse."""
+        return self.model.normalize(f"a{character}{character}b").endswith(f"a{character}{character}b")
+
+
+class _RMSNorm(nn.Module):
+    """T5's layer norm on the op bundle. Must equal transformers' `T5LayerNorm`."""
+
+    def __init__(self, weight: nn.Parameter, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        # With float16 weights x is float32, because `wo` is; the next projection wants the dtype of the weights.
+        return self.ops.rms_norm(x, self.weight, eps=self.eps).to(self.weight.dtype)
+
+
+def use_ops(model: T5EncoderModel, ops: Ops) -> None:
+    """Run the norms of a T5 encoder on an op bundle, in place; their weights and names stay."""
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, T5LayerNorm):
+                setattr(module, name, _RMSNorm(child.weight, child.variance_epsilon, ops))
+
+
+def load_text_encoder(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    ops: str | Ops = "auto",
+) -> TextEncoder:
+    """Load the T5 encoder and the tokenizer of a checkpoint, from its `text_encoder/` and `tokenizer/`.
+
+    Args:
+        model: as for `weights.find`.
+        dtype: float32, float16 or bfloat16; None keeps the stored one. With float16 the `wo` matrices are float32, as
+            transformers keeps them because they overflow. On a CPU float16 becomes bfloat16 or float32, with a warning.
+        ops: "auto", "torch", "triton" or an `Ops`.
+
+    Raises:
+        ValueError: the files are missing, broken or do not fit together; an argument is not one of the above.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    directory = component_directory(model, "text_encoder")
+    tokenizer = _load_tokenizer(component_directory(model, "tokenizer"))
+    device = resolve_device(device)
+    bundle, _ = resolve_ops(ops, device)
+    config = T5Config.from_dict(_read_config(directory / "config.json"))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{directory}: vocab_size {config.vocab_size}, wanted the tokenizer's {tokenizer.vocab_size}")
+    with torch.device("meta"):
+        encoder = T5EncoderModel(config)
+    encoder.set_input_embeddings(encoder.shared)  # the stack makes a table of its own
+    use_ops(encoder, bundle)
+
+    state = load_state(directory, basename="model")
+    dtype = resolve_dtype(dtype, device, stored=stored_dtype(state, directory))
+    # One matrix under two names; which of them is stored, or both, depends on the version that wrote the file.
+    if _TIED in state:
+        state.setdefault(_EMBEDDING, state.pop(_TIED))
+    placed = {
+        name: tensor.to(device, torch.float32 if dtype == torch.float16 and ".wo." in name else dtype)
+        for name, tensor in state.items()
+    }
+    if _EMBEDDING in placed:
+        placed[_TIED] = placed[_EMBEDDING]
+    try:
+        encoder.load_state_dict(placed, strict=True, assign=True)
+    except RuntimeError as error:  # names or shapes
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory}: the weights do not fit the config: {reason:.400}") from None
+    return TextEncoder(encoder.eval().requires_grad_(False), tokenizer)
+
+
+def _load_tokenizer(directory: Path) -> Tokenizer:
+    config = directory / "tokenizer_config.json"
+    extra_ids = _read_config(config).get("extra_ids", 100) if config.is_file() else 100
+    return Tokenizer(directory / "spiece.model", extra_ids)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path}: wanted a JSON file, got {error}") from None
