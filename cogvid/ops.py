@@ -333,7 +333,7 @@ def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int,
     """Return gain and offset, `[B, C, 1, 1, 1]` in at least fp32, such that `GroupNorm(x) = x * gain + offset`.
 
     `F.group_norm` on a CPU takes E[x^2] - E[x]^2 in fp32 when x is channels-last: off by 2e-4 where the mean is ten
-    standard deviations. Here sums are taken about each channel's mean in the first frame, which cancels next to nothing.
+    standard deviations. Here sums are taken about each channel's mean in the first frame, which cancels nothing.
     """
     wide, count = _wide_dtype(x), x[0, 0].numel()
     center = x[:, :, 0].to(wide).mean(dim=(2, 3), keepdim=True)  # [B, C, 1, 1]
