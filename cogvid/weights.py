@@ -143,7 +143,7 @@ _FIXED: dict[str, dict[str, Any]] = {
         "set_alpha_to_one": True,
     },
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 Config = TypeVar("Config", TransformerConfig, VAEConfig, SchedulerConfig)
 
@@ -463,9 +463,9 @@ def find(
     if name in packs():
         return PACKS / name
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
-    if path.exists():
+    if name and path.exists():
         raise ValueError(f"model: {name} is a file, wanted the directory of a checkpoint")
     if _HUB_ID.fullmatch(name) and isinstance(model, str):
         return _fetch(name, revision, local_files_only, components)
