@@ -7,3 +7,14 @@
 SAMPLER_FP32 = 5e-7  # rel rms of every state against the diffusers schedulers; a few ulps (measured 0.0, the same bits)
 SAMPLER_LOW_PRECISION = 0.5  # our error against fp64 over that of diffusers: our state stays fp32 (measured 0.40)
 ADD_NOISE_FP32 = 6e-7  # rel rms; diffusers takes 1 - alpha in fp32, which loses digits near t = 0 (measured 1.8e-7)
+TEXT_FP32 = 5e-7  # rel rms of prompt embeddings against diffusers; room for another order of sums (measured 0.0)
+LOW_PRECISION_TEXT = 1.05  # our error against fp64 over that of diffusers; the norm rounds once here (measured 0.69)
+
+# Pipelines
+PIPELINE_LATENTS = 1e-5  # rel rms of the final latents; rounding through whole runs (measured 2.3e-6)
+PIPELINE_IDENTICAL_PIXELS = 0.9999  # share of equal uint8 values; ties in rounding (measured 1.0)
+
+# Operations
+OP_FP32 = 1e-6  # rel rms against the formula in fp64; a few ulps (measured @@)
+OP_LOW_PRECISION = 1.01  # our error over that of rounding the exact result: fp32 inside shifts a few ties (measured @@)
+SPATIAL_NORM_FP32 = 1e-6  # rel rms; the convolution sums at another resolution (measured @@)

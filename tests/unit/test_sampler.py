@@ -73,18 +73,18 @@ def test_one_point_distribution_is_reached_exactly(name: str, steps: int) -> Non
 
 
 def test_dpm_samples_the_gaussian() -> None:
-    """Mean and deviation of 400,000 independent elements.
+    """Mean and deviation of 50,000 independent elements.
 
     The last step returns the posterior mean at the last timestep, whose deviation is below that of the data.
     """
-    schedule, mean, std = make_schedule(CONFIG, 200), 0.7, 0.3
-    x = noise(1, 4, 10, 100, 100)
+    schedule, mean, std = make_schedule(CONFIG, 100), 0.7, 0.3
+    x = noise(1, 4, 5, 50, 50)
     result = dpm(gaussian_denoiser(schedule, mean, std), x, schedule, generator=Generator().manual_seed(1))
     alpha = schedule.alpha(schedule.timesteps[-1]).item()
     expected_std = std**2 * alpha**0.5 / (alpha * std**2 + 1 - alpha) ** 0.5
-    assert abs(result.mean().item() - mean) < 2e-3  # four standard errors
-    assert abs(result.std().item() - expected_std) < 4e-3  # measured 0.2953, expected 0.2927: the step size
-    assert abs(((result - mean) * x).mean().item()) < 2e-3  # stochastic: where the noise started is forgotten
+    assert abs(result.mean().item() - mean) < 5e-3  # four standard errors
+    assert abs(result.std().item() - expected_std) < 6e-3  # measured 0.2891, expected 0.2856: the step size
+    assert abs(((result - mean) * x).mean().item()) < 5e-3  # stochastic: where the noise started is forgotten
 
 
 def test_next_rule_reaches_clean_where_the_default_does_not() -> None:
@@ -101,14 +101,14 @@ def test_next_rule_reaches_clean_where_the_default_does_not() -> None:
     assert (missed - target).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("steps", range(1, 1001, 3))
 @pytest.mark.filterwarnings("ignore:num_inference_steps")
-def test_any_step_count_gives_that_many_falling_steps(steps: int) -> None:
-    schedule = make_schedule(CONFIG, steps)
-    assert len(schedule) == steps
-    assert schedule.timesteps[0] == 999
-    assert all(a > b >= 0 for a, b in pairwise(schedule.timesteps))
-    assert all(t > p for t, p in zip(schedule.timesteps, schedule.prev_timesteps, strict=True))
+def test_any_step_count_gives_that_many_falling_steps() -> None:
+    for steps in (*range(1, 300), *range(300, 1001, 7), 397, 999):
+        schedule = make_schedule(CONFIG, steps)
+        assert len(schedule) == steps
+        assert schedule.timesteps[0] == 999
+        assert all(a > b >= 0 for a, b in pairwise(schedule.timesteps)), steps
+        assert all(t > p for t, p in zip(schedule.timesteps, schedule.prev_timesteps, strict=True)), steps
 
 
 @pytest.mark.filterwarnings("error")

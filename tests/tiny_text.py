@@ -1,0 +1,68 @@
+"""Tiny text parts of a checkpoint, in the official layout: a trained sentencepiece model and a random T5."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from tests.reference import perturb
+
+RULES = ("nmt_nfkc", "identity")  # T5's own normalisation, and that of the shipped packs
+_WORDS = (
+    "a red blue green circle circle. circles square triangle moves to the left right up down grows shrinks stays still"
+    " on white background panda dressed in small jacket café naïve über straße garçon élève"
+    " 12 3 4 . , ! ? ( ) - ' \" ; : ê"
+)
+
+
+def train_tokenizer(directory: Path, rule: str) -> Path:
+    """Train a T5-like sentencepiece model; return the path of its `spiece.model`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    draw, words = random.Random(0), _WORDS.split()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
+        sentence_iterator=iter([" ".join(draw.choices(words, k=10)) for _ in range(2000)]),
+        model_prefix=str(directory / "spiece"),
+        vocab_size=150,
+        model_type="unigram",
+        normalization_rule_name=rule,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (directory / "spiece.vocab").unlink()
+    return directory / "spiece.model"
+
+
+def save_text_parts(
+    root: Path, *, rule: str = "nmt_nfkc", extra_ids: int = 100, dtype: torch.dtype = torch.float32, shard: str = "5GB"
+) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """Write `text_encoder/` and `tokenizer/` with transformers and return what was written, the encoder in fp32."""
+    config = T5Config(
+        vocab_size=320,
+        d_model=40,
+        d_kv=12,
+        d_ff=56,
+        num_layers=3,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=20,
+    )
+    torch.manual_seed(0)
+    encoder = perturb(T5EncoderModel(config)).eval().requires_grad_(False)
+    encoder.to(dtype).save_pretrained(root / "text_encoder", max_shard_size=shard)
+    spiece = train_tokenizer(root / "spiece", rule)
+    tokenizer = T5Tokenizer.from_pretrained(spiece.parent, extra_ids=extra_ids)
+    tokenizer.save_pretrained(root / "tokenizer")
+    shutil.move(spiece, root / "tokenizer" / "spiece.model")
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline"}))
+    return encoder.float(), tokenizer

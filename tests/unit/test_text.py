@@ -1,0 +1,189 @@
+"""Text encoder: loading, its op, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import T5EncoderModel
+
+from cogvid.ops import Ops, rms_norm
+from cogvid.text import Tokenizer, load_text_encoder, use_ops
+from tests.tiny_text import save_text_parts, train_tokenizer
+
+PROMPTS = ["a red circle", ""]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoint")
+    save_text_parts(root)
+    return root
+
+
+def test_ids_by_hand(checkpoint: Path) -> None:
+    tokenizer = load_text_encoder(checkpoint).tokenizer
+    ids = tokenizer.encode(["", "</s><pad>", "<extra_id_0><extra_id_99>"], 4)
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[1, 0, 0, 0], [1, 0, 1, 0], [tokenizer.vocab_size - 1, tokenizer.vocab_size - 100, 1, 0]]
+
+
+def test_prompts_do_not_see_each_other(checkpoint: Path) -> None:
+    encoder = load_text_encoder(checkpoint)
+    together = encoder(PROMPTS, 12)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        torch.testing.assert_close(row, encoder([prompt], 12)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_attended(checkpoint: Path) -> None:
+    """No mask is passed, so the same text comes out otherwise in a longer row."""
+    encoder = load_text_encoder(checkpoint)
+    assert not torch.allclose(encoder(PROMPTS, 12)[:, :5], encoder(PROMPTS, 24)[:, :5], atol=1e-3)
+
+
+def test_every_norm_runs_on_the_op(checkpoint: Path) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        calls.append(tuple(x.shape))
+        return rms_norm(x, weight, eps=eps)
+
+    encoder = load_text_encoder(checkpoint, ops=dataclasses.replace(Ops.torch(), rms_norm=counted))
+    expected = load_text_encoder(checkpoint, ops="torch")(PROMPTS, 8)
+    assert torch.equal(encoder(PROMPTS, 8), expected)
+    assert calls == [(2, 8, 40)] * 7  # two in each of three layers, and the last
+
+
+def test_use_ops_keeps_names_and_weights(checkpoint: Path) -> None:
+    model = T5EncoderModel.from_pretrained(checkpoint / "text_encoder")
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    use_ops(model, Ops.torch())
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
+def test_embedding_under_either_name(checkpoint: Path, tmp_path: Path) -> None:
+    expected = load_text_encoder(checkpoint)(PROMPTS, 8)
+    stored = load_file(checkpoint / "text_encoder" / "model.safetensors")
+    shared = stored.pop("shared.weight")
+    stored.pop("encoder.embed_tokens.weight", None)
+    for names in (["shared.weight"], ["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"]):
+        root = copy_of(checkpoint, tmp_path / str(names))
+        save_file(stored | {name: shared.clone() for name in names}, root / "text_encoder" / "model.safetensors")
+        encoder = load_text_encoder(root)
+        assert torch.equal(encoder(PROMPTS, 8), expected)
+        assert encoder.model.shared is encoder.model.encoder.embed_tokens
+
+
+def copy_of(checkpoint: Path, root: Path) -> Path:
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            target = root / path.relative_to(checkpoint)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return root
+
+
+def test_float16_checkpoint_on_a_cpu(tmp_path: Path) -> None:
+    save_text_parts(tmp_path, dtype=torch.float16)
+    with pytest.warns(UserWarning, match="float16 arithmetic is not run on a CPU"):
+        encoder = load_text_encoder(tmp_path)
+    assert encoder.dtype in (torch.float32, torch.bfloat16)
+    embeds = load_text_encoder(tmp_path, dtype="float32")(PROMPTS, 8)
+    assert embeds.dtype == torch.float32
+    torch.testing.assert_close(encoder(PROMPTS, 8).float(), embeds, rtol=0, atol=0.1)
+
+
+def test_weights_stay_mapped(checkpoint: Path) -> None:
+    """The parameters are the mapped file, not a copy: same dtype, no gradient, nothing left on the meta device."""
+    encoder = load_text_encoder(checkpoint)
+    assert all(not p.requires_grad and p.device.type == "cpu" for p in encoder.model.parameters())
+    names = [line.rsplit(maxsplit=1)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert str((checkpoint / "text_encoder" / "model.safetensors").resolve()) in names
+
+
+def test_truncation_warns_and_names_the_prompt(checkpoint: Path) -> None:
+    tokenizer = load_text_encoder(checkpoint).tokenizer
+    with pytest.warns(UserWarning, match=r"prompt 'a red circle.*the last 1 are not used"):
+        cut = tokenizer.encode(["a red circle <unk>"], 4)
+    assert cut[0, -1] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer.encode(["a red circle"], 4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_length", "message"),
+    [
+        ("a red circle", 8, "prompts: got str 'a red circle', wanted a list of str"),
+        ([None], 8, r"prompts: got list [None], wanted a list of str"),
+        (["a"], 0, "max_length: got 0, wanted at least 1"),
+    ],
+    ids=["str", "none", "length"],
+)
+def test_wrong_arguments(checkpoint: Path, prompts: list[str], max_length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        load_text_encoder(checkpoint)(prompts, max_length)
+    assert message in str(error.value)
+
+
+def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    def broken(name: str) -> Path:
+        return copy_of(checkpoint, tmp_path / name)
+
+    root = broken("no-spiece")
+    (root / "tokenizer" / "spiece.model").unlink()
+    with pytest.raises(ValueError, match=r"spiece.model: no such file, wanted a sentencepiece model"):
+        load_text_encoder(root)
+
+    root = broken("bad-spiece")
+    (root / "tokenizer" / "spiece.model").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"spiece.model: not a sentencepiece model"):
+        load_text_encoder(root)
+
+    root = broken("bad-config")
+    (root / "text_encoder" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: wanted a JSON file"):
+        load_text_encoder(root)
+
+    root = broken("small-vocabulary")
+    config = json.loads((root / "text_encoder" / "config.json").read_text())
+    (root / "text_encoder" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(ValueError, match=r"vocab_size 100, wanted the tokenizer's \d+"):
+        load_text_encoder(root)
+
+    root = broken("missing-weight")
+    path = root / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    del state["encoder.block.1.layer.0.layer_norm.weight"]
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"do not fit the config: .*encoder.block.1.layer.0.layer_norm.weight"):
+        load_text_encoder(root)
+
+    root = broken("missing-embedding")
+    path = root / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    save_file({k: v for k, v in state.items() if "shared" not in k and "embed_tokens" not in k}, path)
+    with pytest.raises(ValueError, match=r"do not fit the config: .*shared.weight"):
+        load_text_encoder(root)
+
+
+def test_model_without_pad_is_refused(tmp_path: Path) -> None:
+    path = train_tokenizer(tmp_path, "identity")
+    assert Tokenizer(path, extra_ids=0).vocab_size < Tokenizer(path).vocab_size
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
+        sentence_iterator=iter(["a red circle"] * 9),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=12,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(ValueError, match=r"got no pad token, wanted a T5 model"):
+        Tokenizer(tmp_path / "other.model")
