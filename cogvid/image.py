@@ -261,19 +261,17 @@ def _download(url: str, timeout: float, max_bytes: int, max_redirects: int) -> b
         for sock in list(sockets):
             with contextlib.suppress(OSError):  # it was closed already
                 sock.shutdown(socket.SHUT_RDWR)
-    if not finished or isinstance(result[0], TimeoutError):
+    outcome = result[0] if finished else TimeoutError()
+    reason = outcome.reason if isinstance(outcome, urllib.error.URLError) else outcome
+    if isinstance(reason, bytes):
+        return reason
+    if isinstance(reason, TimeoutError):
         raise ValueError(f"image {shown} was not received within {timeout:g} seconds")
-    outcome = result[0]
-    if isinstance(outcome, bytes):
-        return outcome
-    if isinstance(outcome, _Refused):
-        raise ValueError(f"image {shown} {outcome}")
-    if isinstance(outcome, (OSError, http.client.HTTPException, ValueError)):
-        reason = outcome.reason if isinstance(outcome, urllib.error.URLError) else outcome
-        if isinstance(reason, TimeoutError):
-            raise ValueError(f"image {shown} was not received within {timeout:g} seconds")
-        raise ValueError(f"cannot fetch image {shown}: {_one_line(reason)}") from outcome
-    raise outcome
+    if isinstance(reason, _Refused):
+        raise ValueError(f"image {shown} {reason}")
+    if isinstance(reason, (OSError, http.client.HTTPException, ValueError, str)):
+        raise ValueError(f"cannot fetch image {shown}: {_one_line(reason)}")
+    raise reason
 
 
 class _Refused(Exception):
@@ -289,11 +287,11 @@ def _fetch(url: str, deadline: float, sockets: list[socket.socket], max_bytes: i
             if response.status in _REDIRECTS and location:
                 url = urllib.parse.urljoin(url, location)
                 continue
-            return _read_body(response, deadline, max_bytes)
+            return _read_body(response, max_bytes)
     raise _Refused(f"redirects more than {max_redirects} times")
 
 
-def _read_body(response: http.client.HTTPResponse, deadline: float, max_bytes: int) -> bytes:
+def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if response.status != 200:
         raise _Refused(f"was answered with status {response.status} {response.reason}, wanted 200".replace(" ,", ","))
     if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
@@ -306,8 +304,6 @@ def _read_body(response: http.client.HTTPResponse, deadline: float, max_bytes: i
         body += chunk
         if len(body) > max_bytes:
             raise _Refused(f"has more than {max_bytes} bytes, wanted at most that many")
-        if time.monotonic() > deadline:
-            raise TimeoutError
     if announced is not None and len(body) < announced:
         raise _Refused(f"broke off after {len(body)} of {announced} bytes")
     if not body:
