@@ -168,6 +168,25 @@ _TRANSFORMER_15 = dataclasses.replace(
 )
 _VAE_5B = VAEConfig(scaling_factor=0.7)
 _VAE_15 = VAEConfig(scaling_factor=0.7, invert_scale_latents=True)
+_TRANSFORMER_TINY = TransformerConfig(
+    num_attention_heads=3,
+    num_layers=6,
+    text_embed_dim=64,
+    time_embed_dim=64,
+    max_text_seq_length=16,
+    use_rotary_positional_embeddings=True,
+    sample_frames=17,
+    sample_height=8,
+    sample_width=8,
+)
+_VAE_TINY = VAEConfig(
+    block_out_channels=(16, 16, 32, 64),
+    layers_per_block=1,
+    norm_num_groups=2,
+    sample_height=64,
+    sample_width=64,
+    scaling_factor=1.0,  # measured in training: a pack's own config.json has it
+)
 _SIZE_10: dict[str, Any] = {"height": 480, "width": 720, "num_frames": 49, "max_frames": 49, "fps": 8}
 _SIZE_15: dict[str, Any] = {
     "height": 768,
@@ -177,6 +196,16 @@ _SIZE_15: dict[str, Any] = {
     "fps": 16,
     "frame_multiple": 16,
     "dtype": "bfloat16",
+}
+_SIZE_TINY: dict[str, Any] = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 17,
+    "max_frames": 17,
+    "fps": 8,
+    "dtype": "float32",  # of the arithmetic; the files are float16
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
 }
 
 CONFIGS: dict[str, ModelConfig] = {
@@ -204,5 +233,10 @@ CONFIGS: dict[str, ModelConfig] = {
             dataclasses.replace(_TRANSFORMER_15, in_channels=32, ofs_embed_dim=512), _VAE_15,
             SchedulerConfig(snr_shift_scale=1.0), **_SIZE_15,
         ),
+        ModelConfig(
+            "tiny-i2v", None, dataclasses.replace(_TRANSFORMER_TINY, in_channels=32), _VAE_TINY,
+            SchedulerConfig(snr_shift_scale=1.0), **_SIZE_TINY,
+        ),
+        ModelConfig("tiny-t2v", None, _TRANSFORMER_TINY, _VAE_TINY, SchedulerConfig(snr_shift_scale=1.0), **_SIZE_TINY),
     )
 }  # fmt: skip

@@ -1,0 +1,548 @@
+"""Train the shipped tiny models from nothing: a VAE, then transformers with a T5, for image- and text-to-video.
+
+    python scripts/train_tiny.py                            # every stage in order; the packs are under --out
+    python scripts/train_tiny.py --stage vae --minutes 40
+
+The stages:
+
+- vae: single images, then crops of videos, then whole videos;
+- latents: encode videos once, for all that follows;
+- joint: one transformer learns both tasks; text-to-video is image-to-video whose image latents are zeros;
+- i2v, t2v: each task goes on alone from there, t2v without the weights that saw image latents;
+- decoder: the VAE's decoder learns to draw what the i2v transformer predicts, the encoder staying as it is;
+- export: both packs in the official layout.
+
+Everything is cogvid's own modules on the world of `tiny_world.py`, drawn on the fly; no data set is needed. A stage
+writes its checkpoint under `--out` every two minutes and goes on from it when started again. Learning rates follow
+the share of the stage that is done: steps over the stage's steps, or, with `--minutes`, time over that time.
+
+On a CPU, one thread per training and allocations that are kept (MALLOC_MMAP_THRESHOLD_=4294967296
+MALLOC_TRIM_THRESHOLD_=8589934592) are fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from cogvid.config import CONFIGS, TransformerConfig
+from cogvid.sampler import add_noise, make_schedule, velocity
+from cogvid.text import Tokenizer
+from cogvid.transformer import Transformer
+from cogvid.vae import VAE
+from cogvid.weights import save_transformer, save_vae
+from tiny_world import Scenes, corpus, prompt_for, render, sample_scenes
+
+MODEL = CONFIGS["tiny-i2v"]
+SIZE, FRAMES, TEXT_LEN = MODEL.height, MODEL.num_frames, MODEL.transformer.max_text_seq_length
+SAVE_SECONDS = 120
+
+VAE_PHASES = ((0.2, "images"), (0.6, "crops"), (1.0, "videos"))  # until which share of the stage
+VAE_BATCH = {"images": 32, "crops": 16, "videos": 4}
+KL_WEIGHT = 2e-3
+VAE_ADAM_ONLY = ("conv_in", "encoder.conv_out", "decoder.conv_out", "scale", "shift")
+LATENT_NOISE = 0.1  # of the latents' size: the decoder must bear what a transformer gets wrong
+
+T5_CONFIG = {
+    "d_model": MODEL.transformer.text_embed_dim,
+    "d_kv": 16,
+    "num_heads": 4,
+    "num_layers": 2,
+    "d_ff": 128,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "is_encoder_decoder": False,
+    "use_cache": False,
+}
+LATENT_VIDEOS = 12000
+STEPS = {"vae": 2600, "joint": 12000, "i2v": 2000, "t2v": 2000, "decoder": 400}
+DIFFUSERS_VERSION = {"_diffusers_version": "0.42.1"}
+BATCH = 32
+T2V_SHARE = 0.3  # of a joint batch
+TEXT_DROP = 0.1
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are orthogonalised before the step (https://kellerjordan.github.io/posts/muon).
+
+    For weights with at least two axes; a convolution counts as `[out, in * kernel]`, and a merged Q, K, V, which is
+    three times as high as wide, as three matrices.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # noqa: ARG002 - the signature of every optimizer
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                buffer = state.setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
+                parts = 3 if update.shape[0] == 3 * update.shape[1] else 1
+                update = torch.cat([orthogonalise(part) for part in update.chunk(parts)])
+                gain = max(1, update.shape[0] / parts / update.shape[1]) ** 0.5
+                p.add_(update.view_as(p).to(p.dtype), alpha=-group["lr"] * gain)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Bring the singular values of `matrix` near 1 with five quintic Newton-Schulz steps."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    if len(x) >= 128:  # bf16 is enough, and worth it from here on
+        x = x.bfloat16()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Trainer:
+    """Two optimizers, a warm-up and cosine schedule, an average of the weights, and checkpoints, for one stage."""
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        args: argparse.Namespace,
+        *,
+        steps: int,
+        muon_lr: float,
+        adam_lr: float,
+        adam_only: tuple[str, ...],
+    ) -> None:
+        self.model, self.args, self.steps, self.name = model, args, steps, name
+        self.path = args.out / f"{name}.pt"
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        is_matrix = lambda n, p: p.ndim >= 2 and not any(part in n for part in adam_only)  # noqa: E731
+        matrices = [p for n, p in named if is_matrix(n, p)]
+        others = [p for n, p in named if not is_matrix(n, p)]
+        self.optimizers = [
+            Muon(matrices, lr=muon_lr),
+            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.base_lrs = [muon_lr, adam_lr]
+        self.params = [p for _, p in named]
+        self.average = [p.detach().clone() for p in self.params]
+        self.step_count, self.seconds, self.losses = 0, 0.0, {}
+        if self.path.exists():
+            state = torch.load(self.path, map_location=args.device)
+            model.load_state_dict(state["model"])
+            self.average = state["average"]
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step_count, self.seconds = state["step"], state["seconds"]
+
+    @property
+    def progress(self) -> float:
+        if self.args.minutes is not None:
+            return self.seconds / (60 * self.args.minutes)
+        return self.step_count / self.steps
+
+    def run(self) -> Iterator[float]:
+        """Yield the progress of each step; the caller gives its loss to `backward`."""
+        bar = tqdm(initial=self.step_count, unit="step", desc=self.name, mininterval=10)
+        saved = time.monotonic()
+        while self.progress < 1:
+            began = time.monotonic()
+            yield self.progress
+            self.seconds += time.monotonic() - began
+            self.step_count += 1
+            bar.update()
+            if self.step_count % 25 == 0:
+                bar.set_postfix_str(f"{self.progress:.0%} " + " ".join(f"{k} {v:.4f}" for k, v in self.losses.items()))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        bar.close()
+
+    def backward(self, loss: Tensor, **report: float) -> None:
+        done = min(self.progress, 1.0)
+        scale = min(1.0, (self.step_count + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-3
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(0.998, 1 - 1 / (1 + self.step_count * 0.1))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - decay)
+        for name, value in {"loss": loss.item(), **report}.items():
+            self.losses[name] = value + 0.98 * (self.losses.get(name, value) - value)
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step_count,
+            "seconds": self.seconds,
+            "losses": self.losses,
+        }
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.path)
+
+
+def load_average(name: str, model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Fill `model` with the averaged weights that stage `name` left."""
+    state = torch.load(args.out / f"{name}.pt", map_location=args.device)
+    model.load_state_dict(state["model"])
+    with torch.no_grad():
+        for p, average in zip([p for p in model.parameters() if p.requires_grad], state["average"], strict=True):
+            p.copy_(average)
+    return model
+
+
+def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
+    """L1 and squared error, weighted up at edges, which are few pixels and all that the eye looks at."""
+    target = target.float()
+    edge = F.pad((target[..., 1:] - target[..., :-1]).abs(), (0, 1)) + F.pad(
+        (target[..., 1:, :] - target[..., :-1, :]).abs(), (0, 0, 0, 1)
+    )
+    edge = F.max_pool2d(edge.amax(1), 3, stride=1, padding=1).clamp(max=1)[:, None]
+    error = out.float() - target
+    return ((1 + 4 * edge) * (error.abs() + 4 * error.square())).mean()
+
+
+def draw_for_vae(kind: str, generator: torch.Generator) -> Tensor:
+    """Draw `[B, 3, F, H, W]`: single frames, 9-frame crops of 32 pixels around the moving shape, or whole videos."""
+    scenes = sample_scenes(VAE_BATCH[kind], generator)
+    if kind == "images":
+        frame = torch.randint(FRAMES, (1,), generator=generator)
+        return render(scenes, FRAMES, SIZE, frame)
+    if kind == "videos":
+        return render(scenes, FRAMES, SIZE)
+    start, half = torch.randint(9, (1,), generator=generator), SIZE // 2
+    videos = render(scenes, FRAMES, SIZE, start + torch.arange(9))
+    corner = scenes.centre[:, 0] * SIZE - half / 2 + (torch.rand(len(scenes), 2, generator=generator) - 0.5) * half
+    corner = corner.round().long().clamp(0, SIZE - half)
+    crops = [v[..., y : y + half, x : x + half] for v, (x, y) in zip(videos, corner.tolist(), strict=True)]
+    return torch.stack(crops)
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    """Train the VAE on single images, then crops of videos, then whole videos."""
+    torch.manual_seed(0)
+    vae = VAE(MODEL.vae).to(args.device)
+    trainer = Trainer("vae", vae, args, steps=STEPS["vae"], muon_lr=0.02, adam_lr=3e-3, adam_only=VAE_ADAM_ONLY)
+    generator = torch.Generator().manual_seed(1 + trainer.step_count)
+    for progress in trainer.run():
+        kind = next(kind for until, kind in VAE_PHASES if progress < until)
+        video = draw_for_vae(kind, generator).to(args.device, torch.bfloat16)
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            posterior = vae.encode(video)
+            mean, std = posterior.mean.float(), posterior.std.float()
+            size = mean.detach().std()
+            z = mean + std.clamp(min=LATENT_NOISE * size) * torch.randn_like(mean)
+            out = vae.decode(z.bfloat16())
+        kl = 0.5 * (mean.square() + std.square() - 1 - posterior.logvar.float()).mean()
+        loss = reconstruction_loss(out, video)
+        mse = F.mse_loss(out.float(), video.float()).item() / 4
+        trainer.backward(
+            loss + KL_WEIGHT * kl, psnr=-10 * math.log10(mse), kl=kl.item(), std=std.mean().item(), size=size.item()
+        )
+
+
+def tokenizer_for(args: argparse.Namespace) -> Tokenizer:
+    """Train the sentencepiece model, once, in which every word of the world is one piece, and read it."""
+    path = args.out / "spiece.model"
+    if not path.exists():
+        from sentencepiece import SentencePieceTrainer
+
+        words = sorted({word for sentence in corpus() for word in sentence.split()} | {"a"})
+        words += [word.capitalize() for word in words] + [word + "." for word in words]
+        letters = [chr(c) for c in range(33, 127)]
+        SentencePieceTrainer.train(
+            sentence_iterator=iter([w for w in words for _ in range(50)] + letters),
+            model_prefix=str(path.with_suffix("")),
+            vocab_size=1000,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",  # 3 KB against 243 KB
+            character_coverage=1.0,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+        path.with_suffix(".vocab").unlink()
+    return Tokenizer(path, extra_ids=0)
+
+
+class Denoiser(nn.Module):
+    """A transformer and the T5 that is trained with it."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
+        from transformers import T5Config, T5EncoderModel
+
+        super().__init__()
+        self.transformer = Transformer(config)
+        self.text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, **T5_CONFIG))
+        for block in self.transformer.blocks:
+            for linear in (block.modulation1, block.modulation2):
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        for linear in (self.transformer.modulation_out, self.transformer.proj_out):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, latents: Tensor, ids: Tensor, timestep: Tensor) -> Tensor:
+        return self.transformer(latents, self.text_encoder(ids).last_hidden_state.to(latents.dtype), timestep).float()
+
+
+@dataclasses.dataclass
+class LatentSet:
+    """Encoded videos: what they show, and their latents in units of their deviation."""
+
+    scenes: Scenes
+    video: Tensor  # [n, 16, T, h, w] fp16, posterior means
+    image_mean: Tensor  # [n, 16, 1, h, w] fp16, of the first frame encoded alone, as the pipeline does
+    image_std: Tensor
+    scaling_factor: float
+
+    def prompts(self, index: Tensor, rng: random.Random) -> list[str]:
+        """Say what happens in some videos, every time in other words, or now and then nothing."""
+        return ["" if rng.random() < TEXT_DROP else prompt_for(self.scenes, i, rng) for i in index.tolist()]
+
+
+@torch.no_grad()
+def encode_latents(args: argparse.Namespace) -> None:
+    """Draw and encode the videos that the transformers learn from; with `--minutes`, as many as that time allows."""
+    path = args.out / "latents.pt"
+    if path.exists():
+        return
+    vae = load_average("vae", VAE(MODEL.vae), args).to(args.device).bfloat16().eval()
+    generator = torch.Generator().manual_seed(2)
+    parts: list[tuple[Scenes, Tensor, Tensor, Tensor]] = []
+    began, batch = time.monotonic(), 40
+    for _ in tqdm(range(LATENT_VIDEOS // batch), unit_scale=batch, unit="video", desc="latents", mininterval=10):
+        scenes = sample_scenes(batch, generator)
+        pixels = render(scenes, FRAMES, SIZE).to(args.device, torch.bfloat16)
+        image = vae.encode(pixels[:, :, :1])
+        parts.append((scenes, vae.encode(pixels).mean.cpu(), image.mean.cpu(), image.std.cpu()))
+        if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
+            break
+    video, image_mean, image_std = (torch.cat([p[i] for p in parts]).half() for i in (1, 2, 3))
+    factor = 1 / video.float().std().item()
+    deviation = image_std.float().mean().item() * factor
+    print(f"{len(video)} videos, scaling_factor {factor:.4f}, posterior deviation {deviation:.4f} of the latents'")
+    scenes = vars(Scenes.cat([p[0] for p in parts]))
+    torch.save(
+        {"scenes": scenes, "video": video, "image_mean": image_mean, "image_std": image_std, "factor": factor}, path
+    )
+
+
+def load_latents(args: argparse.Namespace) -> LatentSet:
+    saved = torch.load(args.out / "latents.pt")
+    factor = saved["factor"]
+    scaled = [saved[name] * factor for name in ("video", "image_mean", "image_std")]
+    return LatentSet(Scenes(**saved["scenes"]), *scaled, scaling_factor=factor)
+
+
+def image_channels(data: LatentSet, index: Tensor, generator: torch.Generator) -> Tensor:
+    """Give the image latents `[B, 16, T, h, w]` as the pipeline does: sampled, and zeros after the first frame."""
+    mean, std = data.image_mean[index].float(), data.image_std[index].float()
+    image = mean + std * torch.randn(mean.shape, generator=generator)
+    return F.pad(image, (0, 0, 0, 0, 0, data.video.shape[2] - 1))
+
+
+def train_denoiser(args: argparse.Namespace, stage: str) -> None:
+    """Train transformer and T5 to predict velocities: both tasks at once ("joint"), or one ("i2v", "t2v")."""
+    torch.manual_seed(0)
+    tokenizer, data = tokenizer_for(args), load_latents(args)
+    model = Denoiser(MODEL.transformer, tokenizer.vocab_size)
+    if stage != "joint":
+        load_average("joint", model, args)
+        if stage == "t2v":
+            model = without_image(model)
+    trainer = Trainer(
+        stage,
+        model.to(args.device),
+        args,
+        steps=STEPS[stage],
+        muon_lr=0.02 if stage == "joint" else 0.006,
+        adam_lr=1.5e-3 if stage == "joint" else 5e-4,
+        adam_only=("text_encoder", "modulation", "patch_proj", "text_proj", "time_embed", "proj_out"),
+    )
+    generator = torch.Generator().manual_seed(3 + trainer.step_count)
+    rng = random.Random(3 + trainer.step_count)
+    schedule = make_schedule(MODEL.scheduler, 50)
+    single = (~data.scenes.two).nonzero()[:, 0]
+    t2v_count = {"joint": round(T2V_SHARE * BATCH), "i2v": 0, "t2v": BATCH}[stage]
+    for _ in trainer.run():
+        # What words alone cannot tell, a second shape's name and place, text-to-video is not asked for.
+        alone = single[torch.randint(len(single), (t2v_count,), generator=generator)]
+        index = torch.cat([alone, torch.randint(len(data.video), (BATCH - t2v_count,), generator=generator)])
+        x0 = data.video[index].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        # Times spread evenly over the batch
+        t = ((torch.arange(BATCH) + torch.rand(1, generator=generator)) / BATCH * 1000).long().clamp(max=999)
+        t = t[torch.randperm(BATCH, generator=generator)]
+        latents = add_noise(x0, noise, t, schedule)
+        if stage != "t2v":
+            image = image_channels(data, index, generator)
+            image[:t2v_count] = 0
+            latents = torch.cat([latents, image], dim=1)
+        ids = tokenizer.encode(data.prompts(index, rng), TEXT_LEN)
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            v = model(latents.to(args.device), ids.to(args.device), t.to(args.device))
+        target = velocity(x0, noise, t, schedule).to(args.device)
+        # What differs from the first frame counts more: the background is most of a video and soon learned.
+        moving = (x0 - x0[:, :, :1]).abs().mean(1, keepdim=True).clamp(max=1).to(args.device)
+        error = ((v - target).square() * (1 + 2 * moving)).mean((1, 2, 3, 4))
+        report = {"t2v": error[:t2v_count].mean().item()} if 0 < t2v_count < BATCH else {}
+        trainer.backward(error.mean(), **report)
+
+
+def without_image(model: Denoiser) -> Denoiser:
+    """Drop the weights that see image latents; the rest is what those of zeros leave."""
+    transformer = model.transformer
+    config = dataclasses.replace(transformer.config, in_channels=transformer.config.out_channels)
+    slim = Transformer(config)
+    state = transformer.state_dict()
+    state["patch_proj.weight"] = state["patch_proj.weight"][:, : slim.patch_proj.in_features].clone()
+    slim.load_state_dict(state)
+    model.transformer = slim
+    return model
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Fine-tune the decoder on latents as the i2v transformer predicts them from noise, and on noised ones."""
+    torch.manual_seed(0)
+    tokenizer, data = tokenizer_for(args), load_latents(args)
+    vae = load_average("vae", VAE(MODEL.vae), args).to(args.device)
+    vae.encoder.requires_grad_(False)
+    denoiser = load_average("i2v", Denoiser(MODEL.transformer, tokenizer.vocab_size), args)
+    denoiser.to(args.device, torch.bfloat16)
+    trainer = Trainer(
+        "decoder", vae, args, steps=STEPS["decoder"], muon_lr=0.006, adam_lr=1e-3, adam_only=VAE_ADAM_ONLY
+    )
+    generator = torch.Generator().manual_seed(4 + trainer.step_count)
+    rng = random.Random(4 + trainer.step_count)
+    schedule = make_schedule(MODEL.scheduler, 50)
+    for _ in trainer.run():
+        index = torch.randint(len(data.video), (6,), generator=generator)
+        target = render(data.scenes[index], FRAMES, SIZE).to(args.device)
+        x0 = data.video[index].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        with torch.no_grad():
+            t = torch.randint(200, 950, (len(index),), generator=generator)
+            noisy = add_noise(x0, noise, t, schedule)
+            latents = torch.cat([noisy, image_channels(data, index, generator)], dim=1)
+            ids = tokenizer.encode([prompt_for(data.scenes, i, rng) for i in index.tolist()], TEXT_LEN)
+            v = denoiser(latents.to(args.device, torch.bfloat16), ids.to(args.device), t.to(args.device)).cpu()
+        alpha = schedule.alphas_cumprod[t].float()[:, None, None, None, None]
+        predicted = alpha.sqrt() * noisy - (1 - alpha).sqrt() * v
+        noised = x0 + LATENT_NOISE / 2 * noise
+        z = torch.where((torch.arange(len(index)) % 3 > 0)[:, None, None, None, None], predicted, noised)
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            out = vae.decode((z / data.scaling_factor).to(args.device, torch.bfloat16))
+        mse = F.mse_loss(out.float(), target).item() / 4
+        trainer.backward(reconstruction_loss(out, target), psnr=-10 * math.log10(mse))
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write tiny-i2v and tiny-t2v from the newest stages there are."""
+    tokenizer, data = tokenizer_for(args), load_latents(args)
+    vae_stage = "decoder" if (args.out / "decoder.pt").exists() else "vae"
+    vae = VAE(dataclasses.replace(MODEL.vae, scaling_factor=data.scaling_factor))
+    vae.encoder.requires_grad_(vae_stage == "vae")
+    load_average(vae_stage, vae, args)
+    for task in ("i2v", "t2v"):
+        model = Denoiser(MODEL.transformer, tokenizer.vocab_size)
+        if (args.out / f"{task}.pt").exists():
+            model = load_average(task, model if task == "i2v" else without_image(model), args)
+        else:
+            load_average("joint", model, args)
+            model = model if task == "i2v" else without_image(model)
+        assert isinstance(model, Denoiser)
+        pack = args.out / f"tiny-{task}"
+        shutil.rmtree(pack, ignore_errors=True)
+        save_transformer(model.transformer, pack / "transformer", torch.float16)
+        save_vae(vae, pack / "vae", torch.float16)
+        save_text_encoder(model.text_encoder, pack / "text_encoder")
+        save_tokenizer(args.out / "spiece.model", pack / "tokenizer")
+        scheduler = {"_class_name": "CogVideoXDPMScheduler", **DIFFUSERS_VERSION, **MODEL.scheduler.to_dict()}
+        scheduler |= {"beta_schedule": "scaled_linear", "set_alpha_to_one": True, "clip_sample": False}
+        write_json(pack / "scheduler" / "scheduler_config.json", scheduler)
+        index: dict[str, Any] = {
+            "_class_name": "CogVideoXImageToVideoPipeline" if task == "i2v" else "CogVideoXPipeline",
+            **DIFFUSERS_VERSION,
+            "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
+            "text_encoder": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "T5Tokenizer"],
+            "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+            "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        }
+        write_json(pack / "model_index.json", index)
+        size = sum(f.stat().st_size for f in pack.rglob("*") if f.is_file())
+        print(f"{pack}: {size / 1e6:.2f} MB")
+
+
+def save_text_encoder(model: Any, directory: Path) -> None:
+    model.half().save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    write_json(directory / "config.json", config)
+
+
+def save_tokenizer(spiece: Path, directory: Path) -> None:
+    """Write what transformers reads, with the pieces given one by one, and `spiece.model` itself beside it."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import T5Tokenizer
+
+    pieces = SentencePieceProcessor(model_file=str(spiece))
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_LEN).save_pretrained(directory)
+    shutil.copy(spiece, directory / "spiece.model")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+STAGES = {
+    "vae": train_vae,
+    "latents": encode_latents,
+    "joint": lambda args: train_denoiser(args, "joint"),
+    "i2v": lambda args: train_denoiser(args, "i2v"),
+    "t2v": lambda args: train_denoiser(args, "t2v"),
+    "decoder": train_decoder,
+    "export": export,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--minutes", type=float, help="length of the stage; by default its number of steps decides")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="where checkpoints and logs go")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in STAGES if args.stage == "all" else [args.stage]:
+        STAGES[name](args)
+
+
+if __name__ == "__main__":
+    main()
