@@ -621,3 +621,9 @@ def test_saving_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=WEIGHTS):
         save_vae(VAE(VAE_CONFIG), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
+
+
+def test_the_key_map_in_the_documentation_is_the_one_in_the_code() -> None:
+    text = (Path(weights.__file__).parents[1] / "weights.md").read_text()
+    rows = [line for line in text.split("## Key map")[1].splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{a}` | `{b}` |" for a, b in (*weights.TRANSFORMER_NAMES.items(), *weights.VAE_NAMES.items())]
