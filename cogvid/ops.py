@@ -336,12 +336,12 @@ def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int,
     standard deviations. Here sums are taken about each channel's mean in the first frame, which cancels nothing.
     """
     wide, count = _wide_dtype(x), x[0, 0].numel()
-    center = x[:, :, 0].to(wide).mean(dim=(2, 3), keepdim=True)  # [B, C, 1, 1]
+    center = x[:, :, :1].to(wide).mean(dim=(2, 3, 4), keepdim=True)  # [B, C, 1, 1, 1]
     total, square = torch.zeros_like(center, dtype=torch.float64), torch.zeros_like(center, dtype=torch.float64)
-    for frame in x.unbind(2):
-        difference = frame.to(wide) - center
-        total = total + difference.sum(dim=(2, 3), keepdim=True)
-        square = square + (difference * difference).sum(dim=(2, 3), keepdim=True)
+    for part in x.split(_frames_in_cache(x), dim=2):
+        difference = part.to(wide) - center
+        total = total + difference.sum(dim=(2, 3, 4), keepdim=True)
+        square = square + (difference * difference).sum(dim=(2, 3, 4), keepdim=True)
     mean = center + total / count
     spread = square / count - (total / count) ** 2
     # From channels to groups: the variance in a group is that in its channels and that between them.

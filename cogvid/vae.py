@@ -252,9 +252,11 @@ class CausalConv3d(nn.Conv3d):
         cache.frames[self] = (x if x.shape[2] > 1 else torch.cat([past, x], dim=2))[:, :, -2:].clone()
 
         def convolve(frames: slice) -> Tensor:
-            if frames.start:
-                return super(CausalConv3d, self).forward(x[:, :, frames.start - 2 : frames.stop])
-            return super(CausalConv3d, self).forward(torch.cat([past, x[:, :, frames]], dim=2))
+            if frames.start < 2:
+                part = torch.cat([past[:, :, frames.start :], x[:, :, : frames.stop]], dim=2)
+            else:
+                part = x[:, :, frames.start - 2 : frames.stop]
+            return super(CausalConv3d, self).forward(part)
 
         return map_frames(convolve, x.shape[2], _frames_at_once(x))
 
