@@ -134,7 +134,9 @@ def count_opcode(opcodes: Counter[str], wanted: str) -> int:
     """Count the opcodes of that name which have all of its modifiers (LDG.E.128 is also LDG.E.STRONG.128)."""
     head, *rest = wanted.split(".")
     return sum(
-        count for opcode, count in opcodes.items() if opcode.split(".")[0] == head and set(rest) <= set(opcode.split("."))
+        count
+        for opcode, count in opcodes.items()
+        if opcode.split(".")[0] == head and set(rest) <= set(opcode.split("."))
     )
 
 
@@ -142,6 +144,9 @@ def check(result: Result, case: Any, opcodes: Counter[str]) -> None:
     """Add to the result's problems what is not as the case promises."""
     if result.local or count_opcode(opcodes, "LDL") or count_opcode(opcodes, "STL"):
         result.problems.append(f"spills: {result.local} bytes of local memory a thread")
+    # With wgmma truly asynchronous, one wait covers a chain; ptxas, when it cannot prove a chain safe, waits after each.
+    if 0 < count_opcode(opcodes, "HGMMA") <= count_opcode(opcodes, "WARPGROUP.DEPBAR"):
+        result.problems.append("serialized: a wait after every HGMMA")
     if result.shared > SHARED_LIMIT[result.arch]:
         result.problems.append(f"shared memory: {result.shared} bytes, the chip has {SHARED_LIMIT[result.arch]}")
     result.problems += [f"no {name} in the machine code" for name in case.sass if not count_opcode(opcodes, name)]

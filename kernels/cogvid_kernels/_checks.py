@@ -68,9 +68,7 @@ def is_interpreted(kernel: Any) -> bool:
 
 def is_aligned(tensor: Tensor, alignment: int) -> bool:
     """Say whether the address and every stride but the last are multiples of so many bytes."""
-    strides = (
-        stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1
-    )
+    strides = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1)
     return tensor.data_ptr() % alignment == 0 and all(s * tensor.element_size() % alignment == 0 for s in strides)
 
 

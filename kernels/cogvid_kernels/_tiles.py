@@ -70,24 +70,26 @@ _TOY = _attention(32, 32, 4, 1)
 # Shape classes of attention: variant, bits of an element, head_dim rounded up to a power of two.
 _POINTER_16x64 = {
     INTERPRETER: _TOY,
-    80: _attention(128, 64, 4, 3),
-    89: _attention(128, 64, 4, 3),
+    80: _attention(128, 64, 8, 3),
+    89: _attention(128, 64, 8, 3),
     90: _attention(128, 128, 8, 2),
-    100: _attention(128, 64, 4, 3),
+    100: _attention(128, 64, 8, 3),
 }
 _POINTER_16x128 = {
     INTERPRETER: _TOY,
-    80: _attention(128, 64, 8, 3),
+    80: _attention(128, 32, 8, 2),
     89: _attention(128, 32, 8, 2),
     90: _attention(128, 64, 8, 3),
     100: _attention(128, 64, 8, 2),
 }
 # fp32 runs on the CUDA cores (no tensor core multiplies fp32 exactly): small tiles, whose operands stay in registers.
-_POINTER_32x64 = {arch: _attention(32, 32, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
-_POINTER_32x128 = {arch: _attention(32, 16, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
+_POINTER_32x64 = {arch: _attention(32, 16, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
+_POINTER_32x128 = {arch: _attention(16, 16, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
+# On Hopper 128x128 takes 154 registers of 256 threads, so one program fits on a multiprocessor and its warps wait for each
+# other; 128x64 takes 106, so two fit, and one's softmax can run under the other's wgmma.
 _TMA_16x64 = {
     INTERPRETER: _TOY,
-    90: _attention(128, 128, 8, 2),
+    90: _attention(128, 64, 8, 3),
     100: _attention(128, 64, 4, 3),
 }
 _TMA_16x128 = {

@@ -138,7 +138,6 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
     TMA: tl.constexpr,
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -147,14 +146,18 @@ def _attend(
     """Attend from one tile of queries to every key. Returns the weighted values, the row sums and the shifts."""
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    full = num_keys // BLOCK_N * BLOCK_N
+    # The tail is peeled, so that no other tile pays for a mask; fp32 is bound by its multiplications and keeps one loop,
+    # because a second copy of them takes more registers than there are.
+    peel: tl.constexpr = PRECISION != "ieee"
+    full = num_keys // BLOCK_N * BLOCK_N if peel else num_keys
     for start in tl.range(0, full, BLOCK_N):
         b_acc, b_sum, b_shift = _attend_keys(
             b_q, b_acc, b_sum, b_shift, k, v, stride_k, stride_v, batch, head, start, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_N, BLOCK_D, False, TMA, BOUNDED, PRECISION, INTERPRETED,
+            HEAD_DIM, BLOCK_N, BLOCK_D, not peel, TMA, BOUNDED, PRECISION, INTERPRETED,
         )  # fmt: skip
-    # The tail is peeled, so that no other tile pays for a mask.
-    if HAS_TAIL:
+    # A branch at run time, not a constexpr: as straight-line code after the loop, the tail makes ptxas serialize every
+    # wgmma of the kernel.
+    if peel and full < num_keys:
         b_acc, b_sum, b_shift = _attend_keys(
             b_q, b_acc, b_sum, b_shift, k, v, stride_k, stride_v, batch, head, full, num_keys, scale_log2,
             HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, BOUNDED, PRECISION, INTERPRETED,
@@ -188,7 +191,6 @@ def _attend_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
     TMA: tl.constexpr,
     BOUNDED: tl.constexpr,
     WRITE_LSE: tl.constexpr,
@@ -222,19 +224,19 @@ def _attend_queries(
             safe_low = num_keys * _FP16_SAFE_MEAN
         b_acc, b_sum, b_shift = _attend(
             b_q, b_bound, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, True, PRECISION, INTERPRETED,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, True, PRECISION, INTERPRETED,
         )  # fmt: skip
         # NaN compares false, so it takes the online form too.
         safe = (b_sum >= safe_low) & (b_sum <= _SAFE_HIGH)
         if tl.min(safe.to(tl.int32), 0) == 0:
             b_acc, b_sum, b_shift = _attend(
                 b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, False, PRECISION, INTERPRETED,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, False, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
         b_acc, b_sum, b_shift = _attend(
             b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_TAIL, TMA, False, PRECISION, INTERPRETED,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, False, PRECISION, INTERPRETED,
         )  # fmt: skip
 
     b_out = b_acc / b_sum[:, None]
@@ -274,7 +276,6 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
     TMA: tl.constexpr,
     BOUNDED: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -287,13 +288,13 @@ def _attention_kernel(
             _attend_queries(
                 i_tile, q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
                 stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TAIL, TMA, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, TMA, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
         _attend_queries(
             tl.program_id(0), q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn,
             stride_kh, stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TAIL, TMA, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, TMA, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -382,6 +383,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, key_norms: Tens
         raise ValueError(f"q: got head_dim {head_dim}, wanted at most {MAX_HEAD_DIM}")
     check_tensor("k", k, shape=(batch, None, num_heads, head_dim), dtypes=(q.dtype,), device=q.device)
     check_tensor("v", v, shape=k.shape, dtypes=(q.dtype,), device=q.device)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        # Offsets inside one tile of at most 128 tokens are 32-bit.
+        if tensor.stride(1) >= 2**24:
+            raise ValueError(f"{name}: got a stride of {tensor.stride(1)} between tokens, wanted less than {2**24}")
     # Not `scale <= 0`, which would let NaN pass.
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale: got {scale}, wanted a finite number above 0")
@@ -436,7 +441,9 @@ def _attention_arguments(
             return x
         # Tokens next to channels, so that the block is a plain matrix; a descriptor's strides may have any order.
         heads_first = x.transpose(1, 2)
-        return TensorDescriptor(heads_first, list(heads_first.shape), list(heads_first.stride()), [1, 1, block, block_d])
+        return TensorDescriptor(
+            heads_first, list(heads_first.shape), list(heads_first.stride()), [1, 1, block, block_d]
+        )
 
     return {
         "q": source(q, block_m),
@@ -461,7 +468,6 @@ def _attention_arguments(
         "scale_log2": (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "HAS_TAIL": num_keys % block_n != 0,
         "TMA": tma,
         "BOUNDED": "bounded" in variant,
         "PERSISTENT": "persistent" in variant,

@@ -1,0 +1,70 @@
+"""Every kernel compiles for real chips without a GPU: no spills, shared memory that fits, the instructions meant."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_without_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where kernels compile: this process may hold interpreted ones."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+# Two chips in the default run, one with wgmma and TMA and one without; the other two compile the same way.
+@pytest.mark.parametrize(
+    "arch", [80, 90, pytest.param(89, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+)
+def test_no_spills_and_the_right_instructions(arch: int) -> None:
+    run = run_without_interpreter("scripts/compile_kernels.py", "--arch", str(arch), "--json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = json.loads(run.stdout.splitlines()[-1])
+    assert len(results) >= 10
+    assert not [result["name"] for result in results if result["problems"] or result["local"]]
+    committed = (ROOT / "kernels" / "COMPILED.md").read_text()
+    if f"Triton {triton.__version__} " in committed:
+        section = run.stdout[run.stdout.index(f"## sm_{arch}") : run.stdout.rindex("|\n") + 2]
+        assert section in committed, "kernels/COMPILED.md is old: python scripts/compile_kernels.py --write"
+
+
+BAD_TILE = """
+import sys
+sys.path[:0] = ["kernels", "scripts"]
+from dataclasses import replace
+from compile_kernels import compile_case, find_cases
+case = next(case for case in find_cases({arch}) if case.name == "{name}")
+bad = replace(case, arguments=case.arguments | {change})
+print(compile_case(bad, {arch}).problems)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "change", "problem"),
+    [
+        (80, "attention/pointer/fp32-hd64", {"BLOCK_M": 32, "BLOCK_N": 32}, "spills: "),
+        (89, "attention/pointer/bf16-hd64", {"BLOCK_N": 128, "num_stages": 5}, "shared memory: "),
+        (90, "attention/tma/bf16-hd64", {"BLOCK_M": 32, "num_warps": 2}, "no HGMMA "),
+    ],
+    ids=["spill", "shared", "instruction"],
+)
+def test_the_check_can_fail(arch: int, name: str, change: dict, problem: str) -> None:
+    run = run_without_interpreter("-c", BAD_TILE.format(arch=arch, name=name, change=change))
+    assert problem in run.stdout, run.stdout + run.stderr
+
+
+def test_a_cpu_tensor_is_refused_without_the_interpreter() -> None:
+    program = (
+        "import sys; sys.path.insert(0, 'kernels'); import torch; from cogvid_kernels import attention;"
+        "x = torch.zeros(1, 2, 1, 64); attention(x, x, x)"
+    )
+    run = run_without_interpreter("-c", program)
+    assert "ValueError: q: got device cpu, wanted cuda" in run.stderr
