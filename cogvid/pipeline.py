@@ -273,10 +273,18 @@ class Pipeline:
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"latents: not finite after sampling in {self.dtype}; wanted a wider dtype")
         frames = self._frames(x, settings, output_type)
+        tensors = {
+            "generator": None if seed is not None else generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
         provenance = {
             "prompt": None if isinstance(prompts, Tensor) else prompts,
             "negative_prompt": None if isinstance(negatives, Tensor) else negatives,
+            "num_videos_per_prompt": num_videos_per_prompt,
             "seed": seed,
+            "given": [name for name, value in tensors.items() if value is not None],
             **self._provenance(settings, schedule),
         }
         return Output(frames=frames, seed=seed, fps=self.model.fps, provenance=provenance)
