@@ -273,7 +273,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(8):
         synchronize(device)
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
@@ -335,11 +335,10 @@ def diffusers_vae(config: VAEConfig) -> torch.nn.Module:
     from diffusers import AutoencoderKLCogVideoX
 
     count = len(config.block_out_channels)
-    return AutoencoderKLCogVideoX(
-        **config.to_dict(),
-        down_block_types=("CogVideoXDownBlock3D",) * count,
-        up_block_types=("CogVideoXUpBlock3D",) * count,
-    )
+    blocks: dict[str, Any] = {
+        f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * count for way in ("down", "up")
+    }
+    return AutoencoderKLCogVideoX(**config.to_dict(), **blocks)
 
 
 def rotary_table(config: TransformerConfig, latents: tuple[int, int, int], device: torch.device) -> Any:
@@ -348,10 +347,10 @@ def rotary_table(config: TransformerConfig, latents: tuple[int, int, int], devic
         return None
     from diffusers import CogVideoXPipeline
 
-    pipe = object.__new__(CogVideoXPipeline)
-    pipe.__dict__["vae_scale_factor_spatial"] = 8
-    pipe.__dict__["transformer"] = type("Holder", (), {"config": type("Config", (), config.to_dict())})
-    return pipe._prepare_rotary_positional_embeddings(latents[1] * 8, latents[2] * 8, latents[0], device)
+    transformer = type("Transformer", (), {"config": type("Config", (), config.to_dict())})
+    pipe: Any = type("Pipeline", (), {"vae_scale_factor_spatial": 8, "transformer": transformer})
+    frames, height, width = latents
+    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height * 8, width * 8, frames, device)
 
 
 def bench_step(
@@ -404,15 +403,15 @@ def bench_text(size: Size, device: torch.device, args: argparse.Namespace) -> li
     from cogvid.text import use_ops
 
     dtype = torch.bfloat16
-    config = T5Config(**size.text, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)
-    reference = T5EncoderModel(config).to(device, dtype).eval()
+    values: dict[str, Any] = {**size.text, "feed_forward_proj": "gated-gelu"}
+    reference: Any = build(lambda: T5EncoderModel(T5Config(**values)), device, dtype)
     ids = torch.randint(size.text["vocab_size"], (1, size.text_len), device=device)
     calls: dict[str, Callable[[], Tensor]] = {"transformers": lambda: reference(ids)[0]}
-    state = reference.state_dict()
     for name, ops in our_ops(device).items():
-        ours = T5EncoderModel(config).to(device, dtype).eval()
-        ours.load_state_dict(state, assign=True)
-        use_ops(ours, ops)
+        with torch.device("meta"):
+            ours: Any = T5EncoderModel(T5Config(**values))
+        ours.load_state_dict(reference.state_dict(), assign=True)
+        use_ops(ours.eval(), ops)
         calls[name] = lambda ours=ours: ours(ids)[0]
     return bench_calls(f"text {short(dtype)}", calls, device, dtype, args.runs)
 

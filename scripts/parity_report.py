@@ -116,7 +116,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def transformer_runs(variant: str) -> tuple[Run, Run]:
-    reference = tiny_transformer(variant)
+    reference: Any = tiny_transformer(variant)
     config = TransformerConfig.from_dict(reference.config)
     model = Transformer(config)
     model.load_state_dict(map_transformer_state_dict(reference.state_dict(), config))
@@ -154,7 +154,7 @@ def reference_rope(config: TransformerConfig, frames: int, height: int, width: i
 
 
 def vae_runs(direction: str, frames: int) -> tuple[Run, Run]:
-    reference = tiny_vae()
+    reference: Any = tiny_vae()
     config = VAEConfig.from_dict(reference.config)
     vae = VAE(config)
     vae.load_state_dict(map_vae_state_dict(reference.state_dict(), config))
@@ -170,7 +170,7 @@ def text_runs(directory: Path) -> tuple[Run, Run]:
 
     pipe, spiece = tiny_pipeline("2b")
     save_pipeline(pipe, spiece, directory)
-    encoder = load_text_encoder(directory, device="cpu", dtype=torch.float32)
+    encoder: Any = load_text_encoder(directory, device="cpu", dtype=torch.float32)
     prompts = ["a cat", "two"]
 
     def ours(dtype: torch.dtype) -> Tensor:
