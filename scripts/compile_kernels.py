@@ -144,7 +144,7 @@ def check(result: Result, case: Any, opcodes: Counter[str]) -> None:
     """Add to the result's problems what is not as the case promises."""
     if result.local or count_opcode(opcodes, "LDL") or count_opcode(opcodes, "STL"):
         result.problems.append(f"spills: {result.local} bytes of local memory a thread")
-    # With wgmma truly asynchronous, one wait covers a chain; ptxas, when it cannot prove a chain safe, waits after each.
+    # An asynchronous chain of wgmma has one wait; where ptxas cannot prove the chain safe it waits after each.
     if 0 < count_opcode(opcodes, "HGMMA") <= count_opcode(opcodes, "WARPGROUP.DEPBAR"):
         result.problems.append("serialized: a wait after every HGMMA")
     if result.shared > SHARED_LIMIT[result.arch]:

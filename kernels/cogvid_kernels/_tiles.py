@@ -64,6 +64,19 @@ def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> T
     return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
 
 
+def _everywhere(tile: Tile) -> dict[int, Tile]:
+    """Bound by memory, a tile depends on the shape alone: 16 bytes a load, and enough of them in flight."""
+    return dict.fromkeys((INTERPRETER, *ARCHITECTURES), tile)
+
+
+def _rows(block_rows: int, num_warps: int) -> Tile:
+    return Tile({"BLOCK_ROWS": block_rows}, num_warps)
+
+
+def _positions(block_p: int, block_c: int) -> Tile:
+    return Tile({"BLOCK_P": block_p, "BLOCK_C": block_c})
+
+
 # Small, so that a few hundred tokens are several tiles.
 _TOY = _attention(32, 32, 4, 1)
 
@@ -85,8 +98,8 @@ _POINTER_16x128 = {
 # fp32 runs on the CUDA cores (no tensor core multiplies fp32 exactly): small tiles, whose operands stay in registers.
 _POINTER_32x64 = {arch: _attention(32, 16, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
 _POINTER_32x128 = {arch: _attention(16, 16, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
-# On Hopper 128x128 takes 154 registers of 256 threads, so one program fits on a multiprocessor and its warps wait for each
-# other; 128x64 takes 106, so two fit, and one's softmax can run under the other's wgmma.
+# On Hopper 128x128 takes 154 registers of 256 threads, so one program fits on a multiprocessor and its warps wait for
+# each other; 128x64 takes 106, so two fit, and one's softmax can run under the other's wgmma.
 _TMA_16x64 = {
     INTERPRETER: _TOY,
     90: _attention(128, 64, 8, 3),
@@ -105,4 +118,13 @@ TILES: dict[tuple[str, str], dict[int, Tile]] = {
     ("attention", "pointer/32x128"): _POINTER_32x128,
     ("attention", "tma/16x64"): _TMA_16x64,
     ("attention", "tma/16x128"): _TMA_16x128,
+    ("rows", "128"): _everywhere(_rows(32, 4)),
+    ("rows", "1024"): _everywhere(_rows(2, 4)),
+    ("rows", "4096"): _everywhere(_rows(1, 4)),
+    ("rows", "16384"): _everywhere(_rows(1, 16)),
+    ("group_norm/statistics", "channels_last"): _everywhere(_positions(16, 128)),
+    ("group_norm/apply", "channels_last"): _everywhere(_positions(32, 128)),
+    ("group_norm/statistics", "contiguous"): _everywhere(_positions(2048, 1)),
+    ("group_norm/apply", "contiguous"): _everywhere(_positions(1024, 1)),
+    ("elements", "any"): _everywhere(Tile({"BLOCK": 1024}, 4)),
 }

@@ -4,9 +4,9 @@ Equal to `scaled_dot_product_attention` and so to the attention of diffusers' `C
 are read where the merged projection left them and the output is written as the next linear wants it, so nothing is
 transposed on either side.
 
-Softmax runs in base 2: `exp(scale * s - max) = exp2(c * s - max')` with `c = scale * log2(e)`, one fused multiply-add and
-one `ex2` a score. Folding c into the weight of the QK norm instead would save nothing here, because the subtraction of
-the shift is that same instruction; a caller whose q is already scaled passes what is left as `scale`.
+Softmax runs in base 2: `exp(scale * s - max) = exp2(c * s - max')` with `c = scale * log2(e)`, one fused multiply-add
+and one `ex2` a score. Folding c into the weight of the QK norm instead would save nothing here, because the subtraction
+of the shift is that same instruction; a caller whose q is already scaled passes what is left as `scale`.
 
 Letters: B batch, H heads, N query tokens, M key tokens, hd head_dim.
 
@@ -146,8 +146,8 @@ def _attend(
     """Attend from one tile of queries to every key. Returns the weighted values, the row sums and the shifts."""
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    # The tail is peeled, so that no other tile pays for a mask; fp32 is bound by its multiplications and keeps one loop,
-    # because a second copy of them takes more registers than there are.
+    # The tail is peeled, so that no other tile pays for a mask; fp32 is bound by its multiplications and keeps one
+    # loop, because a second copy of them takes more registers than there are.
     peel: tl.constexpr = PRECISION != "ieee"
     full = num_keys // BLOCK_N * BLOCK_N if peel else num_keys
     for start in tl.range(0, full, BLOCK_N):
@@ -228,6 +228,9 @@ def _attend_queries(
         )  # fmt: skip
         # NaN compares false, so it takes the online form too.
         safe = (b_sum >= safe_low) & (b_sum <= _SAFE_HIGH)
+        if b_q.dtype == tl.float16:
+            # A bound that was too small may have made a weight infinite in fp16 while the fp32 sum is not.
+            safe = safe & (tl.sum(b_acc * 0.0, 1) == 0.0)
         if tl.min(safe.to(tl.int32), 0) == 0:
             b_acc, b_sum, b_shift = _attend(
                 b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,

@@ -20,7 +20,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every torch.empty* return NaN (the largest integer), so that an element left unwritten cannot pass by luck."""
+    """Make every torch.empty* return NaN (or the largest integer): an element left unwritten cannot pass by luck."""
 
     def poison(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args: object, **kwargs: object) -> Tensor:
