@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            return _fail(error, MACHINE_ERROR)
+            return _fail(f"out of memory: {error}", MACHINE_ERROR)
     return 0
 
 

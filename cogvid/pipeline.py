@@ -29,7 +29,7 @@ from cogvid import plan
 from cogvid.config import ModelConfig, VAEConfig
 from cogvid.image import prepare_image, prepare_video
 from cogvid.ops import Ops, resolve_ops
-from cogvid.plan import Settings
+from cogvid.plan import ImageLatentScale, PreviousTimestep, Settings
 from cogvid.sampler import (
     SAMPLERS,
     GuidanceMode,
@@ -174,8 +174,8 @@ class Pipeline:
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
         resize: str = "stretch",
-        image_latent_scale: str = "diffusers",
-        previous_timestep: str = "diffusers",
+        image_latent_scale: ImageLatentScale = "diffusers",
+        previous_timestep: PreviousTimestep = "diffusers",
         progress: bool = True,
     ) -> Output:
         """Generate videos. What is None is the recommendation of the model's authors (50 steps, guidance 6).
@@ -366,7 +366,7 @@ def encode_image(vae: VAE, image: Any, settings: Settings, batch: int, generator
     return image_latent_factor(vae.config, settings.image_latent_scale) * z
 
 
-def image_latent_factor(config: VAEConfig, choice: str) -> float:
+def image_latent_factor(config: VAEConfig, choice: ImageLatentScale) -> float:
     """Return what image latents are multiplied by; `choice` matters only for models with `invert_scale_latents`."""
     if not config.invert_scale_latents or choice == "multiply":
         return config.scaling_factor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from cogvid.config import CONFIGS, ModelConfig, VAEConfig
 from cogvid.image import RESIZE_MODES
@@ -24,7 +24,9 @@ from cogvid.weights import (
 )
 
 TASKS = ("text-to-video", "image-to-video", "video-to-video")
-IMAGE_LATENT_SCALES = ("diffusers", "none", "multiply")
+
+ImageLatentScale = Literal["diffusers", "none", "multiply"]
+PreviousTimestep = Literal["diffusers", "next"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Settings:
     scheduler: str
     strength: float
     resize: str
-    image_latent_scale: str
-    previous_timestep: str
+    image_latent_scale: ImageLatentScale
+    previous_timestep: PreviousTimestep
 
     @property
     def guided(self) -> bool:
@@ -74,8 +76,8 @@ def settle(
     scheduler: str | None = None,
     strength: float = 0.8,
     resize: str = "stretch",
-    image_latent_scale: str = "diffusers",
-    previous_timestep: str = "diffusers",
+    image_latent_scale: ImageLatentScale = "diffusers",
+    previous_timestep: PreviousTimestep = "diffusers",
 ) -> Settings:
     """Fill in the model's recommendations and check the whole; `untrained` says what is legal but of doubtful use."""
     check_task(model, task)
@@ -101,8 +103,8 @@ def settle(
     check_choice("scheduler", settings.scheduler, tuple(SAMPLERS))
     check_choice("use_dynamic_cfg", settings.guidance_mode, get_args(GuidanceMode))
     check_choice("resize", settings.resize, RESIZE_MODES)
-    check_choice("image_latent_scale", settings.image_latent_scale, IMAGE_LATENT_SCALES)
-    check_choice("previous_timestep", settings.previous_timestep, ("diffusers", "next"))
+    check_choice("image_latent_scale", settings.image_latent_scale, get_args(ImageLatentScale))
+    check_choice("previous_timestep", settings.previous_timestep, get_args(PreviousTimestep))
     check_size(model, settings.height, settings.width)
     check_frames(model.vae, settings.num_frames)
     check_int("num_inference_steps", settings.num_inference_steps, 1, model.scheduler.num_train_timesteps)

@@ -109,7 +109,9 @@ def test_public_names_exist_and_are_lazy() -> None:
         assert name in dir(cogvid)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = cogvid.nothing
-    code = "import sys, cogvid; heavy = {'torch', 'numpy', 'PIL', 'av', 'transformers'} & set(sys.modules); print(heavy)"
+    code = (
+        "import sys, cogvid; heavy = {'torch', 'numpy', 'PIL', 'av', 'transformers'} & set(sys.modules); print(heavy)"
+    )
     assert run_python("-c", code) == "set()\n"
 
 
