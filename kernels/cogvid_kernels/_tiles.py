@@ -110,6 +110,17 @@ _TMA_16x128 = {
     90: _attention(128, 64, 8, 3),
     100: _attention(128, 64, 8, 2),
 }
+# One program of 232 registers a thread; its own next logits run under its softmax.
+_TMA_AHEAD_16x64 = {
+    INTERPRETER: _TOY,
+    90: _attention(128, 128, 8, 2),
+    100: _attention(128, 64, 8, 2),
+}
+_TMA_AHEAD_16x128 = {
+    INTERPRETER: _TOY,
+    90: _attention(128, 64, 8, 2),
+    100: _attention(128, 64, 8, 2),
+}
 
 TILES: dict[tuple[str, str], dict[int, Tile]] = {
     ("attention", "pointer/16x64"): _POINTER_16x64,
@@ -118,6 +129,8 @@ TILES: dict[tuple[str, str], dict[int, Tile]] = {
     ("attention", "pointer/32x128"): _POINTER_32x128,
     ("attention", "tma/16x64"): _TMA_16x64,
     ("attention", "tma/16x128"): _TMA_16x128,
+    ("attention", "tma_ahead/16x64"): _TMA_AHEAD_16x64,
+    ("attention", "tma_ahead/16x128"): _TMA_AHEAD_16x128,
     ("rows", "128"): _everywhere(_rows(32, 4)),
     ("rows", "1024"): _everywhere(_rows(2, 4)),
     ("rows", "4096"): _everywhere(_rows(1, 4)),

@@ -20,7 +20,9 @@ Two forms of the softmax:
   tile with any row outside the safe range, or NaN, is computed again in the online form, inside the same program; so
   any bound is safe, a bad one is only slow.
 
-Two ways of loading: plain pointers, and TMA descriptors made by the host (Hopper and later).
+Two ways of loading: plain pointers, and TMA descriptors made by the host (Hopper and later). Two schedules beside the
+plain one, with TMA: persistent (each program takes several tiles of queries) and ahead (the logits of the next keys are
+computed under the softmax of these).
 """
 
 import math
@@ -37,7 +39,16 @@ from cogvid_kernels._checks import check_runnable, check_tensor, is_aligned, is_
 from cogvid_kernels._interpreter import dot, round_to
 from cogvid_kernels._tiles import INTERPRETER, Tile, architecture, tile_for
 
-VARIANTS = ("pointer", "pointer_bounded", "tma", "tma_bounded", "tma_persistent", "tma_persistent_bounded")
+VARIANTS = (
+    "pointer",
+    "pointer_bounded",
+    "tma",
+    "tma_bounded",
+    "tma_persistent",
+    "tma_persistent_bounded",
+    "tma_ahead",
+    "tma_ahead_bounded",
+)
 MAX_HEAD_DIM = 128
 
 _FLOAT_MIN: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
@@ -80,14 +91,35 @@ def _load_tile(
 
 
 @triton.jit
-def _attend_keys(
+def _logits(
     b_q,  # [BLOCK_M, BLOCK_D]
+    k,
+    stride_k,
+    batch,
+    head,
+    start,
+    num_keys,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Return q k^T, unscaled, for keys start..start+BLOCK_N: [BLOCK_M, BLOCK_N] fp32."""
+    b_k = _load_tile(k, stride_k, batch, head, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, TMA)
+    b_zero = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)
+    return dot(b_q, b_k.T, b_zero, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def _add_keys(
+    b_s,  # [BLOCK_M, BLOCK_N] fp32, the logits of keys start..
     b_acc,  # [BLOCK_M, BLOCK_D] fp32
     b_sum,  # [BLOCK_M] fp32
     b_shift,  # [BLOCK_M] fp32, base 2
-    k,
     v,
-    stride_k,
     stride_v,
     batch,
     head,
@@ -104,9 +136,6 @@ def _attend_keys(
     INTERPRETED: tl.constexpr,
 ):
     """Add keys start..start+BLOCK_N to the running sums."""
-    b_k = _load_tile(k, stride_k, batch, head, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, TMA)
-    b_zero = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)
-    b_s = dot(b_q, b_k.T, b_zero, PRECISION, INTERPRETED)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         b_s = tl.where((start + tl.arange(0, BLOCK_N) < num_keys)[None, :], b_s, float("-inf"))
     if not BOUNDED:
@@ -139,6 +168,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -150,16 +180,42 @@ def _attend(
     # loop, because a second copy of them takes more registers than there are.
     peel: tl.constexpr = PRECISION != "ieee"
     full = num_keys // BLOCK_N * BLOCK_N if peel else num_keys
-    for start in tl.range(0, full, BLOCK_N):
-        b_acc, b_sum, b_shift = _attend_keys(
-            b_q, b_acc, b_sum, b_shift, k, v, stride_k, stride_v, batch, head, start, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_N, BLOCK_D, not peel, TMA, BOUNDED, PRECISION, INTERPRETED,
+    if AHEAD:
+        # The next logits do not depend on these weights: their wgmma runs under this tile's exp2. The last trip asks
+        # for keys past the end, which a descriptor reads as zeros.
+        b_s = _logits(
+            b_q, k, stride_k, batch, head, 0, num_keys,
+            HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, PRECISION, INTERPRETED,
         )  # fmt: skip
+        for start in tl.range(0, full, BLOCK_N):
+            b_next = _logits(
+                b_q, k, stride_k, batch, head, start + BLOCK_N, num_keys,
+                HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            b_acc, b_sum, b_shift = _add_keys(
+                b_s, b_acc, b_sum, b_shift, v, stride_v, batch, head, start, num_keys, scale_log2,
+                HEAD_DIM, BLOCK_N, BLOCK_D, False, TMA, BOUNDED, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            b_s = b_next
+    else:
+        for start in tl.range(0, full, BLOCK_N):
+            b_s = _logits(
+                b_q, k, stride_k, batch, head, start, num_keys,
+                HEAD_DIM, BLOCK_N, BLOCK_D, not peel, TMA, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            b_acc, b_sum, b_shift = _add_keys(
+                b_s, b_acc, b_sum, b_shift, v, stride_v, batch, head, start, num_keys, scale_log2,
+                HEAD_DIM, BLOCK_N, BLOCK_D, not peel, TMA, BOUNDED, PRECISION, INTERPRETED,
+            )  # fmt: skip
     # A branch at run time, not a constexpr: as straight-line code after the loop, the tail makes ptxas serialize every
     # wgmma of the kernel.
     if peel and full < num_keys:
-        b_acc, b_sum, b_shift = _attend_keys(
-            b_q, b_acc, b_sum, b_shift, k, v, stride_k, stride_v, batch, head, full, num_keys, scale_log2,
+        b_s = _logits(
+            b_q, k, stride_k, batch, head, full, num_keys,
+            HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        b_acc, b_sum, b_shift = _add_keys(
+            b_s, b_acc, b_sum, b_shift, v, stride_v, batch, head, full, num_keys, scale_log2,
             HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, BOUNDED, PRECISION, INTERPRETED,
         )  # fmt: skip
     return b_acc, b_sum, b_shift
@@ -192,6 +248,7 @@ def _attend_queries(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -224,7 +281,7 @@ def _attend_queries(
             safe_low = num_keys * _FP16_SAFE_MEAN
         b_acc, b_sum, b_shift = _attend(
             b_q, b_bound, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, True, PRECISION, INTERPRETED,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, AHEAD, True, PRECISION, INTERPRETED,
         )  # fmt: skip
         # NaN compares false, so it takes the online form too.
         safe = (b_sum >= safe_low) & (b_sum <= _SAFE_HIGH)
@@ -234,12 +291,12 @@ def _attend_queries(
         if tl.min(safe.to(tl.int32), 0) == 0:
             b_acc, b_sum, b_shift = _attend(
                 b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, False, PRECISION, INTERPRETED,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, AHEAD, False, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
         b_acc, b_sum, b_shift = _attend(
             b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, False, PRECISION, INTERPRETED,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, AHEAD, False, PRECISION, INTERPRETED,
         )  # fmt: skip
 
     b_out = b_acc / b_sum[:, None]
@@ -280,6 +337,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
     PERSISTENT: tl.constexpr,
     WRITE_LSE: tl.constexpr,
@@ -291,13 +349,13 @@ def _attention_kernel(
             _attend_queries(
                 i_tile, q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
                 stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, TMA, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, TMA, AHEAD, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
         _attend_queries(
             tl.program_id(0), q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn,
             stride_kh, stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, TMA, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, TMA, AHEAD, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -435,8 +493,8 @@ def _attention_arguments(
     block_d = max(16, triton.next_power_of_2(head_dim))
     tma = variant.startswith("tma")
     if tile is None:
-        loads = "tma" if tma else "pointer"
-        tile = tile_for("attention", f"{loads}/{8 * q.element_size()}x{max(64, block_d)}", arch)
+        schedule = "tma_ahead" if "ahead" in variant else "tma" if tma else "pointer"
+        tile = tile_for("attention", f"{schedule}/{8 * q.element_size()}x{max(64, block_d)}", arch)
     block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
 
     def source(x: Tensor, block: int) -> Tensor | TensorDescriptor:
@@ -472,6 +530,7 @@ def _attention_arguments(
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
         "TMA": tma,
+        "AHEAD": "ahead" in variant,
         "BOUNDED": "bounded" in variant,
         "PERSISTENT": "persistent" in variant,
         "WRITE_LSE": lse is not None,
