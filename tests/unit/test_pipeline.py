@@ -1,0 +1,238 @@
+"""Run settings and what the pipeline refuses; that it computes the right thing is shown in tests/parity."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cogvid
+from cogvid import plan
+from cogvid.config import CONFIGS
+from tests.pipelines import TEXT_LEN, picture, save_pipeline, tiny_pipeline
+
+QUICK: dict[str, Any] = {
+    "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent", "progress": False,
+}  # fmt: skip
+OFFICIAL = {
+    "cogvideox-2b": (480, 720, 49, "ddim", "constant"),
+    "cogvideox-5b": (480, 720, 49, "dpm", "diffusers"),
+    "cogvideox-5b-i2v": (480, 720, 49, "dpm", "diffusers"),
+    "cogvideox1.5-5b": (768, 1360, 81, "dpm", "diffusers"),
+    "cogvideox1.5-5b-i2v": (768, 1360, 81, "dpm", "diffusers"),
+}
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory: pytest.TempPathFactory) -> cogvid.Pipeline:
+    return cogvid.load(save_pipeline(*tiny_pipeline("5b"), tmp_path_factory.mktemp("t2v")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory: pytest.TempPathFactory) -> cogvid.Pipeline:
+    return cogvid.load(save_pipeline(*tiny_pipeline("5b-i2v"), tmp_path_factory.mktemp("i2v")), device="cpu")
+
+
+def own_task(name: str) -> str:
+    return "image-to-video" if CONFIGS[name].transformer.takes_image else "text-to-video"
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_defaults_are_the_recommendation_of_the_authors(name: str) -> None:
+    settings = plan.settle(CONFIGS[name], task=own_task(name))
+    height, width, frames, scheduler, guidance = OFFICIAL[name]
+    assert (settings.height, settings.width, settings.num_frames) == (height, width, frames)
+    assert (settings.scheduler, settings.guidance_mode) == (scheduler, guidance)
+    assert (settings.num_inference_steps, settings.guidance_scale) == (50, 6.0)
+    assert plan.untrained(CONFIGS[name], height, width, frames) == []
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "asked", "mode"),
+    [
+        ("dpm", None, "diffusers"),
+        ("ddim", None, "constant"),
+        ("dpm", False, "constant"),
+        ("ddim", True, "diffusers"),
+        ("ddim", "cosine", "cosine"),
+        ("dpm", "constant", "constant"),
+    ],
+)
+def test_dynamic_guidance_is_on_with_dpm_unless_said_otherwise(scheduler: str, asked: Any, mode: str) -> None:
+    model = CONFIGS["cogvideox-5b"]
+    settings = plan.settle(model, task="text-to-video", scheduler=scheduler, use_dynamic_cfg=asked)
+    assert settings.guidance_mode == mode
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "frames", "departures"),
+    [
+        ("cogvideox-5b", (480, 720), 9, []),
+        ("cogvideox-5b", (480, 720), 81, ["81 frames"]),
+        ("cogvideox-5b", (480, 720), 48, ["48 frames"]),
+        ("cogvideox-5b", (720, 480), 49, ["720x480 pixels"]),
+        ("cogvideox1.5-5b", (768, 1360), 161, []),
+        ("cogvideox1.5-5b", (768, 1360), 89, ["89 frames"]),
+        ("cogvideox1.5-5b", (768, 768), 81, ["768x768 pixels"]),
+        ("cogvideox1.5-5b-i2v", (768, 768), 81, []),
+        ("cogvideox1.5-5b-i2v", (1360, 768), 81, []),
+        ("cogvideox1.5-5b-i2v", (480, 720), 177, ["480x720 pixels", "177 frames"]),
+    ],
+)
+def test_what_was_never_trained_is_named(name: str, size: tuple[int, int], frames: int, departures: list[str]) -> None:
+    found = plan.untrained(CONFIGS[name], *size, frames)
+    assert [text.partition(" (")[0] for text in found] == departures
+
+
+@given(st.integers(1, 400))
+def test_frames_are_legal_exactly_when_they_decode_to_themselves(num_frames: int) -> None:
+    vae = CONFIGS["cogvideox-2b"].vae
+    latents = plan.latent_frames(vae, num_frames)
+    # What the VAE does: the first of an odd number of latent frames becomes 1 frame, every other one 4.
+    decoded = 1 + 4 * (latents - 1) if latents % 2 else 4 * latents
+    assert plan.decoded_frames(vae, latents) == decoded
+    assert (decoded == num_frames) == (num_frames % 8 in (0, 1))
+    if decoded == num_frames:
+        plan.check_frames(vae, num_frames)
+    else:
+        with pytest.raises(ValueError, match=r"nearest are") as caught:
+            plan.check_frames(vae, num_frames)
+        below, above = (int(word) for word in str(caught.value).split() if word.isdigit())
+        assert below < num_frames < above
+        for near in (below, above):
+            plan.check_frames(vae, near)
+        assert not any(n % 8 in (0, 1) for n in range(below + 1, above))
+
+
+def test_a_learned_table_of_positions_fixes_the_size() -> None:
+    with pytest.raises(ValueError, match="height, width: got 480x640, wanted 480x720"):
+        plan.settle(CONFIGS["cogvideox-5b-i2v"], task="image-to-video", width=640)
+
+
+EMBEDS = torch.zeros(1, TEXT_LEN, 40)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": None}, "prompt, prompt_embeds: got neither"),
+        ({"prompt_embeds": EMBEDS}, "prompt, prompt_embeds: got both"),
+        ({"prompt": []}, r"prompt: got \[\]"),
+        ({"prompt": 3}, "prompt: got 3"),
+        ({"prompt": ["a", 3]}, "prompt: got"),
+        ({"prompt": None, "prompt_embeds": EMBEDS[0]}, r"prompt_embeds: got shape \(10, 40\)"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2, wanted 1 or one per prompt, 1"),
+        ({"negative_prompt": "a", "negative_prompt_embeds": EMBEDS}, "negative_prompt_embeds: got both"),
+        ({"negative_prompt_embeds": EMBEDS[:, :5]}, r"negative_prompt_embeds: got shape \(1, 5, 40\)"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt: got 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps: got 2.5"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed, generator: got both"),
+        ({"seed": 1.5}, "seed: got 1.5"),
+        ({"generator": [torch.Generator()] * 2}, "generator: got a list of 2, wanted one per video, 1"),
+        ({"latents": torch.zeros(1, 16, 3, 8, 12)}, r"latents: got shape .* wanted .* \(1, 3, 16, 8, 12\)"),
+        ({"output_type": "gif"}, "output_type: got 'gif', wanted one of pil, np"),
+        ({"scheduler": "euler"}, "scheduler: got 'euler'"),
+        ({"use_dynamic_cfg": "linear"}, "use_dynamic_cfg: got 'linear'"),
+        ({"previous_timestep": "last"}, "previous_timestep: got 'last'"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: got nan"),
+        ({"image": picture(8, 8)}, "cannot do image-to-video"),
+        ({"video": [picture(8, 8)] * 9, "num_frames": 17}, "num_frames: got 17, wanted an integer, 1 to 9"),
+        ({"video": [picture(8, 8)] * 10, "num_frames": None}, "num_frames: got 10, wanted 8N or"),
+        ({"video": [picture(8, 8)] * 9, "strength": 0.4}, "strength: 0.4 of 2 steps is none"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)  # fmt: skip
+def test_wrong_arguments_are_refused(t2v: cogvid.Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        t2v(**{"prompt": "a red", **QUICK, **options})
+
+
+def test_images_go_with_prompts(i2v: cogvid.Pipeline) -> None:
+    with pytest.raises(ValueError, match="image: got a list of 2, wanted one, or one per prompt"):
+        i2v("a red", image=[picture(8, 8)] * 2, **QUICK)
+    with pytest.raises(ValueError, match="cannot do text-to-video"):
+        i2v("a red", **QUICK)
+    one = i2v(["a red", "two dogs"], image=picture(8, 9), seed=0, **QUICK).frames
+    two = i2v(["a red", "two dogs"], image=[picture(8, 9)] * 2, seed=0, **QUICK).frames
+    assert torch.equal(one, two)
+
+
+def test_latents_that_are_not_finite_are_an_error(t2v: cogvid.Pipeline) -> None:
+    with pytest.raises(FloatingPointError, match=r"latents: not finite .* torch\.float32"):
+        t2v(prompt_embeds=EMBEDS / 0, **QUICK)
+
+
+def test_one_warning_outside_of_what_was_trained(t2v: cogvid.Pipeline) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        t2v("a red", **QUICK)
+    with pytest.warns(UserWarning, match=r"64x64 pixels .* and 16 frames") as caught:
+        t2v("a red", **{**QUICK, "width": 64, "num_frames": 16})
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_seeds(t2v: cogvid.Pipeline) -> None:
+    first = t2v("a red", **QUICK)
+    assert first.seed is not None
+    assert torch.equal(first.frames, t2v("a red", **QUICK, seed=first.seed).frames)
+    second = t2v("a red", **QUICK)
+    assert second.seed != first.seed
+    assert not torch.equal(second.frames, first.frames)
+    generated = t2v("a red", **QUICK, generator=torch.Generator().manual_seed(first.seed))
+    assert generated.seed is None
+    assert torch.equal(generated.frames, first.frames)
+
+
+def test_provenance_is_ready_for_json_and_repeats_the_run(t2v: cogvid.Pipeline) -> None:
+    out = t2v(["a red", "two dogs"], negative_prompt="a cat", **QUICK, num_videos_per_prompt=2)
+    made = json.loads(json.dumps(out.provenance))
+    assert made == out.provenance
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "scheduler", "seed")
+    again = t2v(
+        made["prompt"], negative_prompt=made["negative_prompt"], use_dynamic_cfg=made["guidance_mode"],
+        num_videos_per_prompt=made["num_videos_per_prompt"], output_type="latent", progress=False,
+        **{name: made[name] for name in names},
+    )  # fmt: skip
+    assert torch.equal(again.frames, out.frames)
+    assert made["guidance_schedule"] is not None
+    assert made["dtype"] == "float32"
+    assert made["ops"] == "torch"
+    assert made["versions"]["torch"] == torch.__version__
+
+
+def test_an_image_may_be_whatever_load_image_takes(i2v: cogvid.Pipeline, tmp_path: Path) -> None:
+    picture(20, 30).save(tmp_path / "a.png")
+    from_path = i2v("a red", image=tmp_path / "a.png", seed=0, **QUICK).frames
+    assert torch.equal(from_path, i2v("a red", image=picture(20, 30), seed=0, **QUICK).frames)
+    cropped = i2v("a red", image=picture(20, 90), resize="crop", seed=0, **QUICK).frames
+    assert not torch.equal(cropped, i2v("a red", image=picture(20, 90), seed=0, **QUICK).frames)
+
+
+def test_the_bar_can_be_turned_off(t2v: cogvid.Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    t2v("a red", **QUICK)
+    assert capsys.readouterr().err == ""
+    t2v("a red", **{**QUICK, "progress": True})
+    assert "denoise: 100%" in capsys.readouterr().err
+
+
+def test_float16_on_a_cpu_is_said_once(t2v: cogvid.Pipeline) -> None:
+    with pytest.warns(UserWarning, match="float16 arithmetic is not run on a CPU") as caught:
+        pipe = cogvid.load(t2v.source, device="cpu", dtype="float16")
+    assert len(caught) == 1
+    assert pipe.dtype in (torch.bfloat16, torch.float32)
+    assert next(pipe.vae.parameters()).dtype == pipe.text_encoder.dtype == pipe.dtype
+
+
+def test_bfloat16_runs_through(t2v: cogvid.Pipeline) -> None:
+    pipe = cogvid.load(t2v.source, device="cpu", dtype="bfloat16")
+    frames = pipe("a red", seed=0, **{**QUICK, "output_type": "np"}).frames
+    exact = t2v("a red", seed=0, **{**QUICK, "output_type": "np"}).frames
+    assert frames.shape == exact.shape
+    assert frames.dtype == exact.dtype
