@@ -31,7 +31,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cogvid.config import CONFIGS, TransformerConfig
+from cogvid.ops import Ops
 from cogvid.sampler import add_noise, make_schedule, velocity
 from cogvid.text import Tokenizer
 from cogvid.transformer import Transformer
@@ -73,6 +74,8 @@ DIFFUSERS_VERSION = {"_diffusers_version": "0.42.1"}
 BATCH = 32
 T2V_SHARE = 0.3  # of a joint batch
 TEXT_DROP = 0.1
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Muon(torch.optim.Optimizer):
@@ -135,7 +138,7 @@ class Trainer:
         others = [p for n, p in named if not is_matrix(n, p)]
         self.optimizers = [
             Muon(matrices, lr=muon_lr),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
         self.base_lrs = [muon_lr, adam_lr]
         self.params = [p for _, p in named]
@@ -184,7 +187,8 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         decay = min(0.998, 1 - 1 / (1 + self.step_count * 0.1))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - decay)
+        for average, p in zip(self.average, self.params, strict=True):
+            average.lerp_(p.detach(), 1 - decay)
         for name, value in {"loss": loss.item(), **report}.items():
             self.losses[name] = value + 0.98 * (self.losses.get(name, value) - value)
 
@@ -202,7 +206,7 @@ class Trainer:
         temporary.replace(self.path)
 
 
-def load_average(name: str, model: nn.Module, args: argparse.Namespace) -> nn.Module:
+def load_average(name: str, model: Model, args: argparse.Namespace) -> Model:
     """Fill `model` with the averaged weights that stage `name` left."""
     state = torch.load(args.out / f"{name}.pt", map_location=args.device)
     model.load_state_dict(state["model"])
@@ -288,6 +292,39 @@ def tokenizer_for(args: argparse.Namespace) -> Tokenizer:
     return Tokenizer(path, extra_ids=0)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute `AttentionOp` in two products; with 96 tokens this trains five times as fast as the fused one."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+def layer_norm_modulate(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, *, text_len: int, eps: float
+) -> Tensor:
+    """Compute `LayerNormModulateOp` for the whole batch at once; the reference goes through it sample by sample."""
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    text = torch.addcmul(shift[:, :1], normed[:, :text_len], 1 + scale[:, :1])
+    video = torch.addcmul(shift[:, 1:], normed[:, text_len:], 1 + scale[:, 1:])
+    return torch.cat([text, video], dim=1)
+
+
+def gate_residual_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, *args: Tensor, text_len: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute `GateResidualNormModulateOp` with the norm above."""
+    x = Ops.torch().gate_residual(x, y, gate, text_len=text_len)
+    return x, layer_norm_modulate(x, *args, text_len=text_len, eps=eps)
+
+
+TRAINING_OPS = dataclasses.replace(
+    Ops.torch(),
+    attention=attention,
+    layer_norm_modulate=layer_norm_modulate,
+    gate_residual_norm_modulate=gate_residual_norm_modulate,
+)
+
+
 class Denoiser(nn.Module):
     """A transformer and the T5 that is trained with it."""
 
@@ -295,15 +332,11 @@ class Denoiser(nn.Module):
         from transformers import T5Config, T5EncoderModel
 
         super().__init__()
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, TRAINING_OPS)
         self.text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, **T5_CONFIG))
-        for block in self.transformer.blocks:
-            for linear in (block.modulation1, block.modulation2):
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
-        for linear in (self.transformer.modulation_out, self.transformer.proj_out):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.transformer.named_parameters():
+            if "modulation" in name or "proj_out" in name:
+                nn.init.zeros_(parameter)
 
     def forward(self, latents: Tensor, ids: Tensor, timestep: Tensor) -> Tensor:
         return self.transformer(latents, self.text_encoder(ids).last_hidden_state.to(latents.dtype), timestep).float()
@@ -341,11 +374,12 @@ def encode_latents(args: argparse.Namespace) -> None:
         parts.append((scenes, vae.encode(pixels).mean.cpu(), image.mean.cpu(), image.std.cpu()))
         if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
             break
-    video, image_mean, image_std = (torch.cat([p[i] for p in parts]).half() for i in (1, 2, 3))
+    all_scenes, *latents = zip(*parts, strict=True)
+    video, image_mean, image_std = (torch.cat(part).half() for part in latents)
     factor = 1 / video.float().std().item()
     deviation = image_std.float().mean().item() * factor
     print(f"{len(video)} videos, scaling_factor {factor:.4f}, posterior deviation {deviation:.4f} of the latents'")
-    scenes = vars(Scenes.cat([p[0] for p in parts]))
+    scenes = vars(Scenes.cat(list(all_scenes)))
     torch.save(
         {"scenes": scenes, "video": video, "image_mean": image_mean, "image_std": image_std, "factor": factor}, path
     )
@@ -417,7 +451,7 @@ def without_image(model: Denoiser) -> Denoiser:
     """Drop the weights that see image latents; the rest is what those of zeros leave."""
     transformer = model.transformer
     config = dataclasses.replace(transformer.config, in_channels=transformer.config.out_channels)
-    slim = Transformer(config)
+    slim = Transformer(config, TRAINING_OPS)
     state = transformer.state_dict()
     state["patch_proj.weight"] = state["patch_proj.weight"][:, : slim.patch_proj.in_features].clone()
     slim.load_state_dict(state)
