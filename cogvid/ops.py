@@ -282,9 +282,9 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int,
     gain, offset = _group_norm_affine(x, weight, bias, num_groups, eps)
 
     def apply(frames: slice) -> Tensor:
-        return F.silu(torch.addcmul(offset, x[:, :, frames].to(gain.dtype), gain)).to(x.dtype)
+        return F.silu(x[:, :, frames].to(gain.dtype) * gain + offset).to(x.dtype)
 
-    return map_frames(apply, x.shape[2], _frames_in_cache(x))
+    return map_frames(apply, x.shape[2], _frames_in_cache(x), layout_of(x))
 
 
 def spatial_norm_silu(
@@ -295,18 +295,25 @@ def spatial_norm_silu(
     # The norm's own gain and offset, and the latents', are one of each, still at latent resolution.
     scale, shift = scale.to(gain.dtype), shift.to(gain.dtype)
     gain, offset = gain * scale, torch.addcmul(shift, offset, scale)
-    sources = _latent_frames(x.shape[2], scale.shape[2])
+    sources, layout = _latent_frames(x.shape[2], scale.shape[2]), layout_of(x)
 
     def apply(frames: slice) -> Tensor:
         part = x[:, :, frames].to(gain.dtype)
-        g, o = (F.interpolate(t[:, :, sources[frames]], size=part.shape[2:]) for t in (gain, offset))
+        small = (t[:, :, sources[frames]].contiguous(memory_format=layout) for t in (gain, offset))
+        g, o = (F.interpolate(t, size=part.shape[2:]) for t in small)
         return F.silu(torch.addcmul(o, part, g)).to(x.dtype)
 
-    return map_frames(apply, x.shape[2], _frames_in_cache(x))
+    return map_frames(apply, x.shape[2], _frames_in_cache(x), layout)
 
 
-def map_frames(function: Callable[[slice], Tensor], frames: int, at_once: int) -> Tensor:
-    """Concatenate `function(slice)` over slices of `at_once` frames, along dimension 2.
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Return the memory format of a `[B, C, T, H, W]` tensor: channels-last, or else contiguous."""
+    last = torch.channels_last_3d
+    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
+
+
+def map_frames(function: Callable[[slice], Tensor], frames: int, at_once: int, layout: torch.memory_format) -> Tensor:
+    """Concatenate `function(slice)` over slices of `at_once` frames, along dimension 2, in memory format `layout`.
 
     Temporaries stay the size of a slice. Without gradients the parts go straight into the result, so that there are
     never two copies of it.
@@ -318,9 +325,6 @@ def map_frames(function: Callable[[slice], Tensor], frames: int, at_once: int) -
     if torch.is_grad_enabled():
         return torch.cat([first, *map(function, slices[1:])], dim=2)
     batch, channels, _, height, width = first.shape
-    layout = (
-        torch.channels_last_3d if first.is_contiguous(memory_format=torch.channels_last_3d) else torch.contiguous_format
-    )
     shape = (batch, channels, frames, height, width)
     result = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
     result[:, :, slices[0]] = first

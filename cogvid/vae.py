@@ -31,6 +31,9 @@ PIXEL_CHUNK = 8  # frames that the encoder takes at a time
 LATENT_CHUNK = 2  # frames that the decoder takes at a time
 FINAL_NORM_EPS = 1e-6  # of the decoder's norms and the encoder's last one, whatever the config says
 MID_BLOCK_LAYERS = 2
+# Of all activations. Measured on a CPU: 16-bit convolutions are 3 times faster channels-last, fp32 ones as fast, and
+# neither needs reordered copies of its input and output.
+LAYOUT = torch.channels_last_3d
 # Larger inputs of a convolution are worked off some frames at a time: without a second copy of all of it (for the past
 # frames, or enlarged), and with indices that stay far below 2**31. At 2**22 elements this costs no speed.
 CONV_ELEMENTS = 2**22
@@ -63,7 +66,10 @@ class VAE(nn.Module):
         if x.shape[3] % stride or x.shape[4] % stride:
             raise ValueError(f"x has height x width {x.shape[3]} x {x.shape[4]}, wanted multiples of {stride}")
         cache = ConvCache()
-        chunks = [self.encoder(_layout(c), cache) for c in x.split(chunk_sizes(x.shape[2], PIXEL_CHUNK), dim=2)]
+        chunks = [
+            self.encoder(c.contiguous(memory_format=LAYOUT), cache)
+            for c in x.split(chunk_sizes(x.shape[2], PIXEL_CHUNK), dim=2)
+        ]
         return DiagonalGaussian(torch.cat(chunks, dim=2))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ class VAE(nn.Module):
     def _decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
         cache = ConvCache()
         for chunk in z.split(chunk_sizes(z.shape[2], LATENT_CHUNK), dim=2):
-            yield self.decoder(_layout(chunk), cache).contiguous()
+            yield self.decoder(chunk.contiguous(memory_format=LAYOUT), cache).contiguous()
 
 
 class DiagonalGaussian:
@@ -258,7 +264,7 @@ class CausalConv3d(nn.Conv3d):
                 part = x[:, :, frames.start - 2 : frames.stop]
             return super(CausalConv3d, self).forward(part)
 
-        return map_frames(convolve, x.shape[2], _frames_at_once(x))
+        return map_frames(convolve, x.shape[2], _frames_at_once(x), LAYOUT)
 
 
 class PointwiseConv3d(nn.Conv3d):
@@ -303,10 +309,11 @@ class Upsample(nn.Conv2d):
             large = F.interpolate(x[:, :, frames], scale_factor=(1.0, 2.0, 2.0), mode="nearest")
             return F.conv3d(large, self.weight.unsqueeze(2), self.bias, padding=(0, 1, 1))
 
-        y = map_frames(convolve, x.shape[2], _frames_at_once(x, scale=4))
+        y = map_frames(convolve, x.shape[2], _frames_at_once(x, scale=4), LAYOUT)
         if self.compress_time and y.shape[2] > 1:
             alone = y.shape[2] % 2
-            y = torch.cat([y[:, :, :alone], y[:, :, alone:].repeat_interleave(2, dim=2)], dim=2)
+            pairs = y[:, :, alone:].movedim(1, -1).repeat_interleave(2, dim=1).movedim(-1, 1)  # stays channels-last
+            y = torch.cat([y[:, :, :alone], pairs], dim=2)
         return y
 
 
@@ -341,15 +348,6 @@ def _layers(*blocks: nn.Module) -> Iterator[nn.Module]:
     for block in blocks:
         for child in block.children():
             yield from child if isinstance(child, nn.ModuleList) else [child]
-
-
-def _layout(x: Tensor) -> Tensor:
-    """Choose the memory format of all that follows.
-
-    Channels-last: measured on a CPU, 16-bit convolutions are 3 times faster, fp32 ones as fast, and neither needs
-    reordered copies of its input and output.
-    """
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _frames_at_once(x: Tensor, scale: int = 1) -> int:
