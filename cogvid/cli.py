@@ -80,7 +80,12 @@ def generate(arguments: argparse.Namespace) -> None:
     cogvid.VideoWriter(**target)
     _try_writing(arguments.output)
     image = None if arguments.image is None else cogvid.load_image(arguments.image)
-    pipe = load(source, device=arguments.device, dtype=arguments.dtype, ops=arguments.ops, **origin)
+    try:
+        pipe = load(source, device=arguments.device, dtype=arguments.dtype, ops=arguments.ops, **origin)
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            raise
+        raise ValueError(error) from error  # a device or kernels that were asked for and are not there
 
     out = pipe(
         arguments.prompt,

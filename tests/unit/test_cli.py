@@ -208,6 +208,11 @@ def test_a_gpu_that_is_not_there(t2v: Path, out: Path, refused: Refused) -> None
     assert "device: got 'cuda'" in refused("generate", "x", "-o", out, "--model", t2v, "--device", "cuda")
 
 
+def test_kernels_that_are_not_there(t2v: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cogvid_kernels", None)
+    assert "'triton'" in refused("generate", "x", "-o", out, "--model", t2v, "--ops", "triton")
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["dance"], ["generate"], ["generate", "x"], ["inspect"]], ids=lambda a: " ".join(a) or "none"
 )
