@@ -59,11 +59,11 @@ class Row:
 HEADER = ["module", "variant", "fp32 error", "fp32 max abs", "bf16 error", "diffusers' bf16 error", "ratio"]
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to this file too")
     args = parser.parse_args(argv)
-    torch.set_grad_enabled(False)
     lines = [provenance(), "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * 2 + "--:|" * 5]
     print("\n".join(lines))
     for row in rows():

@@ -1,0 +1,20 @@
+"""The parity report runs to its end, and what it prints is what the README may claim."""
+
+import re
+
+import parity_report
+
+NUMBER = r"\d\.\d+e[+-]\d+"
+
+
+def test_report_is_a_table_of_small_errors(tmp_path, capsys):
+    target = tmp_path / "parity.md"
+    parity_report.main(["--markdown", str(target)])
+    text = target.read_text()
+    assert text == capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[4:]]
+    assert {row[0].split(",")[0].split()[0] for row in rows} == {"transformer", "VAE", "text", "sampler", "pipeline"}
+    for row in rows:
+        assert re.fullmatch(NUMBER, row[2]), row
+        assert float(row[2]) <= 1e-5, row
+        assert row[6] == "" or float(row[6]) <= 1.05, row
