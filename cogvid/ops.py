@@ -299,7 +299,8 @@ def spatial_norm_silu(
 
     def apply(frames: slice) -> Tensor:
         part = x[:, :, frames].to(gain.dtype)
-        small = (t[:, :, sources[frames]].contiguous(memory_format=layout) for t in (gain, offset))
+        # clone, not contiguous: indexing leaves strides that count as channels-last and are not seen as such later.
+        small = (t[:, :, sources[frames]].clone(memory_format=layout) for t in (gain, offset))
         g, o = (F.interpolate(t, size=part.shape[2:]) for t in small)
         return F.silu(torch.addcmul(o, part, g)).to(x.dtype)
 

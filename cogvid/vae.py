@@ -253,7 +253,7 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
         past = cache.frames.pop(self, None)
         if past is None:
-            past = x[:, :, :1].expand(-1, -1, 2, -1, -1)
+            past = x[:, :, :1].repeat_interleave(2, dim=2).contiguous(memory_format=LAYOUT)
         # A copy, because a view would keep all of x alive until the next chunk.
         cache.frames[self] = (x if x.shape[2] > 1 else torch.cat([past, x], dim=2))[:, :, -2:].clone()
 
@@ -262,7 +262,8 @@ class CausalConv3d(nn.Conv3d):
                 part = torch.cat([past[:, :, frames.start :], x[:, :, : frames.stop]], dim=2)
             else:
                 part = x[:, :, frames.start - 2 : frames.stop]
-            return super(CausalConv3d, self).forward(part)
+            # Small inputs go to an implementation of convolution that knows no layout but its own.
+            return super(CausalConv3d, self).forward(part).contiguous(memory_format=LAYOUT)
 
         return map_frames(convolve, x.shape[2], _frames_at_once(x), LAYOUT)
 
@@ -291,7 +292,7 @@ class Downsample(nn.Conv2d):
             x = torch.cat([x[:, :, :alone], pairs], dim=2)
         x = F.pad(x, (0, 1, 0, 1))
         # As a 3-D convolution of temporal size 1 it needs no reshaping of frames into the batch.
-        return F.conv3d(x, self.weight.unsqueeze(2), self.bias, stride=(1, 2, 2))
+        return F.conv3d(x, self.weight.unsqueeze(2), self.bias, stride=(1, 2, 2)).contiguous(memory_format=LAYOUT)
 
 
 class Upsample(nn.Conv2d):
@@ -307,7 +308,8 @@ class Upsample(nn.Conv2d):
     def forward(self, x: Tensor, z: Tensor, cache: ConvCache) -> Tensor:  # noqa: ARG002
         def convolve(frames: slice) -> Tensor:
             large = F.interpolate(x[:, :, frames], scale_factor=(1.0, 2.0, 2.0), mode="nearest")
-            return F.conv3d(large, self.weight.unsqueeze(2), self.bias, padding=(0, 1, 1))
+            y = F.conv3d(large, self.weight.unsqueeze(2), self.bias, padding=(0, 1, 1))
+            return y.contiguous(memory_format=LAYOUT)
 
         y = map_frames(convolve, x.shape[2], _frames_at_once(x, scale=4), LAYOUT)
         if self.compress_time and y.shape[2] > 1:
