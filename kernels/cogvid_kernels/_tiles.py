@@ -64,17 +64,22 @@ def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> T
     return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
 
 
-def _everywhere(tile: Tile) -> dict[int, Tile]:
-    """Bound by memory, a tile depends on the shape alone: 16 bytes a load, and enough of them in flight."""
-    return dict.fromkeys((INTERPRETER, *ARCHITECTURES), tile)
+def _everywhere(tile: Tile, interpreter: Tile) -> dict[int, Tile]:
+    """Give every architecture one tile.
+
+    Bound by memory, a tile depends on the shape alone: 16 bytes a load, and enough loads in flight. The interpreter
+    takes larger ones, because its time goes into the number of programs.
+    """
+    return {INTERPRETER: interpreter} | dict.fromkeys(ARCHITECTURES, tile)
 
 
 def _rows(block_rows: int, num_warps: int) -> Tile:
     return Tile({"BLOCK_ROWS": block_rows}, num_warps)
 
 
-def _positions(block_p: int, block_c: int) -> Tile:
-    return Tile({"BLOCK_P": block_p, "BLOCK_C": block_c})
+def _positions(block_p: int, block_c: int, rows: int | None = None) -> Tile:
+    blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c}
+    return Tile(blocks if rows is None else {**blocks, "ROWS": rows})
 
 
 # Small, so that a few hundred tokens are several tiles.
@@ -103,7 +108,7 @@ _POINTER_32x128 = {arch: _attention(16, 16, 4, 1) for arch in (INTERPRETER, *ARC
 _TMA_16x64 = {
     INTERPRETER: _TOY,
     90: _attention(128, 64, 8, 3),
-    100: _attention(128, 64, 4, 3),
+    100: _attention(128, 64, 8, 3),
 }
 _TMA_16x128 = {
     INTERPRETER: _TOY,
@@ -131,13 +136,13 @@ TILES: dict[tuple[str, str], dict[int, Tile]] = {
     ("attention", "tma/16x128"): _TMA_16x128,
     ("attention", "tma_ahead/16x64"): _TMA_AHEAD_16x64,
     ("attention", "tma_ahead/16x128"): _TMA_AHEAD_16x128,
-    ("rows", "128"): _everywhere(_rows(32, 4)),
-    ("rows", "1024"): _everywhere(_rows(2, 4)),
-    ("rows", "4096"): _everywhere(_rows(1, 4)),
-    ("rows", "16384"): _everywhere(_rows(1, 16)),
-    ("group_norm/statistics", "channels_last"): _everywhere(_positions(16, 128)),
-    ("group_norm/apply", "channels_last"): _everywhere(_positions(32, 128)),
-    ("group_norm/statistics", "contiguous"): _everywhere(_positions(2048, 1)),
-    ("group_norm/apply", "contiguous"): _everywhere(_positions(1024, 1)),
-    ("elements", "any"): _everywhere(Tile({"BLOCK": 1024}, 4)),
+    ("rows", "128"): _everywhere(_rows(32, 4), _rows(64, 4)),
+    ("rows", "1024"): _everywhere(_rows(2, 4), _rows(16, 4)),
+    ("rows", "4096"): _everywhere(_rows(1, 4), _rows(16, 4)),
+    ("rows", "16384"): _everywhere(_rows(1, 16), _rows(4, 16)),
+    ("group_norm/statistics", "channels_last"): _everywhere(_positions(16, 128), _positions(256, 64)),
+    ("group_norm/apply", "channels_last"): _everywhere(_positions(32, 128, 1), _positions(64, 64, 64)),
+    ("group_norm/statistics", "contiguous"): _everywhere(_positions(2048, 1), _positions(256, 64)),
+    ("group_norm/apply", "contiguous"): _everywhere(_positions(1024, 1, 1), _positions(64, 64, 64)),
+    ("elements", "any"): _everywhere(Tile({"BLOCK": 1024}), Tile({"BLOCK": 8192})),
 }

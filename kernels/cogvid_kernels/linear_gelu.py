@@ -1,0 +1,130 @@
+"""Linear and tanh-GELU, forward only: `gelu(x @ weight.T + bias)`, as in diffusers' `FeedForward("gelu-approximate")`.
+
+The product is cuBLAS's. On CUDA its bias and GELU run in the product's epilogue (cublasLt), on the fp32 sums: no pass
+over the wide activation and no rounding before the GELU. `torch._addmm_activation` is how PyTorch gives access to it;
+with use_gelu its GELU is the tanh form on CUDA alone (on a CPU it is the erf form), fused or not.
+
+Where that is not to be had, and as the other side of the benchmark, one kernel adds the bias and applies the GELU in
+place after the product.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cogvid_kernels._cases import KernelCase
+from cogvid_kernels._checks import check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._interpreter import round_to
+from cogvid_kernels._rows import element_size
+from cogvid_kernels._tiles import architecture, tile_for
+
+VARIANTS = ("epilogue", "kernel")
+
+
+@triton.jit
+def _bias_gelu_kernel(
+    x,  # [rows * M] contiguous; overwritten
+    bias,  # [M]
+    num_elements,
+    width,  # M
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    o = tl.arange(0, BLOCK)
+    mask = start + o < num_elements
+    o_bias = (start % width).to(tl.int32) + o
+    # A block may span several rows when they are short.
+    b_bias = tl.load(bias + o_bias % width, mask=mask, other=0.0).to(tl.float32)
+    b_y = tl.load(x + start + o, mask=mask, other=0.0).to(tl.float32) + b_bias
+    # 0.5 * (1 + tanh(z)) is sigmoid(2 z); 2 * sqrt(2 / pi) = 1.5957691216057308.
+    b_z = 1.5957691216057308 * (b_y + 0.044715 * b_y * b_y * b_y)
+    b_out = b_y / (1 + tl.exp(-b_z))
+    tl.store(x + start + o, round_to(b_out, x.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None = None) -> Tensor:
+    """Compute `gelu(x @ weight.T + bias)`, the tanh form; forward only.
+
+    Args:
+        x: `[..., K]` fp32, bf16 or fp16, contiguous.
+        weight: `[M, K]` contiguous, x's dtype.
+        bias: `[M]`, x's dtype.
+        variant: "epilogue" (CUDA alone) or "kernel"; None takes the epilogue on CUDA.
+
+    Returns:
+        `[..., M]` in x's dtype, contiguous.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+    """
+    check_tensor("x", x, contiguous=True, alignment=element_size(x))
+    if x.ndim == 0:
+        raise ValueError("x: got shape [], wanted [..., K]")
+    check_tensor(
+        "weight",
+        weight,
+        shape=(None, x.shape[-1]),
+        dtypes=(x.dtype,),
+        device=x.device,
+        contiguous=True,
+        alignment=element_size(weight),
+    )
+    check_tensor(
+        "bias",
+        bias,
+        shape=weight.shape[:1],
+        dtypes=(x.dtype,),
+        device=x.device,
+        contiguous=True,
+        alignment=element_size(bias),
+    )
+    if variant is None:
+        variant = "epilogue" if x.is_cuda else "kernel"
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: got {variant!r}, wanted one of {', '.join(VARIANTS)}")
+    shape = (*x.shape[:-1], weight.shape[0])
+    rows = x.view(-1, x.shape[-1])
+    if variant == "epilogue":
+        if not x.is_cuda:
+            raise ValueError(
+                f"variant: got 'epilogue' on {x.device}, wanted a CUDA tensor: elsewhere it is not the tanh form"
+            )
+        return torch._addmm_activation(bias, rows, weight.T, use_gelu=True).view(shape)
+    check_runnable("x", x, _bias_gelu_kernel)
+    out = torch.mm(rows, weight.T)
+    arguments = _arguments(out, bias, architecture(x))
+    _bias_gelu_kernel[triton.cdiv(out.numel(), arguments["BLOCK"]),](**arguments)
+    return out.view(shape)
+
+
+def _arguments(out: Tensor, bias: Tensor, arch: int) -> dict[str, Any]:
+    return {
+        "x": out,
+        "bias": bias,
+        "num_elements": out.numel(),
+        "width": out.shape[-1],
+        "INTERPRETED": is_interpreted(_bias_gelu_kernel),
+        "enable_fp_fusion": True,
+        **tile_for("elements", "any", arch).options,
+    }
+
+
+def compile_cases(arch: int) -> list[KernelCase]:
+    """List the 5B's MLP."""
+    return [
+        KernelCase(
+            f"linear_gelu/bias_gelu/{name}",
+            _bias_gelu_kernel,
+            _arguments(
+                torch.empty(2 * 17776, 12288, dtype=dtype, device="meta"),
+                torch.empty(12288, dtype=dtype, device="meta"),
+                arch,
+            ),
+            sass=("LDG.E.128", "STG.E.128"),
+        )
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    ]

@@ -1,0 +1,235 @@
+"""LayerNorm of q and k over head_dim, then the rotation of the video tokens: one pass over the packed projection.
+
+Equal to what diffusers' `CogVideoXAttnProcessor2_0` does to q and k before its attention. Bound by memory: q and k are
+read once where the merged projection left them and written once.
+
+The mean of a LayerNorm costs no memory traffic here, because a row is in registers anyway: centring the projection at
+load, which makes this norm an RMSNorm, saves three shuffles a row. `centred=True` leaves the mean out for that case.
+
+Letters: B batch, N tokens (text first), S video tokens, H heads, hd head_dim.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cogvid_kernels._cases import KernelCase
+from cogvid_kernels._checks import check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._interpreter import round_to
+from cogvid_kernels._rows import check_parameter, check_rows, element_size, row_tile
+from cogvid_kernels._tiles import architecture
+
+
+@triton.jit
+def _norm(
+    p_x,  # [BLOCK_ROWS, BLOCK_D] pointers
+    weight,
+    bias,
+    mask,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Load rows and norm them; fp32."""
+    o_d = tl.arange(0, BLOCK_D)
+    in_row = o_d < HEAD_DIM
+    b_x = tl.load(p_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if not CENTRED:
+        b_x = tl.where(in_row[None, :], b_x - (tl.sum(b_x, 1) / HEAD_DIM)[:, None], 0.0)
+    b_inverse = tl.rsqrt(tl.sum(b_x * b_x, 1) / HEAD_DIM + eps)
+    b_w = tl.load(weight + o_d, mask=in_row, other=0.0).to(tl.float32)
+    b_b = tl.load(bias + o_d, mask=in_row, other=0.0).to(tl.float32)
+    return b_x * b_inverse[:, None] * b_w[None, :] + b_b[None, :]
+
+
+@triton.jit
+def _rotate(b_x, b_cos, b_sin, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rotate pairs of neighbouring channels by [BLOCK_ROWS, BLOCK_D / 2] angles."""
+    b_even, b_odd = tl.split(b_x.reshape(BLOCK_ROWS, BLOCK_D // 2, 2))
+    turned = tl.join(b_even * b_cos - b_odd * b_sin, b_odd * b_cos + b_even * b_sin)
+    return turned.reshape(BLOCK_ROWS, BLOCK_D)
+
+
+@triton.jit
+def _qk_norm_rope_kernel(
+    qkv,  # [B, N, 3, H, hd] by its strides
+    q_weight,  # [hd]
+    q_bias,  # [hd]
+    k_weight,  # [hd]
+    k_bias,  # [hd]
+    cos,  # [S, hd / 2] fp32 contiguous
+    sin,  # the same
+    q,  # [B, N, H, hd] contiguous
+    k,  # the same
+    key_norms,  # [B, N, H] fp32 contiguous
+    stride_b,
+    stride_n,
+    stride_part,
+    stride_h,
+    num_tokens,
+    num_heads,
+    num_rows,  # B * N * H
+    text_len,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    WRITE_NORMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    o_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    in_rows = o_r < num_rows
+    mask = in_rows[:, None] & (o_d < HEAD_DIM)[None, :]
+    o_token = o_r // num_heads
+    o_n = o_token % num_tokens
+    o_x = (o_token // num_tokens).to(tl.int64) * stride_b + o_n.to(tl.int64) * stride_n + o_r % num_heads * stride_h
+    p_x = qkv + o_x[:, None] + o_d[None, :]
+    b_q = _norm(p_x, q_weight, q_bias, mask, eps, HEAD_DIM, BLOCK_D, CENTRED)
+    b_k = _norm(p_x + stride_part, k_weight, k_bias, mask, eps, HEAD_DIM, BLOCK_D, CENTRED)
+    if ROTATE:
+        o_pair = tl.arange(0, BLOCK_D // 2)
+        half: tl.constexpr = HEAD_DIM // 2
+        is_video = (in_rows & (o_n >= text_len))[:, None] & (o_pair < half)[None, :]
+        o_angle = (o_n - text_len)[:, None] * half + o_pair[None, :]
+        # Text takes the angle zero, which changes no value.
+        b_cos = tl.load(cos + o_angle, mask=is_video, other=1.0)
+        b_sin = tl.load(sin + o_angle, mask=is_video, other=0.0)
+        b_q = _rotate(b_q, b_cos, b_sin, BLOCK_ROWS, BLOCK_D)
+        b_k = _rotate(b_k, b_cos, b_sin, BLOCK_ROWS, BLOCK_D)
+    o_out = o_r.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
+    b_k = round_to(b_k, k.dtype.element_ty, INTERPRETED)
+    tl.store(q + o_out, round_to(b_q, q.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(k + o_out, b_k, mask=mask)
+    if WRITE_NORMS:
+        # Of what was written: a bound must hold for the rounded keys.
+        b_k32 = tl.where(mask, b_k.to(tl.float32), 0.0)
+        tl.store(key_norms + o_r, tl.sqrt(tl.sum(b_k32 * b_k32, 1)), mask=in_rows)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    *,
+    text_len: int,
+    eps: float,
+    centred: bool = False,
+    return_key_norms: bool = False,
+) -> tuple[Tensor, ...]:
+    """LayerNorm q and k over head_dim, then rotate the video tokens; forward only.
+
+    Args:
+        qkv: `[B, N, 3, H, hd]` fp32, bf16 or fp16, the merged projection; any strides as long as the last one is 1.
+        q_weight, q_bias, k_weight, k_bias: `[hd]`, any of the three dtypes.
+        rope: None, or cos and sin, each fp32 `[S, hd / 2]`: one angle per pair of neighbouring channels, for the S =
+            N - text_len tokens from `text_len` on.
+        centred: the mean over each head is zero already (the projection was centred): leave it out.
+        return_key_norms: also return the length of every key as it was written, for the bounded attention, whose
+            `key_norms` is its maximum over the tokens.
+
+    Returns:
+        q and k, each `[B, N, H, hd]` in qkv's dtype, contiguous; with return_key_norms also fp32 `[B, N, H]`.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+    """
+    check_rows("qkv", qkv, ndim=5)
+    batch, num_tokens, parts, num_heads, head_dim = qkv.shape
+    if parts != 3:
+        raise ValueError(f"qkv: got shape {list(qkv.shape)}, wanted [B, N, 3, H, hd]")
+    names = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    for name, parameter in names.items():
+        check_parameter(name, parameter, (head_dim,), qkv.device)
+    if not 0 <= text_len <= num_tokens:
+        raise ValueError(f"text_len: got {text_len}, wanted 0 to {num_tokens}, the number of tokens")
+    if rope is not None:
+        if head_dim % 2:
+            raise ValueError(f"qkv: got head_dim {head_dim} with rope, wanted an even one")
+        for name, table in zip(("rope[0]", "rope[1]"), rope, strict=True):
+            if text_len < num_tokens:
+                check_tensor(
+                    name,
+                    table,
+                    shape=(num_tokens - text_len, head_dim // 2),
+                    dtypes=(torch.float32,),
+                    device=qkv.device,
+                    contiguous=True,
+                    alignment=element_size(table),
+                )
+    check_runnable("qkv", qkv, _qk_norm_rope_kernel)
+    q, k = (torch.empty(batch, num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    shape = (batch, num_tokens, num_heads)
+    key_norms = torch.empty(shape, dtype=torch.float32, device=qkv.device) if return_key_norms else None
+    arguments = _arguments(
+        qkv, tuple(names.values()), rope, (q, k, key_norms), text_len, eps, centred, architecture(qkv)
+    )
+    _qk_norm_rope_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
+    return (q, k) if key_norms is None else (q, k, key_norms)
+
+
+def _arguments(
+    qkv: Tensor,
+    affine: tuple[Tensor, ...],
+    rope: tuple[Tensor, Tensor] | None,
+    outputs: tuple[Tensor, Tensor, Tensor | None],
+    text_len: int,
+    eps: float,
+    centred: bool,
+    arch: int,
+) -> dict[str, Any]:
+    batch, num_tokens, _, num_heads, head_dim = qkv.shape
+    return {
+        "qkv": qkv,
+        **dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), affine, strict=True)),
+        "cos": None if rope is None else rope[0],
+        "sin": None if rope is None else rope[1],
+        **dict(zip(("q", "k", "key_norms"), outputs, strict=True)),
+        "stride_b": qkv.stride(0),
+        "stride_n": qkv.stride(1),
+        "stride_part": qkv.stride(2),
+        "stride_h": qkv.stride(3),
+        "num_tokens": num_tokens,
+        "num_heads": num_heads,
+        "num_rows": batch * num_tokens * num_heads,
+        "text_len": text_len,
+        "eps": eps,
+        "HEAD_DIM": head_dim,
+        "CENTRED": centred,
+        "ROTATE": rope is not None,
+        "WRITE_NORMS": outputs[2] is not None,
+        "INTERPRETED": is_interpreted(_qk_norm_rope_kernel),
+        "enable_fp_fusion": True,
+        **row_tile(head_dim, arch).options,
+    }
+
+
+def compile_cases(arch: int) -> list[KernelCase]:
+    """List the 5B's shape in every form, and fp32."""
+    cases = []
+    for name, dtype, rotate, centred, norms in (
+        ("rope/bf16", torch.bfloat16, True, False, False),
+        ("rope-norms/bf16", torch.bfloat16, True, False, True),
+        ("rope-centred/bf16", torch.bfloat16, True, True, False),
+        ("plain/bf16", torch.bfloat16, False, False, False),
+        ("rope/fp32", torch.float32, True, False, False),
+    ):
+        qkv = torch.empty(2, 17776, 3, 48, 64, dtype=dtype, device="meta")
+        angles = torch.empty(17550, 32, device="meta")
+        out, affine = qkv.new_empty(2, 17776, 48, 64), qkv.new_empty(64)
+        key_norms = torch.empty(2, 17776, 48, device="meta") if norms else None
+        arguments = _arguments(
+            qkv, (affine,) * 4, (angles, angles) if rotate else None, (out, out, key_norms), 226, 1e-6, centred, arch
+        )
+        sass = ("LDG.E.128", "STG.E.128")
+        cases.append(KernelCase(f"qk_norm_rope/{name}-hd64", _qk_norm_rope_kernel, arguments, sass))
+    return cases

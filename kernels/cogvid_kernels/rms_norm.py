@@ -1,0 +1,103 @@
+"""RMSNorm over the last axis, forward only: `x / sqrt(mean(x^2) + eps) * weight`, statistics in fp32.
+
+Equal to transformers' `T5LayerNorm`. Bound by memory: one read and one write; a program takes one long row or several
+short ones.
+
+Letters: D row width.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cogvid_kernels._cases import KernelCase
+from cogvid_kernels._checks import check_runnable, is_interpreted
+from cogvid_kernels._interpreter import round_to
+from cogvid_kernels._rows import as_rows, check_parameter, check_rows, row_tile
+from cogvid_kernels._tiles import architecture
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x,  # [outer, inner, D] by its strides
+    weight,  # [D]
+    out,  # [outer * inner, D] contiguous
+    stride_outer,
+    stride_inner,
+    inner,
+    num_rows,
+    eps,
+    D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    o_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    mask = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
+    o_x = (o_r // inner).to(tl.int64) * stride_outer + (o_r % inner).to(tl.int64) * stride_inner
+    # x passes through once; what should stay in the L1 cache is the weight, which every row reads.
+    b_x = tl.load(x + o_x[:, None] + o_d[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_out = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None] * b_w[None, :]
+    p_out = out + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.store(p_out, round_to(b_out, out.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last axis, forward only.
+
+    Args:
+        x: `[..., D]` fp32, bf16 or fp16, D at most 16384, last stride 1; the other axes must merge into at most two
+            (those of q within a packed q, k, v do).
+        weight: `[D]`, any of the three dtypes.
+
+    Returns:
+        `[..., D]` in x's dtype, contiguous.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+    """
+    check_rows("x", x)
+    check_parameter("weight", weight, (x.shape[-1],), x.device)
+    check_runnable("x", x, _rms_norm_kernel)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    arguments = _arguments(x, weight, out, eps, architecture(x))
+    _rms_norm_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
+    return out
+
+
+def _arguments(x: Tensor, weight: Tensor, out: Tensor, eps: float, arch: int) -> dict[str, Any]:
+    outer, inner, stride_outer, stride_inner = as_rows("x", x)
+    return {
+        "x": x,
+        "weight": weight,
+        "out": out,
+        "stride_outer": stride_outer,
+        "stride_inner": stride_inner,
+        "inner": inner,
+        "num_rows": outer * inner,
+        "eps": eps,
+        "D": x.shape[-1],
+        "INTERPRETED": is_interpreted(_rms_norm_kernel),
+        "enable_fp_fusion": True,
+        **row_tile(x.shape[-1], arch).options,
+    }
+
+
+def compile_cases(arch: int) -> list[KernelCase]:
+    """List T5's norm and the one over head_dim of a packed projection."""
+    text = torch.empty(2, 226, 4096, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(2, 17776, 3, 48, 64, dtype=torch.bfloat16, device="meta")[:, :, 0]
+    return [
+        KernelCase(
+            f"rms_norm/{name}",
+            _rms_norm_kernel,
+            _arguments(x, x.new_empty(x.shape[-1]), x.new_empty(x.shape), 1e-6, arch),
+            sass=("LDG.E.128", "STG.E.128"),
+        )
+        for name, x in (("bf16-4096", text), ("fp32-4096", text.float()), ("bf16-packed-64", q))
+    ]
