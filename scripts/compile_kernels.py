@@ -161,9 +161,10 @@ def disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = {"check": True, "capture_output": True, "text": True}
-        sass = subprocess.run([tool, "-sass", file.name], **run).stdout
-        usage = subprocess.run([tool, "-res-usage", file.name], **run).stdout
+        sass, usage = (
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-sass", "-res-usage")
+        )
     found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     return sass, {name: int(found[name]) for name in ("REG", "STACK", "SHARED", "LOCAL")}
 
