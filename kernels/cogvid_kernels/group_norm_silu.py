@@ -9,13 +9,13 @@ Bound by memory: x is read twice and written once. Three kernels:
 - statistics: each program takes a run of positions of some channels and writes, for each channel, their mean and sum of
   squared differences. It sums differences from the mean of its own first tile, which cancels nothing however large the
   mean is against the spread.
-- merge: one program a group puts these together by the formula of Chan, Golub and LeVeque, relative to one of the means.
-- apply: one row of pixels of one frame a program (a piece of it), so that the latent's frame and row are two numbers and
-  only its column is looked up per pixel.
+- merge: one program a group puts these together by the formula of Chan, Golub and LeVeque, about one of the means.
+- apply: a program takes a piece of one row of pixels of one frame, so that the latent's frame and row are two numbers
+  and only its column is looked up per pixel.
 
-Both contiguous `[B, C, T, H, W]` and channels-last memory are taken as they are: a tile is positions x channels with one
-stride each, and the compiler lays threads along whichever stride is 1. Offsets of programs are 64-bit, as one activation
-at full size passes 2**31 elements.
+Both contiguous `[B, C, T, H, W]` and channels-last memory are taken as they are: a tile is positions x channels with
+one stride each, and the compiler lays threads along whichever stride is 1. Offsets of programs are 64-bit, as one
+activation at full size passes 2**31 elements.
 
 Letters: B batch, C channels, T H W frames, height and width, P = T * H * W positions; t h w the latents' T H W.
 """

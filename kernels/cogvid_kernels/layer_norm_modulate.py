@@ -9,9 +9,9 @@ One kernel, three functions, equal to diffusers' `CogVideoXLayerNormZero` and th
 
 Modulation has two rows, one for the text tokens and one for the video tokens after them, picked by token index.
 
-Bound by memory. A program takes one row; weight, bias, shift, scale and gate are a few rows for all tokens, so they come
-from the L1 cache: held in registers over several rows they would fill half of them and leave too few programs on a
-multiprocessor to keep enough loads in flight.
+Bound by memory. A program takes one row; weight, bias, shift, scale and gate are a few rows for all tokens, so they
+come from the L1 cache: held in registers over several rows they would fill half of them and leave too few programs on
+a multiprocessor to keep enough loads in flight.
 
 Letters: B batch, N tokens, D model width.
 """
@@ -105,8 +105,8 @@ def layer_norm_modulate(
     Args:
         x: `[B, N, D]` fp32, bf16 or fp16, D at most 16384, any strides as long as the last one is 1.
         weight, bias: `[D]`, any of the three dtypes.
-        shift, scale: `[B, 2, D]`, any of the three dtypes, any strides as long as the last one is 1: row 0 for the first
-            `text_len` tokens, row 1 for the others.
+        shift, scale: `[B, 2, D]`, any of the three dtypes, any strides as long as the last one is 1: row 0 for the
+            first `text_len` tokens, row 1 for the others.
 
     Returns:
         `[B, N, D]` in x's dtype, contiguous.

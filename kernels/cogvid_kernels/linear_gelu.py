@@ -90,9 +90,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None 
     rows = x.view(-1, x.shape[-1])
     if variant == "epilogue":
         if not x.is_cuda:
-            raise ValueError(
-                f"variant: got 'epilogue' on {x.device}, wanted a CUDA tensor: elsewhere it is not the tanh form"
-            )
+            raise ValueError(f"variant: got 'epilogue' on {x.device}, wanted cuda: elsewhere it is not the tanh form")
         return torch._addmm_activation(bias, rows, weight.T, use_gelu=True).view(shape)
     check_runnable("x", x, _bias_gelu_kernel)
     out = torch.mm(rows, weight.T)
