@@ -1,0 +1,153 @@
+"""Norm and rotation of q and k, against `cogvid.ops` and fp64; the norms that bound the attention."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cogvid import ops
+from cogvid_kernels import attention, qk_norm_rope
+from tests import tolerances
+from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials, randn
+from tests.reference import rel_rms
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+EPS = 1e-6
+
+
+def make(batch: int, tokens: int, heads: int, head_dim: int, text_len: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Return qkv with the four affine vectors, and the rotary table."""
+    qkv = randn(batch, tokens, 3, heads, head_dim) * 2 + 0.7
+    affine = [1 + 0.3 * randn(head_dim, seed=1), randn(head_dim, seed=2), 1 + 0.3 * randn(head_dim, seed=3)]
+    angle = randn(tokens - text_len, head_dim // 2, seed=5) * 6
+    return [qkv, *affine, randn(head_dim, seed=4)], (angle.cos(), angle.sin())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("rotate", [True, False], ids=["rope", "plain"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "head_dim", "text_len"),
+    [(1, 1, 1, 64, 0), (3, 17, 5, 64, 4), (2, 23, 3, 30, 23), (1, 9, 2, 80, 2), (2, 5, 1, 128, 1)],
+    ids=["B1-N1", "B3-N17-H5", "B2-all-text-hd30", "hd80", "hd128"],
+)
+def test_sizes(
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    text_len: int,
+    rotate: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    arguments, rope = make(batch, tokens, heads, head_dim, text_len)
+    table = rope if rotate else None
+    assert_accurate("qk_norm_rope", *arguments, table, text_len=text_len, eps=EPS, device=device, dtype=dtype)
+
+
+def test_strides(device: torch.device) -> None:
+    """Every other token of a longer buffer, heads out of more of them."""
+    arguments, rope = make(2, 11, 3, 64, 4)
+    big = randn(2, 22, 3, 6, 70).to(device)
+    qkv = big[:, ::2, :, 1:4, 3:67]
+    dtype = torch.float32
+    assert_accurate("qk_norm_rope", qkv, *arguments[1:], rope, text_len=4, eps=EPS, device=device, dtype=dtype)
+
+
+def test_text_is_not_rotated(device: torch.device) -> None:
+    arguments, rope = make(1, 12, 2, 64, 5)
+    arguments = [argument.to(device) for argument in arguments]
+    turned = qk_norm_rope(*arguments, tuple(t.to(device) for t in rope), text_len=5, eps=EPS)
+    plain = qk_norm_rope(*arguments, None, text_len=5, eps=EPS)
+    for a, b in zip(turned, plain, strict=True):
+        assert torch.equal(a[:, :5], b[:, :5])
+        assert not torch.isclose(a[:, 5:], b[:, 5:]).all(-1).any()
+
+
+def test_extremes(device: torch.device) -> None:
+    arguments, rope = make(2, 8, 2, 64, 3)
+    qkv = arguments[0]
+    qkv[0, 0], qkv[0, 1], qkv[1, 4] = 0, 5.25, 1e-10
+    qkv[1, 5, 0, 0, 3], qkv[1, 6, 1, 1, 2], qkv[0, 7, 1, 0, 9] = float("nan"), float("inf"), -float("inf")
+    arguments = [argument.to(device) for argument in arguments]
+    rope = tuple(t.to(device) for t in rope)
+    got, want = (f(*arguments, rope, text_len=3, eps=EPS) for f in (qk_norm_rope, ops.qk_norm_rope))
+    assert_same_specials(got, want)
+
+
+def test_a_centred_projection_needs_no_mean(device: torch.device) -> None:
+    """LayerNorm of a projection is RMSNorm of the projection whose rows are centred over each head."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(3 * 4 * 64, 32, generator=generator), torch.randn(3 * 4 * 64, generator=generator)
+    x = torch.randn(2, 9, 32, generator=generator)
+    arguments, rope = make(2, 9, 4, 64, 2)
+
+    def centre(t: Tensor) -> Tensor:
+        heads = t.unflatten(0, (12, 64))
+        return (heads - heads.mean(1, keepdim=True)).flatten(0, 1)
+
+    affine = [a.to(device) for a in arguments[1:]]
+    rope = tuple(t.to(device) for t in rope)
+    whole, centred = (
+        torch.nn.functional.linear(x.double(), w.double(), b.double()).float().unflatten(-1, (3, 4, 64)).to(device)
+        for w, b in ((weight, bias), (centre(weight), centre(bias)))
+    )
+    want = ops.qk_norm_rope(whole.double(), *(a.double() for a in affine), rope, text_len=2, eps=EPS)
+    got = qk_norm_rope(centred, *affine, rope, text_len=2, eps=EPS, centred=True)
+    for g, w in zip(got, want, strict=True):
+        assert rel_rms(g, w) <= tolerances.KERNEL_FP32
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_key_norms_serve_the_bounded_attention(dtype: torch.dtype, device: torch.device) -> None:
+    arguments, rope = make(2, 20, 3, 64, 4)
+    arguments = [argument.to(device, dtype) for argument in arguments]
+    rope = tuple(t.to(device) for t in rope)
+    q, k, norms = qk_norm_rope(*arguments, rope, text_len=4, eps=EPS, return_key_norms=True)
+    assert rel_rms(norms, k.double().norm(dim=-1)) <= tolerances.KERNEL_FP32
+    v = arguments[0][:, :, 2]
+    online = attention(q, k, v, variant="pointer")
+    bounded = attention(q, k, v, variant="pointer_bounded", key_norms=norms.amax(1))
+    assert rel_rms(bounded, online) <= (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(1, 6, 2, 2, 8)}, "qkv: got shape"),
+        ({"qkv": torch.zeros(1, 6, 3, 16)}, "qkv: got shape"),
+        ({"qkv": torch.zeros(1, 6, 3, 2, 8, dtype=torch.float64)}, "qkv: got dtype float64"),
+        ({"qkv": torch.zeros(1, 6, 3, 8, 2).transpose(3, 4)}, "qkv: got strides"),
+        ({"q_weight": torch.zeros(9)}, "q_weight: got shape"),
+        ({"q_bias": torch.zeros(8, device="meta")}, "q_bias: got device meta"),
+        ({"k_weight": torch.zeros(8, dtype=torch.int64)}, "k_weight: got dtype int64"),
+        ({"k_bias": torch.zeros(16)[::2]}, "k_bias: got strides"),
+        ({"rope": (torch.zeros(4, 4), torch.zeros(5, 4))}, r"rope\[1\]: got shape"),
+        ({"rope": (torch.zeros(4, 4, dtype=torch.bfloat16), torch.zeros(4, 4))}, r"rope\[0\]: got dtype bfloat16"),
+        ({"rope": (torch.zeros(4, 8)[:, ::2], torch.zeros(4, 4))}, r"rope\[0\]: got strides"),
+        ({"text_len": -1}, "text_len: got -1"),
+        ({"text_len": 7}, "text_len: got 7, wanted 0 to 6"),
+    ],
+)
+def test_refusals(change: dict, message: str, device: torch.device) -> None:
+    arguments = {
+        "qkv": torch.zeros(1, 6, 3, 2, 8),
+        **{name: torch.zeros(8) for name in ("q_weight", "q_bias", "k_weight", "k_bias")},
+        "rope": (torch.zeros(4, 4), torch.zeros(4, 4)),
+        "text_len": 2,
+    } | change
+
+    def place(value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(place(item) for item in value)
+        return value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
+
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope(**{name: place(value) for name, value in arguments.items()}, eps=EPS)
+
+
+def test_odd_heads_cannot_be_rotated(device: torch.device) -> None:
+    qkv, affine = torch.zeros(1, 2, 3, 1, 7, device=device), torch.zeros(7, device=device)
+    table = torch.zeros(2, 3, device=device)
+    with pytest.raises(ValueError, match="qkv: got head_dim 7 with rope, wanted an even one"):
+        qk_norm_rope(qkv, affine, affine, affine, affine, (table, table), text_len=0, eps=EPS)
