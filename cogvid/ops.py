@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -167,6 +168,10 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
     """Turn `ops` ("auto", "torch", "triton" or an `Ops`) into the bundle and the name to record for it.
 
     "auto" is triton on CUDA and torch elsewhere. An `Ops` that is neither bundle is recorded as "custom".
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the kernels are missing, or the device is none that they run on.
     """
     if isinstance(ops, Ops):
         return ops, "torch" if ops == Ops.torch() else "custom"
@@ -175,7 +180,13 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
     if ops == "torch":
         return Ops.torch(), ops
     if ops == "triton":
-        return Ops.triton(), ops
+        bundle = Ops.triton()
+        # Triton's own switch, which it reads when the kernels are imported.
+        if torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                "ops 'triton': got device cpu, wanted cuda, or Triton's interpreter (TRITON_INTERPRET=1)"
+            )
+        return bundle, ops
     raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
 
 

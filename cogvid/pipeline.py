@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 import cogvid
 from cogvid import plan
 from cogvid.config import ModelConfig, VAEConfig
+from cogvid.hub import find
 from cogvid.image import prepare_image, prepare_video
 from cogvid.ops import Ops, resolve_ops
 from cogvid.plan import ImageLatentScale, PreviousTimestep, Settings
@@ -42,18 +43,10 @@ from cogvid.sampler import (
     make_schedule,
 )
 from cogvid.text import TextEncoder, load_text_encoder
-from cogvid.transformer import Transformer
+from cogvid.transformer import LearnedPositions, StepCache, Transformer
 from cogvid.vae import VAE
 from cogvid.video import denormalize, to_uint8
-from cogvid.weights import (
-    DTYPES,
-    find,
-    load_transformer,
-    load_vae,
-    read_model_config,
-    resolve_device,
-    resolve_dtype,
-)
+from cogvid.weights import DTYPES, load_transformer, load_vae, read_model_config, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -173,9 +166,11 @@ class Pipeline:
         negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
+        step_cache: StepCache | None = None,
         resize: str = "stretch",
         image_latent_scale: ImageLatentScale = "diffusers",
         previous_timestep: PreviousTimestep = "diffusers",
+        learned_positions: LearnedPositions = "sincos",
         progress: bool = True,
     ) -> Output:
         """Generate videos. What is None is the recommendation of the model's authors (50 steps, guidance 6).
@@ -197,8 +192,10 @@ class Pipeline:
             output_type: see `Output`.
             callback_on_step_end: called with (pipeline, step index, timestep, {"latents": fp32 `[B, T, C, h, w]`});
                 the latents of the dictionary that it may return replace the present ones.
+            step_cache: wraps the block loop of the transformer; a new one for each call.
             resize: "stretch", "crop" or "pad"; see `prepare_image`.
-            image_latent_scale, previous_timestep: named choices where upstream is in doubt; see `plan.Settings`.
+            image_latent_scale, previous_timestep, learned_positions: named choices where upstream is in
+                doubt; see `plan.Settings`.
             progress: show a bar on stderr.
         """
         task = plan.task_of(image, video)
@@ -221,6 +218,7 @@ class Pipeline:
             resize=resize,
             image_latent_scale=image_latent_scale,
             previous_timestep=previous_timestep,
+            learned_positions=learned_positions,
         )
         if departures := plan.untrained(self.model, settings.height, settings.width, settings.num_frames):
             warnings.warn(f"{self.model.name} was not trained for {' and '.join(departures)}", stacklevel=3)
@@ -269,6 +267,7 @@ class Pipeline:
                 image_latents=image_latents,
                 generator=generator,
                 on_step=on_step,
+                step_cache=step_cache,
             )
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"latents: not finite after sampling in {self.dtype}; wanted a wider dtype")
@@ -419,6 +418,7 @@ def sample(
     image_latents: Tensor | None = None,
     generator: Generators | None = None,
     on_step: OnStep | None = None,
+    step_cache: StepCache | None = None,
 ) -> Tensor:
     """Denoise `x` `[B, C, T, h, w]` with guidance; the result has the shape and the dtype of `x`.
 
@@ -429,9 +429,18 @@ def sample(
 
     def denoise(x: Tensor, i: int) -> Tensor:
         inputs = x if image_latents is None else torch.cat([x, image_latents], dim=1)
+        if settings.guided:
+            inputs = torch.cat([inputs, inputs])
+        velocity = transformer(
+            inputs,
+            embeds,
+            timesteps[i].expand(len(inputs)),
+            step_cache=step_cache,
+            learned_positions=settings.learned_positions,
+        )
         if not settings.guided:
-            return transformer(inputs, embeds, timesteps[i].expand(len(x))).float()
-        uncond, cond = transformer(torch.cat([inputs, inputs]), embeds, timesteps[i].expand(2 * len(x))).chunk(2)
+            return velocity.float()
+        uncond, cond = velocity.chunk(2)
         return guide(uncond, cond, scales[i])
 
     return SAMPLERS[settings.scheduler](denoise, x, schedule, generator=generator, on_step=on_step)

@@ -12,16 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from cogvid.config import CONFIGS, ModelConfig, VAEConfig
+from cogvid.hub import find
 from cogvid.image import RESIZE_MODES
 from cogvid.sampler import SAMPLERS, GuidanceMode
-from cogvid.weights import (
-    find,
-    load_state,
-    map_transformer_state_dict,
-    map_vae_state_dict,
-    read_model_config,
-    stored_dtype,
-)
+from cogvid.transformer import LearnedPositions
+from cogvid.weights import load_state, map_transformer_state_dict, map_vae_state_dict, read_model_config, stored_dtype
 
 TASKS = ("text-to-video", "image-to-video", "video-to-video")
 
@@ -39,6 +34,7 @@ class Settings:
     image_latent_scale: what the image latents of a model with `invert_scale_latents` are multiplied by, where upstream
     disagrees with itself: "diffusers" 1 / scaling_factor; "none" 1; "multiply" scaling_factor.
     previous_timestep: where a step lands, see `sampler.make_schedule`.
+    learned_positions: what a model with learned positions adds at another frame count, see `Transformer.forward`.
     """
 
     task: str
@@ -53,6 +49,7 @@ class Settings:
     resize: str
     image_latent_scale: ImageLatentScale
     previous_timestep: PreviousTimestep
+    learned_positions: LearnedPositions
 
     @property
     def guided(self) -> bool:
@@ -78,6 +75,7 @@ def settle(
     resize: str = "stretch",
     image_latent_scale: ImageLatentScale = "diffusers",
     previous_timestep: PreviousTimestep = "diffusers",
+    learned_positions: LearnedPositions = "sincos",
 ) -> Settings:
     """Fill in the model's recommendations and check the whole; `untrained` says what is legal but of doubtful use."""
     check_task(model, task)
@@ -99,12 +97,14 @@ def settle(
         resize=resize,
         image_latent_scale=image_latent_scale,
         previous_timestep=previous_timestep,
+        learned_positions=learned_positions,
     )
     check_choice("scheduler", settings.scheduler, tuple(SAMPLERS))
     check_choice("use_dynamic_cfg", settings.guidance_mode, get_args(GuidanceMode))
     check_choice("resize", settings.resize, RESIZE_MODES)
     check_choice("image_latent_scale", settings.image_latent_scale, get_args(ImageLatentScale))
     check_choice("previous_timestep", settings.previous_timestep, get_args(PreviousTimestep))
+    check_choice("learned_positions", settings.learned_positions, get_args(LearnedPositions))
     check_size(model, settings.height, settings.width)
     check_frames(model.vae, settings.num_frames)
     check_int("num_inference_steps", settings.num_inference_steps, 1, model.scheduler.num_train_timesteps)

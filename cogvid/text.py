@@ -20,14 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cogvid.hub import component_directory
 from cogvid.ops import Ops, resolve_ops
-from cogvid.weights import (
-    component_directory,
-    load_state,
-    resolve_device,
-    resolve_dtype,
-    stored_dtype,
-)
+from cogvid.weights import load_state, resolve_device, resolve_dtype, stored_dtype
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -166,7 +161,7 @@ def load_text_encoder(
     """Load the T5 encoder and the tokenizer of a checkpoint, from its `text_encoder/` and `tokenizer/`.
 
     Args:
-        model: as for `weights.find`.
+        model: as for `hub.find`.
         dtype: float32, float16 or bfloat16; None keeps the stored one. With float16 the `wo` matrices are float32, as
             transformers keeps them because they overflow. On a CPU float16 becomes bfloat16 or float32, with a warning.
         ops: "auto", "torch", "triton" or an `Ops`.

@@ -1,4 +1,4 @@
-"""Find or fetch a checkpoint, say which model it is, and load it; and the way back, for diffusers to read.
+"""Say which model a checkpoint is, and load it; and the way back, for diffusers to read.
 
 A checkpoint has the layout that diffusers' `save_pretrained` writes: `model_index.json` and a folder for each component
 with `config.json` and safetensors, in one file or in several with an index. weights.md lists the official ones.
@@ -15,7 +15,6 @@ import difflib
 import json
 import os
 import re
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -29,12 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cogvid.config import CONFIGS, ModelConfig, SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.hub import BASENAME, CONFIG_FILES, component_directory
 from cogvid.ops import Ops, resolve_ops
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 
-PACKS = Path(__file__).parent / "packs"
-BASENAME = "diffusion_pytorch_model"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Upstream's module -> ours; `{}` is the number of a layer, and `.weight` and `.bias` come along. Where several go to
@@ -115,9 +113,6 @@ CLASSES = {  # what a component may be; both schedulers keep the same settings, 
     "text_encoder": ("T5EncoderModel",),
     "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
 }
-CONFIG_FILES = {name: "scheduler_config.json" if name == "scheduler" else "config.json" for name in CLASSES}
-COMPONENTS = tuple(CLASSES)
-_WEIGHTS = {"transformer": BASENAME, "vae": BASENAME, "text_encoder": "model"}  # basenames of the safetensors
 
 # What upstream's classes can be set to and no checkpoint changes; another value would be another model.
 _FIXED: dict[str, dict[str, Any]] = {
@@ -437,105 +432,6 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def find(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    components: Iterable[str] = COMPONENTS,
-) -> Path:
-    """Return the directory of a checkpoint, fetching it if it is named by a hub id.
-
-    Args:
-        model: the name of a shipped pack, a directory, or a hub id such as "zai-org/CogVideoX-5b", in this order
-            ("./tiny-i2v" is a directory whatever packs there are).
-        revision: branch, tag or commit of a hub id.
-        local_files_only: take a hub id from the local cache, and never from the network.
-        components: what a hub id is fetched for.
-
-    Raises:
-        ValueError: no such model.
-        OSError: the hub cannot be reached, or there is no room.
-    """
-    name = os.fspath(model)
-    if name in packs():
-        return PACKS / name
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return path
-    if name and path.exists():
-        raise ValueError(f"model: {name} is a file, wanted the directory of a checkpoint")
-    if _HUB_ID.fullmatch(name) and isinstance(model, str):
-        return _fetch(name, revision, local_files_only, components)
-    known = f"; its weights are {CONFIGS[name].repo}" if name in CONFIGS and CONFIGS[name].repo else ""
-    raise ValueError(
-        f"model: got {name!r}{known}; wanted a directory, a shipped pack ({', '.join(packs())}) or a hub id "
-        f"such as {CONFIGS['cogvideox-5b-i2v'].repo}"
-    )
-
-
-def packs() -> list[str]:
-    """Return the names of the shipped packs."""
-    return sorted(path.parent.name for path in PACKS.glob("*/model_index.json"))
-
-
-def _fetch(repo: str, revision: str | None, local_files_only: bool, components: Iterable[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        DryRunError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    files = ["model_index.json"]
-    for component in components:
-        names = ["spiece.model"] if component == "tokenizer" else [CONFIG_FILES[component]]
-        if base := _WEIGHTS.get(component):
-            names += [f"{base}.safetensors", f"{base}-*-of-*.safetensors", f"{base}.safetensors.index.json"]
-        files += [f"{component}/{name}" for name in names]
-    where = repo + (f" at {revision}" if revision else "")
-    options: dict[str, Any] = {
-        "revision": revision,
-        "allow_patterns": files,
-        "local_files_only": local_files_only,
-    }
-    try:
-        try:
-            sizes = [
-                file.file_size or 0 for file in snapshot_download(repo, dry_run=True, **options) if file.will_download
-            ]
-        except DryRunError:
-            sizes = []  # no hub to be reached, or none wanted: it may all be in the local cache
-        if sizes:
-            print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
-        return Path(snapshot_download(repo, **options))
-    except RevisionNotFoundError as error:
-        raise ValueError(f"model: the hub has no revision {revision!r} of {repo}") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"model: {repo} is no directory here and no repository of the hub that you can read"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        if local_files_only:
-            raise ValueError(f"model: {where} is no directory here and not whole in the hub's local cache") from error
-        raise OSError(f"model: {where} is no directory here, and the hub cannot be reached to fetch it") from error
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # the hub's client lets the errors of its HTTP library through
-        raise OSError(f"model: fetching {where} broke off: {error}; what is there is kept, try again") from error
-
-
-def component_directory(model: str | Path, component: str) -> Path:
-    """Return the directory of one component, given the checkpoint's (as for `find`) or the component's own."""
-    directory = find(model, components=(component,))
-    if (directory / component).is_dir():
-        return directory / component
-    if (directory / CONFIG_FILES[component]).is_file() and not (directory / "model_index.json").is_file():
-        return directory
-    raise ValueError(f"{directory}: neither a {component}/ nor a {CONFIG_FILES[component]} in it")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

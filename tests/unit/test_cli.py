@@ -142,7 +142,7 @@ def test_warnings_are_one_line_each(t2v: Path, out: Path, capsys: pytest.Capture
 def test_the_models_of_the_box_are_the_default(
     image: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cogvid.weights.PACKS", tmp_path)  # empty, so that the name shows in the message
+    monkeypatch.setattr("cogvid.hub.PACKS", tmp_path)  # empty, so that the name shows in the message
     assert "'tiny-i2v'" in refused("generate", "x", "--image", image, "-o", out)
     assert "'tiny-t2v'" in refused("generate", "x", "-o", out)
 

@@ -259,6 +259,15 @@ def test_an_unknown_name_raises() -> None:
         resolve_ops("cuda", "cpu")
 
 
+def test_triton_on_a_cpu_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ops, "triton", Ops.torch)  # there or not, and interpreted or not, in the process of the tests
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="ops 'triton': got device cpu, wanted cuda"):
+        resolve_ops("triton", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_ops("triton", "cpu")[1] == "triton"
+
+
 def test_missing_kernels_raise_naming_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cogvid_kernels", None)  # what import does where it is not installed
     with pytest.raises(RuntimeError, match=r"ops 'triton' \(attention, .*spatial_norm_silu\) cannot be imported"):

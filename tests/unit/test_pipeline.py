@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ EMBEDS = torch.zeros(1, TEXT_LEN, 40)
         ({"scheduler": "euler"}, "scheduler: got 'euler'"),
         ({"use_dynamic_cfg": "linear"}, "use_dynamic_cfg: got 'linear'"),
         ({"previous_timestep": "last"}, "previous_timestep: got 'last'"),
+        ({"learned_positions": "none"}, "learned_positions: got 'none'"),
         ({"guidance_scale": float("nan")}, "guidance_scale: got nan"),
         ({"image": picture(8, 8)}, "cannot do image-to-video"),
         ({"video": [picture(8, 8)] * 9, "num_frames": 17}, "num_frames: got 17, wanted an integer, 1 to 9"),
@@ -236,3 +238,35 @@ def test_bfloat16_runs_through(t2v: cogvid.Pipeline) -> None:
     exact = t2v("a red", seed=0, **{**QUICK, "output_type": "np"}).frames
     assert frames.shape == exact.shape
     assert frames.dtype == exact.dtype
+
+
+class Counting:
+    """A step cache that runs every block and counts, or reuses its first result for ever."""
+
+    def __init__(self, reuse: bool) -> None:
+        self.reuse, self.calls, self.kept = reuse, 0, None
+
+    def run(self, x: torch.Tensor, temb: torch.Tensor, blocks: Callable[..., torch.Tensor]) -> torch.Tensor:  # noqa: ARG002
+        self.calls += 1
+        if self.kept is None or not self.reuse:
+            self.kept = blocks(x)
+        return self.kept
+
+
+def test_a_step_cache_wraps_the_blocks_of_every_step(t2v: cogvid.Pipeline) -> None:
+    plain = t2v("a cat", seed=1, **QUICK).frames
+    faithful, lazy = Counting(reuse=False), Counting(reuse=True)
+    assert torch.equal(t2v("a cat", seed=1, step_cache=faithful, **QUICK).frames, plain)
+    assert not torch.equal(t2v("a cat", seed=1, step_cache=lazy, **QUICK).frames, plain)
+    assert faithful.calls == lazy.calls == QUICK["num_inference_steps"]
+
+
+def test_learned_positions_are_a_named_choice(i2v: cogvid.Pipeline) -> None:
+    image = picture(64, 96)
+
+    def run(frames: int, choice: str) -> cogvid.Output:
+        return i2v("a cat", image=image, seed=1, learned_positions=choice, **{**QUICK, "num_frames": frames})
+
+    assert torch.equal(run(9, "sincos").frames, run(9, "slice").frames)  # the trained count: the table as it is
+    assert not torch.equal(run(8, "sincos").frames, run(8, "slice").frames)
+    assert run(8, "slice").provenance["learned_positions"] == "slice"

@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 
 from cogvid import weights
 from cogvid.config import CONFIGS, SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.hub import find
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 from cogvid.weights import (
-    find,
     load_scheduler_config,
     load_state,
     load_transformer,
@@ -412,7 +412,7 @@ def test_a_file_is_not_a_checkpoint(pristine: Path) -> None:
 
 
 def test_shipped_packs_are_found_by_name(pristine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(weights, "PACKS", pristine.parent)
+    monkeypatch.setattr("cogvid.hub.PACKS", pristine.parent)
     monkeypatch.chdir(tmp_path)
     (tmp_path / pristine.name).mkdir()
     assert find(pristine.name) == pristine
@@ -505,7 +505,7 @@ def hub(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 FETCH = """
 import contextlib, io, json, sys
-from cogvid.weights import find
+from cogvid.hub import find
 def files(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 def said(call):
