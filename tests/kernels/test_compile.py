@@ -50,9 +50,9 @@ print(compile_case(bad, {arch}).problems)
 @pytest.mark.parametrize(
     ("arch", "name", "change", "problem"),
     [
-        (80, "attention/pointer/fp32-hd64", {"BLOCK_M": 32, "BLOCK_N": 32}, "spills: "),
+        (80, "attention/pointer/fp32-hd64", {"BLOCK_M": 64, "BLOCK_N": 64}, "spills: "),
         (89, "attention/pointer/bf16-hd64", {"BLOCK_N": 128, "num_stages": 5}, "shared memory: "),
-        (90, "attention/tma/bf16-hd64", {"BLOCK_M": 32, "num_warps": 2}, "no HGMMA "),
+        (90, "attention/pointer/bf16-hd64", {"BLOCK_M": 32, "num_warps": 2}, "no HGMMA "),
     ],
     ids=["spill", "shared", "instruction"],
 )
