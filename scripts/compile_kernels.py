@@ -112,7 +112,7 @@ def compile_case(case: Any, arch: int, sass_directory: Path | None = None) -> Re
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the compiler raises many kinds, and each is a finding of this one case
-        text = f"{error}\n{error.__cause__ or str()}"
+        text = f"{error}\n{error.__cause__ or ''}"
         lines = [line.strip(" ^") for line in text.splitlines()]
         reason = " / ".join(line for line in lines if line)
         result.problems.append(f"does not compile: {type(error).__name__}: {reason[-300:]}")
