@@ -32,7 +32,16 @@ BATCH_FP32 = 1e-6  # rel rms; matrix products block other batches otherwise (mea
 ATTENTION_FP32 = 1e-6  # rel rms of output and log-sum-exp against fp64; order of sums, exp2 (measured 2.9e-7)
 ATTENTION_LOW_PRECISION = 2.0  # error against fp64 over that of PyTorch's own op in that dtype (measured 1.20)
 ATTENTION_FP64 = 1e-13  # rel rms of exact rewrites carried out in fp64; rounding of fp64 (measured 5.2e-16)
+KERNEL_FP32 = 1e-6  # rel rms of the other kernels against fp64; order of sums, rsqrt (measured @@)
+KERNEL_LOW_PRECISION = 2.0  # their error against fp64 over that of PyTorch's own op in that dtype (measured @@)
 
 # Shipped packs
 PACK_LATENTS = 1e-5  # rel rms of the latents after 8 steps against diffusers (measured @@)
 PIPELINE_BATCH = 1e-5  # rel rms of pixels of a batch and of its parts; BLAS orders sums by size (measured 8.5e-7)
+
+# VAE
+VAE_FP32 = 5e-6  # rel rms of whole encodes and decodes; sums in another order through 20 layers (measured 2.3e-6)
+VAE_STAGE_FP32 = 1e-6  # rel rms of one stage; norm statistics summed in another order (measured 4.3e-7)
+VAE_BF16 = 1.05  # our bf16 error against fp64 over that of diffusers; norms round once here (measured 0.79)
+VAE_GRADIENTS_FP32 = 2e-5  # rel rms of each gradient, encode and decode in one; small ones cancel (measured 6.7e-6)
+VAE_BATCH_FP32 = 3e-6  # rel rms; convolutions block other batches otherwise (measured 9.5e-7)
