@@ -1,0 +1,155 @@
+"""The VAE's norms against `cogvid.ops` and fp64: layouts, odd frame counts, statistics that cancel, refusals."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cogvid import ops
+from cogvid_kernels import group_norm_silu, spatial_norm_silu
+from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials, randn
+from tests.reference import rel_rms
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
+EPS = 1e-6
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def make(
+    shape: tuple[int, int, int, int, int], latent: tuple[int, int, int], layout: torch.memory_format
+) -> list[Tensor]:
+    """Return x, weight, bias, and scale and shift as the model makes them: channels-last views of a linear."""
+    batch, channels = shape[:2]
+    x = (randn(*shape) * 2 + 1).contiguous(memory_format=layout)
+    scale, shift = (randn(batch, *latent, channels, seed=3 + i).movedim(-1, 1) for i in range(2))
+    return [x, 1 + 0.3 * randn(channels, seed=1), randn(channels, seed=2), scale, shift]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@each_layout
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((1, 4, 1, 1, 2), 2), ((3, 24, 3, 7, 5), 4), ((1, 8, 9, 24, 40), 8), ((2, 96, 2, 6, 10), 32)],
+    ids=["one-pixel-pair", "B3-C24", "several-splits", "B2-C96"],
+)
+def test_group_norm(
+    shape: tuple[int, int, int, int, int], groups: int, layout: torch.memory_format, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    x, weight, bias, *_ = make(shape, (1, 1, 1), layout)
+    assert_accurate("group_norm_silu", x, weight, bias, num_groups=groups, eps=EPS, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_layout
+@pytest.mark.parametrize(
+    ("frames", "latent_frames"),
+    [(1, 1), (2, 2), (3, 3), (5, 3), (9, 3), (4, 2), (8, 2), (7, 4)],
+    ids=lambda count: str(count),
+)
+def test_spatial_norm(
+    frames: int, latent_frames: int, layout: torch.memory_format, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = make((2, 24, frames, 6, 10), (latent_frames, 3, 5), layout)
+    assert_accurate("spatial_norm_silu", *arguments, num_groups=4, eps=EPS, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("up", [1, 2, 4, 8])
+def test_every_upsampling(up: int, device: torch.device) -> None:
+    arguments = make((1, 8, 5, 2 * up, 3 * up), (2, 2, 3), torch.channels_last_3d)
+    assert_accurate("spatial_norm_silu", *arguments, num_groups=2, eps=EPS, device=device, dtype=torch.float32)
+
+
+def test_latents_of_any_strides(device: torch.device) -> None:
+    x, weight, bias, scale, shift = make((2, 8, 5, 6, 10), (3, 3, 5), torch.channels_last_3d)
+    scale = scale.contiguous().to(device)
+    shift = randn(2, 16, 6, 6, 10, seed=9)[:, ::2, ::2, ::2, ::2].to(device)
+    arguments = [x, weight, bias, scale, shift]
+    assert_accurate("spatial_norm_silu", *arguments, num_groups=2, eps=EPS, device=device, dtype=torch.float32)
+
+
+@each_layout
+def test_the_layout_is_kept(layout: torch.memory_format, device: torch.device) -> None:
+    arguments = [t.to(device) for t in make((2, 8, 3, 4, 6), (2, 2, 3), layout)]
+    assert group_norm_silu(*arguments[:3], num_groups=2, eps=EPS).stride() == arguments[0].stride()
+    assert spatial_norm_silu(*arguments, num_groups=2, eps=EPS).stride() == arguments[0].stride()
+
+
+@each_layout
+@pytest.mark.parametrize("mean", [100.0, 10000.0])
+def test_a_large_mean_does_not_cancel(mean: float, layout: torch.memory_format, device: torch.device) -> None:
+    """A naive E[x^2] - E[x]^2 in fp32 has no correct digit at a mean of 10,000."""
+    x, weight, bias, *_ = make((1, 8, 9, 24, 40), (1, 1, 1), layout)
+    x = (x + mean).to(device)
+    weight, bias = weight.to(device), bias.to(device)
+    got = group_norm_silu(x, weight, bias, num_groups=4, eps=EPS)
+    want = ops.group_norm_silu(x.double(), weight.double(), bias.double(), num_groups=4, eps=EPS)
+    # The mean is one fp32 number: half a unit in its last place is 6e-8 of it, whatever the spread.
+    assert rel_rms(got, want) <= 1e-7 * mean
+
+
+def test_channels_of_a_group_with_different_means(device: torch.device) -> None:
+    x, weight, bias, *_ = make((1, 8, 2, 24, 40), (1, 1, 1), torch.channels_last_3d)
+    x = x + torch.arange(8).view(8, 1, 1, 1) * 30
+    assert_accurate("group_norm_silu", x, weight, bias, num_groups=2, eps=EPS, device=device, dtype=torch.float32)
+
+
+@each_layout
+def test_extremes(layout: torch.memory_format, device: torch.device) -> None:
+    x, weight, bias, scale, shift = (t.to(device) for t in make((2, 12, 3, 8, 6), (2, 4, 3), layout))
+    x[0, :3], x[0, 3:6] = 0, 4.5  # zero variance
+    x[0, 7, 1, 2, 3], x[1, 1, 2, 3, 4], x[1, 4, 0, 0, 0] = float("nan"), float("inf"), -float("inf")
+    x[1, 6:9] *= 1e12
+    got, want = (
+        [
+            owner[0](*(t.to(dtype) for t in (x, weight, bias)), num_groups=4, eps=EPS),
+            owner[1](*(t.to(dtype) for t in (x, weight, bias, scale, shift)), num_groups=4, eps=EPS),
+        ]
+        # In fp64, because x * gain - mean * gain of the fp32 reference cancels where the variance is zero.
+        for owner, dtype in (
+            ((group_norm_silu, spatial_norm_silu), torch.float32),
+            ((ops.group_norm_silu, ops.spatial_norm_silu), torch.float64),
+        )
+    )
+    assert_same_specials(got, [w.float() for w in want])
+
+
+def test_silu_of_large_values(device: torch.device) -> None:
+    x, weight, bias, *_ = make((1, 4, 1, 4, 4), (1, 1, 1), torch.contiguous_format)
+    assert_accurate("group_norm_silu", x, weight * 200, bias, num_groups=2, eps=EPS, device=device, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 4, 3, 4)}, "x: got"),
+        ({"x": torch.zeros(1, 4, 3, 4, 4, dtype=torch.float64)}, "x: got dtype float64"),
+        ({"x": torch.zeros(1, 4, 3, 4, 8)[..., ::2]}, "x: got strides .* contiguous or channels-last"),
+        ({"x": torch.zeros(1, 4, 0, 4, 4)}, "x: got shape"),
+        ({"weight": torch.zeros(5)}, "weight: got shape"),
+        ({"bias": torch.zeros(4, device="meta")}, "bias: got device meta"),
+        ({"num_groups": 3}, "num_groups: got 3, wanted a divisor of 4"),
+        ({"num_groups": 0}, "num_groups: got 0"),
+        ({"scale": torch.zeros(1, 5, 2, 2, 2)}, "scale: got shape"),
+        ({"scale": torch.zeros(1, 4, 2, 2, 2, dtype=torch.int64)}, "scale: got dtype"),
+        ({"shift": torch.zeros(1, 4, 2, 2, 2, device="meta")}, "shift: got device meta"),
+        ({"shift": torch.zeros(1, 4, 2, 1, 2)}, "shift: got shape .* that of scale"),
+        ({"scale": torch.zeros(1, 4, 2, 3, 2)}, "scale: got t, h, w = 2, 3, 2 .* divisors of H and W"),
+        ({"scale": torch.zeros(1, 4, 4, 2, 2)}, "scale: got t, h, w = 4, 2, 2"),
+        ({"scale": torch.zeros(1, 4, 1, 2, 2)}, "scale: got t, h, w = 1, 2, 2 .* wanted t from 2"),
+    ],
+)
+def test_refusals(change: dict, message: str, device: torch.device) -> None:
+    arguments = {
+        "x": torch.zeros(1, 4, 3, 4, 4),
+        "weight": torch.zeros(4),
+        "bias": torch.zeros(4),
+        "scale": torch.zeros(1, 4, 2, 2, 2),
+        "shift": torch.zeros(1, 4, 2, 2, 2),
+        "num_groups": 2,
+    } | change
+    arguments = {k: v.to(device) if isinstance(v, Tensor) and not v.is_meta else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        spatial_norm_silu(**arguments, eps=EPS)
