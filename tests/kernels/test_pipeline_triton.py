@@ -1,0 +1,46 @@
+"""Whole tiny pipelines on the Triton kernels give what the plain operations give."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import cogvid
+from tests import tolerances
+from tests.pipelines import picture, save_pipeline, tiny_pipeline
+from tests.reference import rel_rms
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+STEPS = 2
+
+
+# Without rotation; with it; with frames in pairs and an image. The widths are not those of each other.
+@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5b-i2v"])
+def test_triton_equals_torch(variant: str, tmp_path: Path, device: torch.device) -> None:
+    directory = save_pipeline(*tiny_pipeline(variant), tmp_path / "model")
+    image = {"image": picture(40, 60)} if variant.endswith("i2v") else {}
+    latents, frames = {}, {}
+    for ops in ("torch", "triton"):
+        pipe = cogvid.load(directory, device=device, dtype="float32", ops=ops)
+        options = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": STEPS, "seed": 3, **image}
+        out = pipe("a red circle", output_type="latent", **options)
+        assert out.provenance["ops"] == ops
+        latents[ops] = out.frames
+        frames[ops] = torch.as_tensor(pipe("a red circle", output_type="np", **options).frames)
+    assert rel_rms(latents["triton"], latents["torch"]) <= tolerances.PIPELINE_LATENTS
+    assert rel_rms(frames["triton"], frames["torch"]) <= tolerances.PIPELINE_TRITON_FRAMES
+    assert frames["torch"].std() > 0.05
+
+
+PACK = Path(cogvid.__file__).parent / "packs" / "tiny-i2v"
+
+
+@pytest.mark.skipif(not PACK.is_dir(), reason="the pack is not in this checkout")
+def test_the_shipped_pack(device: torch.device) -> None:
+    latents = {
+        ops: cogvid.load("tiny-i2v", device=device, dtype="float32", ops=ops)(
+            "the red circle moves right", image=picture(64, 64), num_inference_steps=STEPS, seed=1, output_type="latent"
+        ).frames
+        for ops in ("torch", "triton")
+    }
+    assert rel_rms(latents["triton"], latents["torch"]) <= tolerances.PIPELINE_LATENTS
