@@ -88,7 +88,7 @@ class Op:
 def main(argv: list[str] | None = None) -> None:
     registry = {op.name: op for op in make_registry()}
     parser = argparse.ArgumentParser(
-        description=__doc__ + "\nWhat is counted as work:\n" + formulas(registry),
+        description=f"{__doc__}\nWhat is counted as work:\n{formulas(registry)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
