@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from einops import rearrange
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -35,8 +36,8 @@ MID_BLOCK_LAYERS = 2
 # neither needs reordered copies of its input and output.
 LAYOUT = torch.channels_last_3d
 # Larger inputs of a convolution are worked off some frames at a time: without a second copy of all of it (for the past
-# frames, or enlarged), and with indices that stay far below 2**31. At 2**23 elements this costs no speed.
-CONV_ELEMENTS = 2**23
+# frames, or enlarged), and with indices that stay far below 2**31. At 2**22 elements this costs no speed.
+CONV_ELEMENTS = 2**22
 
 
 class VAE(nn.Module):
@@ -253,7 +254,7 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
         past = cache.frames.pop(self, None)
         if past is None:
-            past = x[:, :, :1].repeat_interleave(2, dim=2).contiguous(memory_format=LAYOUT)
+            past = torch.cat([x[:, :, :1], x[:, :, :1]], dim=2)
         # A copy, because a view would keep all of x alive until the next chunk.
         cache.frames[self] = (x if x.shape[2] > 1 else torch.cat([past, x], dim=2))[:, :, -2:].clone()
 
@@ -292,9 +293,8 @@ class Downsample(nn.Conv2d):
             alone = x.shape[2] % 2
             pairs = (x[:, :, alone::2] + x[:, :, alone + 1 :: 2]) / 2  # avg_pool3d knows no bf16 on CPU
             x = torch.cat([x[:, :, :alone], pairs], dim=2)
-        x = F.pad(x, (0, 1, 0, 1))
-        # As a 3-D convolution of temporal size 1 it needs no reshaping of frames into the batch.
-        return F.conv3d(x, self.weight.unsqueeze(2), self.bias, stride=(1, 2, 2)).contiguous(memory_format=LAYOUT)
+        images = F.pad(_as_images(x), (0, 1, 0, 1))
+        return _as_videos(super().forward(images), len(x))
 
 
 class Upsample(nn.Conv2d):
@@ -311,16 +311,16 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor, z: Tensor, cache: ConvCache) -> Tensor:  # noqa: ARG002
         batch, channels, _, height, width = x.shape
-        kernels = self.position_kernels().unsqueeze(4)
+        kernels = self.position_kernels()
 
         def convolve(frames: slice) -> Tensor:
-            part = F.pad(x[:, :, frames], (1, 1, 1, 1))
-            shape = (batch, channels, part.shape[2], 2 * height, 2 * width)
-            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+            images = F.pad(_as_images(x[:, :, frames]), (1, 1, 1, 1))
+            shape = (len(images), channels, 2 * height, 2 * width)
+            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
             for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                window = part[..., row : row + height + 1, column : column + width + 1]
-                y[..., row::2, column::2] = F.conv3d(window, kernels[row, column], self.bias)
-            return y
+                window = images[..., row : row + height + 1, column : column + width + 1]
+                y[..., row::2, column::2] = F.conv2d(window, kernels[row, column], self.bias)
+            return _as_videos(y, batch)
 
         y = map_frames(convolve, x.shape[2], _frames_at_once(x, scale=4), LAYOUT)
         if self.compress_time and y.shape[2] > 1:
@@ -371,6 +371,14 @@ def _layers(*blocks: nn.Module) -> Iterator[nn.Module]:
     for block in blocks:
         for child in block.children():
             yield from child if isinstance(child, nn.ModuleList) else [child]
+
+
+def _as_images(x: Tensor) -> Tensor:
+    return rearrange(x, "b c t h w -> (b t) c h w")  # a view, thanks to the layout
+
+
+def _as_videos(images: Tensor, batch: int) -> Tensor:
+    return rearrange(images, "(b t) c h w -> b c t h w", b=batch).contiguous(memory_format=LAYOUT)
 
 
 def _frames_at_once(x: Tensor, scale: int = 1) -> int:
