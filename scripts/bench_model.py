@@ -182,9 +182,6 @@ def format_row(row: dict[str, Any]) -> str:
     )
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------
-
-
 def summarise(part: str, times: dict[str, list[float]], peaks: dict[str, float]) -> list[dict[str, Any]]:
     """Turn seconds per provider into rows; `ratio` above 1 is faster than the first provider."""
     base = statistics.median(next(iter(times.values())))
@@ -287,9 +284,6 @@ def add_floor(rows: list[dict[str, Any]], call: Callable[[], Tensor], rate: floa
             row["tflop"] = counter.get_total_flops() / 1e12
             row["floor_percent"] = 100 * counter.get_total_flops() / rate / row["median"]
     return rows
-
-
-# --- parts ----------------------------------------------------------------------------------------------------------
 
 
 def our_ops(device: torch.device) -> dict[str, Ops]:

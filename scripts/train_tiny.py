@@ -413,8 +413,8 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
         model.to(args.device),
         args,
         steps=STEPS[stage],
-        muon_lr=0.02 if stage == "joint" else 0.006,
-        adam_lr=1.5e-3 if stage == "joint" else 5e-4,
+        muon_lr=0.02 if stage == "joint" else 0.012,
+        adam_lr=1.5e-3 if stage == "joint" else 1e-3,
         adam_only=("text_encoder", "modulation", "patch_proj", "text_proj", "time_embed", "proj_out"),
     )
     generator = torch.Generator().manual_seed(3 + trainer.step_count)
