@@ -293,7 +293,8 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int,
     gain, offset = _group_norm_affine(x, weight, bias, num_groups, eps)
 
     def apply(frames: slice) -> Tensor:
-        return F.silu(x[:, :, frames].to(gain.dtype) * gain + offset).to(x.dtype)
+        y = torch.addcmul(offset, x[:, :, frames].to(gain.dtype), gain)
+        return F.silu(y, inplace=not torch.is_grad_enabled()).to(x.dtype)
 
     return map_frames(apply, x.shape[2], _frames_in_cache(x), layout_of(x))
 
@@ -313,7 +314,7 @@ def spatial_norm_silu(
         # clone, not contiguous: indexing leaves strides that count as channels-last and are not seen as such later.
         small = (t[:, :, sources[frames]].clone(memory_format=layout) for t in (gain, offset))
         g, o = (F.interpolate(t, size=part.shape[2:]) for t in small)
-        return F.silu(torch.addcmul(o, part, g)).to(x.dtype)
+        return F.silu(torch.addcmul(o, part, g), inplace=not torch.is_grad_enabled()).to(x.dtype)
 
     return map_frames(apply, x.shape[2], _frames_in_cache(x), layout)
 
