@@ -176,13 +176,14 @@ def format_row(row: dict[str, Any]) -> str:
     if "wrong" in row:
         return f"{row['part']:<22}{row['provider']:<22}  wrong, not timed: relative RMS {row['wrong']:.2e}"
     floor = f"{row['floor_percent']:9.1f}" if "floor_percent" in row else ""
+    peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
     return (
         f"{row['part']:<22}{row['provider']:<22}{row['median']:>10.4g}{row['p20']:>10.4g}{row['p80']:>10.4g}"
-        f"{row['peak_mib']:>10.1f}{row['ratio']:>8.2f}{floor}"
+        f"{peak:>10}{row['ratio']:>8.2f}{floor}"
     )
 
 
-def summarise(part: str, times: dict[str, list[float]], peaks: dict[str, float]) -> list[dict[str, Any]]:
+def summarise(part: str, times: dict[str, list[float]], peaks: dict[str, float | None]) -> list[dict[str, Any]]:
     """Turn seconds per provider into rows; `ratio` above 1 is faster than the first provider."""
     base = statistics.median(next(iter(times.values())))
     rows = []
@@ -208,7 +209,9 @@ def bench_calls(
     part: str, calls: dict[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype, runs: int
 ) -> list[dict[str, Any]]:
     """Check every provider against the first, then time them in turns and note the memory that a call adds."""
-    wrong, peaks, reference = [], {}, None
+    wrong: list[dict[str, Any]] = []
+    peaks: dict[str, float | None] = {}
+    reference = None
     for name in list(calls):
         value, peaks[name] = with_peak_memory(calls[name], device)
         if reference is None:
@@ -235,8 +238,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def with_peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
-    """Run `call` once more than needed to warm it up, then return its value and the MiB that it held at its peak."""
+def with_peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float | None]:
+    """Warm `call` up, then return its value and the MiB that it added at its peak; None where nothing tells."""
     call()
     gc.collect()
     if device.type == "cuda":
@@ -248,7 +251,7 @@ def with_peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[
         return value, (torch.cuda.max_memory_allocated(device) - before) / MIB
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
-        return call(), float("nan")
+        return call(), None
     clear.write_text("5")  # resets the peak resident size, VmHWM (Linux)
     before = status_mib("VmRSS")
     value = call()
@@ -259,7 +262,7 @@ def status_mib(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
-    return float("nan")
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -457,7 +460,7 @@ print(time.perf_counter() - start, anonymous() - before)
 def bench_processes(part: str, programs: dict[str, str], runs: int) -> list[dict[str, Any]]:
     """Time Python programs, each in fresh processes, in turns; a program may print its own seconds and MiB."""
     times: dict[str, list[float]] = {name: [] for name in programs}
-    peaks = dict.fromkeys(programs, float("nan"))
+    peaks: dict[str, float | None] = dict.fromkeys(programs)
     for turn in range(runs + 1):
         for name, program in programs.items():
             start = time.perf_counter()
