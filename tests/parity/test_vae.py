@@ -18,7 +18,7 @@ from cogvid.config import VAEConfig
 from cogvid.vae import VAE, ConvCache
 from cogvid.weights import map_vae_state_dict
 from tests.reference import rel_rms, tiny_vae
-from tests.tolerances import VAE_BF16, VAE_FP32, VAE_GRADIENTS_FP32, VAE_STAGE_FP32
+from tests.tolerances import VAE_BF16, VAE_FP32, VAE_FP64, VAE_GRADIENTS_FP32, VAE_STAGE_FP32
 
 FRAMES = (1, 5, 8, 9, 16, 17, 25)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -102,6 +102,14 @@ def test_bf16_is_no_worse(pair: tuple[AutoencoderKLCogVideoX, VAE]) -> None:
     assert error <= VAE_BF16 * rel_rms(theirs.encode(x).latent_dist.mean, truth)
     truth = exact.decode(z.double()).sample
     assert rel_rms(ours.decode(z), truth) <= VAE_BF16 * rel_rms(theirs.decode(z).sample, truth)
+
+
+def test_rewrites_are_exact(pair: tuple[AutoencoderKLCogVideoX, VAE]) -> None:
+    """Norms at latent resolution, upsampling as 2x2 convolutions and the rest are algebra: in fp64 nothing is left."""
+    theirs, ours = (copy.deepcopy(m).double() for m in pair)
+    x, z = randn(1, 3, 17, 16, 24).clamp(-1, 1).double(), randn(1, 4, 5, 2, 3).double()
+    assert rel_rms(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) <= VAE_FP64
+    assert rel_rms(ours.decode(z), theirs.decode(z).sample) <= VAE_FP64
 
 
 def test_gradients() -> None:
