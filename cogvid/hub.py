@@ -19,7 +19,7 @@ BASENAME = "diffusion_pytorch_model"
 COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 CONFIG_FILES = {name: "scheduler_config.json" if name == "scheduler" else "config.json" for name in COMPONENTS}
 _WEIGHTS = {"transformer": BASENAME, "vae": BASENAME, "text_encoder": "model"}  # basenames of the safetensors
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def find(

@@ -138,7 +138,6 @@ _FIXED: dict[str, dict[str, Any]] = {
         "set_alpha_to_one": True,
     },
 }
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 Config = TypeVar("Config", TransformerConfig, VAEConfig, SchedulerConfig)
 

@@ -11,6 +11,11 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# torch remembers at its first use which functions `with torch.device(...)` redirects. It must not remember the poisoned
+# ones below, or every later "meta" model of this process would be built in real memory.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 @pytest.fixture
 def device() -> torch.device:
