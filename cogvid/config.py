@@ -205,7 +205,6 @@ _SIZE_TINY: dict[str, Any] = {
     "fps": 8,
     "dtype": "float32",  # of the arithmetic; the files are float16
     "num_inference_steps": 20,
-    "guidance_scale": 3.0,
 }
 
 CONFIGS: dict[str, ModelConfig] = {
@@ -235,8 +234,11 @@ CONFIGS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             "tiny-i2v", None, dataclasses.replace(_TRANSFORMER_TINY, in_channels=32), _VAE_TINY,
-            SchedulerConfig(snr_shift_scale=1.0), **_SIZE_TINY,
+            SchedulerConfig(snr_shift_scale=1.0), guidance_scale=2.0, **_SIZE_TINY,
         ),
-        ModelConfig("tiny-t2v", None, _TRANSFORMER_TINY, _VAE_TINY, SchedulerConfig(snr_shift_scale=1.0), **_SIZE_TINY),
+        ModelConfig(
+            "tiny-t2v", None, _TRANSFORMER_TINY, _VAE_TINY, SchedulerConfig(snr_shift_scale=1.0), guidance_scale=3.0,
+            **_SIZE_TINY,
+        ),
     )
 }  # fmt: skip

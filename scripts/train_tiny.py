@@ -69,7 +69,7 @@ T5_CONFIG = {
     "use_cache": False,
 }
 LATENT_VIDEOS = 12000
-STEPS = {"vae": 2600, "joint": 12000, "i2v": 2000, "t2v": 2000, "decoder": 400}
+STEPS = {"vae": 2400, "joint": 3900, "i2v": 4900, "t2v": 4500, "decoder": 180}
 DIFFUSERS_VERSION = {"_diffusers_version": "0.42.1"}
 BATCH = 32
 T2V_SHARE = 0.3  # of a joint batch
