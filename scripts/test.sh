@@ -6,6 +6,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 pyright
-# One test process per core, one compute thread each: small models gain nothing from more.
+# One test process per core, one compute thread each: small models gain nothing from more. nproc heeds the variable.
+processes="$(nproc)"
 export OMP_NUM_THREADS=1
-exec python -m pytest -n "$(nproc)" --durations=15 -q "$@"
+exec python -m pytest -n "$processes" --durations=15 -q "$@"
