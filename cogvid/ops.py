@@ -272,7 +272,8 @@ def gate_residual_norm_modulate(
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `LinearGeluOp`."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_has_bf16():
+    narrow = x.dtype == weight.dtype == torch.bfloat16  # under autocast the weight may be wider, which F.linear mends
+    if narrow and x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_has_bf16():
         # oneDNN applies the gelu to the fp32 sums as it stores them: a pass and a rounding less. It has no backward.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")

@@ -176,6 +176,15 @@ def test_bf16_gelu_without_gradients_is_the_better_one() -> None:
         assert rel_rms(joined(op(*low)), exact) <= with_gradients
 
 
+def test_linear_gelu_under_autocast_needs_no_gradients() -> None:
+    op, _, tensors = case("linear_gelu")
+    x, weight, bias = (t.float() for t in tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = op(x.bfloat16(), weight, bias)
+        with torch.no_grad():
+            assert torch.equal(op(x.bfloat16(), weight, bias), expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name: str) -> None:
     op, _, tensors = case(name)
