@@ -28,6 +28,8 @@ GROWTH = (1.25, 1.5, 1.85)  # last radius over first, per speed; its inverse for
 DIRECTION = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
 MAX_RADIUS = 0.30  # of a grown shape
 EXTENT = (1.0, 1.3, 1.44)  # from a shape's centre to its farthest point, over its radius
+AREA = (math.pi, 1.84**2, 3 * math.sqrt(3) * 0.72**2)  # of a shape, over its radius squared
+TURNS = (1, 8, 12)  # how many turns of a shape are tried when one is named
 
 _SIDEWAYS = (
     "{the} {name} {slowly} moves {way}",
@@ -119,11 +121,11 @@ def _draw_colours(colour: Tensor, rand) -> Tensor:
     return _hsv_to_rgb(hue % 1, saturation, value)
 
 
-def _candidates(n: int, rand, two: float, held_out: bool, radial: bool) -> tuple[Scenes, Tensor]:
+def _candidates(n: int, rand, two: float, alike: float, held_out: bool, radial: bool) -> tuple[Scenes, Tensor]:
     """Draw scenes without regard to the rules, and a [n] mask of those that keep them."""
     pick = lambda k, *shape: (rand(*shape) * k).long()  # noqa: E731
     colour, shape, motion, speed = pick(8, n, 2), pick(3, n, 2), pick(7, n), pick(3, n)
-    colour[:, 1] = torch.where(rand(n) < 0.2, colour[:, 0], colour[:, 1])  # then the shape's name must decide
+    colour[:, 1] = torch.where(rand(n) < alike, colour[:, 0], colour[:, 1])  # then the shape's name must decide
     shape[:, 1] = torch.where(rand(n) < 0.2, shape[:, 0], shape[:, 1])  # then the colour's name must decide
     speed = torch.where((rand(n) < 0.4) | (motion == MOTIONS.index("still")), 1, speed)
     has_two = rand(n) < two
@@ -168,12 +170,19 @@ def _candidates(n: int, rand, two: float, held_out: bool, radial: bool) -> tuple
 
 
 def sample_scenes(
-    n: int, generator: torch.Generator, *, two: float = 0.5, held_out: bool = False, radial: bool = False
+    n: int,
+    generator: torch.Generator,
+    *,
+    two: float = 0.5,
+    alike: float = 0.2,
+    held_out: bool = False,
+    radial: bool = False,
 ) -> Scenes:
     """Draw `n` scenes; motions are equally frequent.
 
-    two: the share of scenes with a second, still shape. held_out: named shapes from the combinations kept from
-    training, else from the others. radial: backgrounds of a kind that training never shows.
+    two: the share of scenes with a second, still shape. alike: at least this share of those are of one colour, so that
+    the outline's name decides. held_out: named shapes from the combinations kept from training, else from the others.
+    radial: backgrounds of a kind that training never shows.
     """
     rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     kept: list[Scenes] = []
@@ -181,7 +190,7 @@ def sample_scenes(
     want_two = rand(n) < two
     need = torch.stack([torch.bincount(want[want_two == b], minlength=len(MOTIONS)) for b in (False, True)])
     while need.sum() > 0:
-        scenes, ok = _candidates(max(1024, 12 * int(need.sum())), rand, two, held_out, radial)
+        scenes, ok = _candidates(max(1024, 12 * int(need.sum())), rand, two, alike, held_out, radial)
         for second in (0, 1):
             for motion in range(len(MOTIONS)):
                 match = (ok & (scenes.motion == motion) & (scenes.two == bool(second))).nonzero()[:, 0]
@@ -243,20 +252,21 @@ def _distance(scenes: Scenes, i: int, dx: Tensor, dy: Tensor, radius: Tensor) ->
     out = torch.empty(torch.broadcast_shapes(dx.shape, dy.shape))
     for shape, name in enumerate(SHAPES):
         rows = (scenes.shape[:, i] == shape).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        x, y, r = dx[rows], dy[rows], radius[rows]
-        if name == "circle":
-            out[rows] = (x * x + y * y).sqrt() - r
-            continue
-        turn = scenes.rotation[rows, i][:, None, None, None]
-        x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
-        if name == "square":
-            out[rows] = torch.maximum(x.abs(), y.abs()) - 0.92 * r
-        else:  # an upright triangle, its centroid at the centre
-            slope = x.abs() * (math.sqrt(3) / 2) - y / 2
-            out[rows] = torch.maximum(slope, y) - 0.72 * r
+        if len(rows):
+            turn = scenes.rotation[rows, i][:, None, None, None]
+            out[rows] = _outline(name, dx[rows], dy[rows], radius[rows], turn)
     return out
+
+
+def _outline(shape: str, x: Tensor, y: Tensor, radius: Tensor | float, turn: Tensor) -> Tensor:
+    """Signed distance of points, given from its centre, to a shape turned by `turn` radians; AREA belongs to it."""
+    if shape == "circle":
+        return (x * x + y * y).sqrt() - radius
+    x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.92 * radius
+    slope = x.abs() * (math.sqrt(3) / 2) - y / 2  # an upright triangle, its centroid at the centre
+    return torch.maximum(slope, y) - 0.72 * radius
 
 
 def prompt_for(scenes: Scenes, i: int, rng: random.Random | None = None) -> str:
@@ -305,7 +315,8 @@ def find_shapes(frame: Tensor, min_area: float = 0.004) -> list[Found]:
     """Find the shapes in `frame` `[H, W, 3]` uint8 or [0, 1] float, largest first.
 
     The background is a quadratic in x, y fitted to the pixels that agree with it; what differs from it is cut into
-    connected regions, which are named by their median colour and by how far they reach for their area.
+    connected regions. Their median colour names them, and the outline that covers them best, of the same area, about
+    the same centre, turned in any way.
     """
     rgb = frame.float() / 255 if frame.dtype == torch.uint8 else frame.float()
     height, width, _ = rgb.shape
@@ -330,10 +341,9 @@ def find_shapes(frame: Tensor, min_area: float = 0.004) -> list[Found]:
         if label == 0 or area < min_area:
             continue
         centre = (x[mask].mean().item(), y[mask].mean().item())
-        reach = ((x[mask] - centre[0]) ** 2 + (y[mask] - centre[1]) ** 2).sqrt().quantile(0.985).item()
-        roundness = reach / math.sqrt(area / math.pi)
-        shape = "circle" if roundness < 1.085 else "square" if roundness < 1.3 else "triangle"
-        found.append(Found(_name_colour(rgb[mask]), shape, centre, area, mask))
+        found.append(
+            Found(_name_colour(rgb[mask]), _name_outline(mask, x - centre[0], y - centre[1], area), centre, area, mask)
+        )
     return sorted(found, key=lambda f: -f.area)
 
 
@@ -358,6 +368,17 @@ def _name_colour(rgb: Tensor) -> str:
     middles = [(low + high) / 2 for low, high in HUES]
     gaps = [abs((hue - m + 0.5) % 1 - 0.5) for m in middles]
     return COLOURS[gaps.index(min(gaps))]
+
+
+def _name_outline(mask: Tensor, dx: Tensor, dy: Tensor, area: float) -> str:
+    best, name = 0.0, ""
+    for shape, factor, turns in zip(SHAPES, AREA, TURNS, strict=True):
+        turn = (torch.arange(turns) / turns * 2 * math.pi / (3 if shape == "triangle" else 4))[:, None, None]
+        tried = _outline(shape, dx, dy, math.sqrt(area / factor), turn) < 0
+        overlap = ((tried & mask).sum((-1, -2)) / (tried | mask).sum((-1, -2))).max().item()
+        if overlap > best:
+            best, name = overlap, shape
+    return name
 
 
 @dataclass(frozen=True)
