@@ -6,9 +6,10 @@
 The stages:
 
 - vae: single images, then crops of videos, then whole videos;
-- latents: encode videos once, for all that follows;
+- latents: encode videos and single images once, for all that follows;
 - joint: one transformer learns both tasks; text-to-video is image-to-video whose image latents are zeros;
-- i2v, t2v: each task goes on alone from there, t2v without the weights that saw image latents;
+- i2v, t2v: each task goes on alone from there: i2v with more scenes of two shapes, many of one colour; t2v without
+  the weights that saw image latents, first on single images, which show outlines as well and take a third of the time;
 - decoder: the VAE's decoder learns to draw what the i2v transformer predicts, the encoder staying as it is;
 - export: both packs in the official layout.
 
@@ -46,7 +47,7 @@ from cogvid.text import Tokenizer
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 from cogvid.weights import save_transformer, save_vae
-from tiny_world import EXTENT, Scenes, corpus, positions, prompt_for, render, sample_scenes
+from tiny_world import SHAPES, Scenes, corpus, positions, prompt_for, render, sample_scenes
 
 MODEL = CONFIGS["tiny-i2v"]
 SIZE, FRAMES, TEXT_LEN = MODEL.height, MODEL.num_frames, MODEL.transformer.max_text_seq_length
@@ -80,6 +81,7 @@ BATCH = 32
 T2V_SHARE = 0.3  # of a joint batch
 TEXT_DROP = 0.1
 IMAGE_BATCH = 128
+UNDERSTAND_WEIGHT = 0.5
 IMAGES_ONLY = 0.6  # until this share of t2v it learns single images, three times as many in the same time
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -343,7 +345,12 @@ TRAINING_OPS = dataclasses.replace(
 
 
 class Denoiser(nn.Module):
-    """A transformer and the T5 that is trained with it."""
+    """A transformer, the T5 that is trained with it, and a layer that is asked, in training, what it has understood.
+
+    That layer reads the middle block's video tokens: which outlines each token touches, and whether it touches the one
+    that the prompt names. Words for outlines change few pixels, so from the error of the pixels alone they are learned
+    last.
+    """
 
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         from transformers import T5Config, T5EncoderModel
@@ -351,12 +358,20 @@ class Denoiser(nn.Module):
         super().__init__()
         self.transformer = Transformer(config, TRAINING_OPS)
         self.text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, **T5_CONFIG))
+        self.understood = nn.Linear(config.hidden_size, len(SHAPES) + 1)
         for name, parameter in self.transformer.named_parameters():
             if "modulation" in name or "proj_out" in name:
                 nn.init.zeros_(parameter)
 
-    def forward(self, latents: Tensor, ids: Tensor, timestep: Tensor) -> Tensor:
-        return self.transformer(latents, self.text_encoder(ids).last_hidden_state.to(latents.dtype), timestep).float()
+    def forward(self, latents: Tensor, ids: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the velocity `[B, 16, T, h, w]`, and logits `[B, tokens, 4]` of what each video token touches."""
+        text = self.text_encoder(ids).last_hidden_state.to(latents.dtype)
+        kept: list[Tensor] = []
+        middle = self.transformer.blocks[len(self.transformer.blocks) // 2 - 1]
+        hook = middle.register_forward_hook(lambda *called: kept.append(called[2]))
+        v = self.transformer(latents, text, timestep)
+        hook.remove()
+        return v.float(), self.understood(kept[0][:, text.shape[1] :]).float()
 
 
 @dataclasses.dataclass
@@ -384,7 +399,7 @@ def encode_latents(args: argparse.Namespace) -> None:
             continue
         generator = torch.Generator().manual_seed(seed)
         parts: list[tuple[Scenes, Tensor, Tensor, Tensor]] = []
-        batch = 680 // frames
+        batch = min(count, 680 // frames)
         for _ in tqdm(range(count // batch), unit_scale=batch, unit="video", desc=name, mininterval=10):
             scenes = sample_scenes(batch, generator, **kinds)
             pixels = render(scenes, FRAMES, SIZE, torch.arange(frames)).to(args.device, torch.bfloat16)
@@ -415,14 +430,30 @@ def image_channels(data: LatentSet, index: Tensor, generator: torch.Generator) -
     return F.pad(image, (0, 0, 0, 0, 0, data.video.shape[2] - 1))
 
 
-def near_shapes(scenes: Scenes, latents: Tensor) -> Tensor:
-    """Mark the cells of `latents` `[B, C, T, h, w]` that a shape touches: `[B, 1, T, h, w]` of 0 and 1."""
-    count, side = latents.shape[2], latents.shape[3]
+def touched(scenes: Scenes, count: int, side: int) -> Tensor:
+    """Tell which cells of a `side` x `side` grid each shape touches: `[B, count, 2, side, side]` of 0 and 1."""
     centre, radius = positions(scenes, torch.linspace(0, 1, count))
     cells = (torch.arange(side) + 0.5) / side
-    dx, dy = (centre[..., i, None, None] - grid for i, grid in enumerate((cells, cells[:, None])))
-    near = (dx * dx + dy * dy).sqrt() < max(EXTENT) * radius[..., None, None] + 0.5 / side  # [B, T, 2, h, w]
-    return (near[:, :, 0] | (near[:, :, 1] & scenes.two[:, None, None, None]))[:, None].float()
+    dx, dy = ((centre[..., i, None, None] - grid).abs() for i, grid in enumerate((cells, cells[:, None])))
+    near = torch.maximum(dx, dy) < radius[..., None, None] + 0.5 / side
+    near[:, :, 1] &= scenes.two[:, None, None, None]
+    return near.float()
+
+
+def what_tokens_touch(scenes: Scenes, count: int, side: int) -> Tensor:
+    """Give `Denoiser.understood` its answers, `[B, tokens, 4]`: circle, square, triangle, the named shape."""
+    near = touched(scenes, count, side)
+    outlines = torch.einsum("btshw,bsc->bthwc", near, F.one_hot(scenes.shape, len(SHAPES)).float()).clamp(max=1)
+    return torch.cat([outlines, near[:, :, 0, ..., None]], -1).flatten(1, 3)
+
+
+def draw_times(count: int, generator: torch.Generator, *, middle: bool) -> Tensor:
+    """Draw `[count]` times in random order, evenly spread or, with `middle`, logit-normal.
+
+    Outlines are decided in the middle of the way, where text-to-video has most to learn.
+    """
+    t = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)) / count
+    return ((torch.special.ndtri(t).sigmoid() if middle else t) * 1000).long().clamp(max=999)
 
 
 def train_denoiser(args: argparse.Namespace, stage: str) -> None:
@@ -443,7 +474,7 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
         steps=STEPS[stage],
         muon_lr=0.02 if stage == "joint" else 0.012,
         adam_lr=1.5e-3 if stage == "joint" else 1e-3,
-        adam_only=("text_encoder", "modulation", "patch_proj", "text_proj", "time_embed", "proj_out"),
+        adam_only=("text_encoder", "modulation", "patch_proj", "text_proj", "time_embed", "proj_out", "understood"),
     )
     generator = torch.Generator().manual_seed(3 + trainer.step_count)
     rng = random.Random(3 + trainer.step_count)
@@ -460,9 +491,7 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
         index = torch.cat([alone, torch.randint(len(data.video), (count - words_only,), generator=generator)])
         x0 = data.video[index].float()
         noise = torch.randn(x0.shape, generator=generator)
-        # Times spread evenly over the batch
-        t = ((torch.arange(count) + torch.rand(1, generator=generator)) / count * 1000).long().clamp(max=999)
-        t = t[torch.randperm(count, generator=generator)]
+        t = draw_times(count, generator, middle=stage == "t2v")
         latents = add_noise(x0, noise, t, schedule)
         if stage != "t2v":
             image = image_channels(data, index, generator)
@@ -470,18 +499,22 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
             latents = torch.cat([latents, image], dim=1)
         ids = tokenizer.encode(data.prompts(index, rng), TEXT_LEN)
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            v = model(latents.to(args.device), ids.to(args.device), t.to(args.device))
+            v, understood = model(latents.to(args.device), ids.to(args.device), t.to(args.device))
         target = velocity(x0, noise, t, schedule).to(args.device)
         # Shapes count more than the background, but only where the input tells where they are: a weight that knows
         # more than the model does would draw its predictions towards what weighs more.
-        weight = 1 + 2 * near_shapes(data.scenes[index], x0)
+        scenes, frames, side = data.scenes[index], x0.shape[2], x0.shape[3]
+        weight = 1 + 2 * touched(scenes, frames, side).amax(2)[:, None]
         weight[:words_only] = 1
         error = ((v - target).square() * weight.to(args.device)).mean((1, 2, 3, 4))
         # Every time is equally important, whatever error it allows (https://arxiv.org/abs/2312.02696)
         bins = t * len(usual) // 1000
-        total = torch.bincount(bins, error.detach().cpu(), len(usual))
-        usual.lerp_(total / torch.bincount(bins, minlength=len(usual)), 0.05)
-        trainer.backward((error / usual[bins].to(args.device)).mean(), error=error.mean().item())
+        total, hits = (torch.bincount(bins, w, len(usual)) for w in (error.detach().cpu(), None))
+        usual = torch.where(hits > 0, usual.lerp(total / hits, 0.05), usual)
+        answers = what_tokens_touch(scenes, frames, side // MODEL.transformer.patch_size).to(args.device)
+        asked = F.binary_cross_entropy_with_logits(understood, answers)
+        loss = (error / usual[bins].to(args.device)).mean() + UNDERSTAND_WEIGHT * asked
+        trainer.backward(loss, error=error.mean().item(), asked=asked.item())
 
 
 def without_image(model: Denoiser) -> Denoiser:
@@ -520,7 +553,8 @@ def train_decoder(args: argparse.Namespace) -> None:
             noisy = add_noise(x0, noise, t, schedule)
             latents = torch.cat([noisy, image_channels(data, index, generator)], dim=1)
             ids = tokenizer.encode([prompt_for(data.scenes, i, rng) for i in index.tolist()], TEXT_LEN)
-            v = denoiser(latents.to(args.device, torch.bfloat16), ids.to(args.device), t.to(args.device)).cpu()
+            v, _ = denoiser(latents.to(args.device, torch.bfloat16), ids.to(args.device), t.to(args.device))
+        v = v.cpu()
         alpha = schedule.alphas_cumprod[t].float()[:, None, None, None, None]
         predicted = alpha.sqrt() * noisy - (1 - alpha).sqrt() * v
         noised = x0 + LATENT_NOISE / 2 * noise

@@ -1,0 +1,128 @@
+"""The training script: its optimizer, what it asks of a scene, and every stage, if only for a few steps."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import cogvid
+import train_tiny
+from scripts.tiny_world import SHAPES, Scenes, render, sample_scenes
+
+DEMO = Path(__file__).parents[2] / "scripts" / "demo.png"
+SHORT = {
+    "STEPS": {"vae": 3, "joint": 2, "i2v": 2, "t2v": 3, "decoder": 1},
+    "VAE_BATCH": {"images": 2, "crops": 1, "videos": 1},
+    "LATENT_SETS": {"latents": (8, 2, 17, {}), "pairs": (4, 5, 17, {"two": 1.0}), "images": (4, 6, 1, {"two": 0.0})},
+    "BATCH": 4,
+    "IMAGE_BATCH": 4,
+}
+
+
+def arguments(out: Path) -> argparse.Namespace:
+    return argparse.Namespace(out=out, minutes=None, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where short runs of all stages left what they write; while it is in use, runs stay short."""
+    directory = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SHORT.items():
+            patch.setattr(train_tiny, name, value)
+        for stage in train_tiny.STAGES.values():
+            stage(arguments(directory))
+        yield directory
+
+
+def test_every_stage_runs_and_the_packs_make_videos(out: Path):
+    for stage, steps in SHORT["STEPS"].items():
+        saved = torch.load(out / f"{stage}.pt")
+        assert saved["step"] == steps
+        assert all(torch.isfinite(p).all() for p in saved["average"])
+    for name, options in (("tiny-i2v", {"image": DEMO}), ("tiny-t2v", {})):
+        pipe = cogvid.load(out / name, device="cpu")
+        frames = pipe("the red circle moves up", num_inference_steps=2, output_type="uint8", progress=False, **options)
+        assert frames.frames.shape == (1, 17, 64, 64, 3)
+
+
+def test_a_stage_goes_on_from_its_checkpoint(out: Path):
+    before = torch.load(out / "i2v.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_tiny.STEPS, "i2v", 3)
+        train_tiny.train_denoiser(arguments(out), "i2v")
+    after = torch.load(out / "i2v.pt")
+    assert after["step"] == 3
+    assert after["seconds"] > before["seconds"]
+    assert not torch.equal(after["model"]["understood.weight"], before["model"]["understood.weight"])
+
+
+def test_the_same_seeds_train_the_same_weights(out: Path, tmp_path: Path):
+    for name in ("vae.pt", "latents.pt", "images.pt", "spiece.model", "joint.pt"):
+        (tmp_path / name).symlink_to(out / name)
+    train_tiny.train_denoiser(arguments(tmp_path), "t2v")
+    first, second = (torch.load(d / "t2v.pt")["model"] for d in (out, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 24), (2, 24, 40), (2, 192, 768)])
+def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, ...]):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(train_tiny.orthogonalise(matrices).float())
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+
+
+def test_muon_solves_a_regression():
+    torch.manual_seed(0)
+    model, x = nn.Linear(24, 72, bias=False), torch.randn(256, 24)  # three square matrices, as a merged Q, K, V is
+    target = F.linear(x, torch.randn(72, 24))
+    optimizer = train_tiny.Muon(list(model.parameters()), lr=0.05)
+    losses = []
+    for step in range(300):
+        loss = F.mse_loss(model(x), target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+        optimizer.step()
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_touched_cells_hold_the_shapes_pixels():
+    scenes = sample_scenes(60, torch.Generator().manual_seed(3), two=0.5)
+    touched = train_tiny.touched(scenes, 5, 8)
+    for i in range(2):
+        other = Scenes(**{name: value.clone() for name, value in vars(scenes).items()})
+        other.rgb[:, i] = 1 - other.rgb[:, i]
+        painted = (render(scenes, 5) - render(other, 5)).abs().amax(1) > 0.1
+        in_cells = touched[:, :, i].repeat_interleave(8, -1).repeat_interleave(8, -2).bool()
+        assert (painted & in_cells).sum() > 0.97 * painted.sum()
+        assert in_cells.sum() < 4 * painted.sum()
+    assert not touched[~scenes.two][:, :, 1].any()
+
+
+def test_answers_name_the_outlines_and_the_named_shape():
+    scenes = sample_scenes(20, torch.Generator().manual_seed(4), two=1.0)
+    answers = train_tiny.what_tokens_touch(scenes, 5, 4)
+    assert answers.shape == (20, 5 * 4 * 4, len(SHAPES) + 1)
+    shown = F.one_hot(scenes.shape, len(SHAPES)).amax(1)
+    assert torch.equal(answers[..., :3].amax(1), shown.float())
+    named = answers.gather(2, scenes.shape[:, :1, None].expand(-1, 80, 1))[..., 0]
+    assert (answers[..., 3] <= named).all()  # where the named shape is, its outline is
+
+
+def test_times_are_spread_over_the_schedule():
+    generator = torch.Generator().manual_seed(0)
+    even = train_tiny.draw_times(1000, generator, middle=False)
+    assert torch.equal(even.sort().values, torch.arange(1000))
+    middle = train_tiny.draw_times(1000, generator, middle=True)
+    assert ((middle > 269) & (middle < 731)).float().mean() == pytest.approx(0.683, abs=0.01)  # one deviation
+    assert middle.min() >= 0
+    assert middle.max() <= 999
