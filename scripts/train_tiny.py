@@ -81,8 +81,8 @@ BATCH = 32
 T2V_SHARE = 0.3  # of a joint batch
 TEXT_DROP = 0.1
 IMAGE_BATCH = 128
-UNDERSTAND_WEIGHT = 0.5
-IMAGES_ONLY = 0.6  # until this share of t2v it learns single images, three times as many in the same time
+UNDERSTAND_WEIGHT = 6.0
+IMAGES_ONLY = 0.5  # until this share of t2v it learns single images, three times as many in the same time
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -347,9 +347,8 @@ TRAINING_OPS = dataclasses.replace(
 class Denoiser(nn.Module):
     """A transformer, the T5 that is trained with it, and a layer that is asked, in training, what it has understood.
 
-    That layer reads the middle block's video tokens: which outlines each token touches, and whether it touches the one
-    that the prompt names. Words for outlines change few pixels, so from the error of the pixels alone they are learned
-    last.
+    That layer reads the middle block's video tokens: which outlines a token touches, if any, and whether it touches
+    the one that the prompt names. Words for outlines change few pixels: from the error alone they are learned last.
     """
 
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
@@ -512,7 +511,7 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
         total, hits = (torch.bincount(bins, w, len(usual)) for w in (error.detach().cpu(), None))
         usual = torch.where(hits > 0, usual.lerp(total / hits, 0.05), usual)
         answers = what_tokens_touch(scenes, frames, side // MODEL.transformer.patch_size).to(args.device)
-        asked = F.binary_cross_entropy_with_logits(understood, answers)
+        asked = F.binary_cross_entropy_with_logits(understood, answers, weight=answers[..., :3].amax(-1, keepdim=True))
         loss = (error / usual[bins].to(args.device)).mean() + UNDERSTAND_WEIGHT * asked
         trainer.backward(loss, error=error.mean().item(), asked=asked.item())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +14,22 @@ from diffusers import (
     CogVideoXVideoToVideoPipeline,
 )
 from PIL import Image
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from sentencepiece import SentencePieceProcessor
+from transformers import T5Tokenizer
 
-from tests.reference import perturb, tiny_transformer, tiny_vae
+from tests.reference import tiny_transformer, tiny_vae
+from tests.tiny_text import spiece_model, tiny_encoder
 
 TEXT_LEN = 10  # of `tiny_transformer`
 SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 SNR_SHIFT = {"2b": 3.0}  # 1.0 otherwise
-_CORPUS = ["a red circle moves to the right", "the blue square, slowly, goes up!", "two dogs and a cat sit still"]
-
-
-def spiece_model() -> bytes:
-    """Train a tiny unigram vocabulary."""
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(_CORPUS * 4),
-        model_writer=model,
-        vocab_size=60,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def tiny_text(width: int = 40, seed: int = 0) -> tuple[T5EncoderModel, T5Tokenizer, bytes]:
-    """Build a T5 encoder with every parameter perturbed, its tokenizer, and the tokenizer's `spiece.model`."""
-    spiece = spiece_model()
-    pieces = SentencePieceProcessor(model_proto=spiece)
-    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=len(vocab),
-        d_model=width,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=3,
-        feed_forward_proj="gated-gelu",
-        relative_attention_num_buckets=8,
-    )
-    encoder = perturb(T5EncoderModel(config), seed).eval().requires_grad_(False)
-    return encoder, T5Tokenizer(vocab=vocab, extra_ids=0), spiece
 
 
 def tiny_pipeline(variant: str, seed: int = 0, **transformer: Any) -> tuple[Any, bytes]:
     """Build the diffusers pipeline of a variant of `tests.reference`, and its `spiece.model`."""
-    encoder, tokenizer, spiece = tiny_text(seed=seed)
+    spiece = spiece_model()
+    pieces = SentencePieceProcessor(model_proto=spiece)
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
     scaling = {"scaling_factor": 0.7} if variant != "2b" else {}
     scheduler = CogVideoXDDIMScheduler(
         snr_shift_scale=SNR_SHIFT.get(variant, 1.0),
@@ -78,8 +42,8 @@ def tiny_pipeline(variant: str, seed: int = 0, **transformer: Any) -> tuple[Any,
     vae.decoder.conv_out.conv.weight *= 0.15
     pipeline_class = CogVideoXImageToVideoPipeline if variant.endswith("i2v") else CogVideoXPipeline
     pipe = pipeline_class(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
+        tokenizer=T5Tokenizer(vocab=vocab, extra_ids=0),
+        text_encoder=tiny_encoder(len(vocab), seed),
         vae=vae,
         transformer=tiny_transformer(variant, seed, **transformer),
         scheduler=scheduler,

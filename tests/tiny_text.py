@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -21,13 +22,12 @@ _WORDS = (
 )
 
 
-def train_tokenizer(directory: Path, rule: str) -> Path:
-    """Train a T5-like sentencepiece model; return the path of its `spiece.model`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    draw, words = random.Random(0), _WORDS.split()
+def spiece_model(rule: str = "nmt_nfkc") -> bytes:
+    """Train a T5-like sentencepiece model."""
+    draw, words, model = random.Random(0), _WORDS.split(), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
         sentence_iterator=iter([" ".join(draw.choices(words, k=10)) for _ in range(2000)]),
-        model_prefix=str(directory / "spiece"),
+        model_writer=model,
         vocab_size=150,
         model_type="unigram",
         normalization_rule_name=rule,
@@ -38,16 +38,21 @@ def train_tokenizer(directory: Path, rule: str) -> Path:
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    (directory / "spiece.vocab").unlink()
-    return directory / "spiece.model"
+    return model.getvalue()
 
 
-def save_text_parts(
-    root: Path, *, rule: str = "nmt_nfkc", extra_ids: int = 100, dtype: torch.dtype = torch.float32, shard: str = "5GB"
-) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """Write `text_encoder/` and `tokenizer/` with transformers and return what was written, the encoder in fp32."""
+def train_tokenizer(directory: Path, rule: str) -> Path:
+    """Write a `spiece.model` and return its path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "spiece.model"
+    path.write_bytes(spiece_model(rule))
+    return path
+
+
+def tiny_encoder(vocab_size: int, seed: int = 0) -> T5EncoderModel:
+    """Build a T5 encoder with every parameter perturbed; its width is that of the tiny transformers' text."""
     config = T5Config(
-        vocab_size=320,
+        vocab_size=vocab_size,
         d_model=40,
         d_kv=12,
         d_ff=56,
@@ -57,8 +62,15 @@ def save_text_parts(
         relative_attention_num_buckets=8,
         relative_attention_max_distance=20,
     )
-    torch.manual_seed(0)
-    encoder = perturb(T5EncoderModel(config)).eval().requires_grad_(False)
+    torch.manual_seed(seed)
+    return perturb(T5EncoderModel(config), seed).eval().requires_grad_(False)
+
+
+def save_text_parts(
+    root: Path, *, rule: str = "nmt_nfkc", extra_ids: int = 100, dtype: torch.dtype = torch.float32, shard: str = "5GB"
+) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """Write `text_encoder/` and `tokenizer/` with transformers and return what was written, the encoder in fp32."""
+    encoder = tiny_encoder(vocab_size=320)
     encoder.to(dtype).save_pretrained(root / "text_encoder", max_shard_size=shard)
     spiece = train_tokenizer(root / "spiece", rule)
     tokenizer = T5Tokenizer.from_pretrained(spiece.parent, extra_ids=extra_ids)
