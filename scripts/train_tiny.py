@@ -10,7 +10,6 @@ The stages:
 - joint: one transformer learns both tasks; text-to-video is image-to-video whose image latents are zeros;
 - i2v, t2v: each task goes on alone from there: i2v with more scenes of two shapes, many of one colour; t2v without
   the weights that saw image latents, first on single images, which show outlines as well and take a third of the time;
-- decoder: the VAE's decoder learns to draw what the i2v transformer predicts, the encoder staying as it is;
 - export: both packs in the official layout.
 
 Everything is cogvid's own modules on the world of `tiny_world.py`, drawn on the fly; no data set is needed. A stage
@@ -75,7 +74,7 @@ LATENT_SETS: dict[str, tuple[int, int, int, dict[str, float]]] = {  # how many, 
     "pairs": (12000, 5, FRAMES, {"two": 1.0, "alike": 0.5}),
     "images": (47600, 6, 1, {"two": 0.0}),
 }
-STEPS = {"vae": 2400, "joint": 3900, "i2v": 4900, "t2v": 4500, "decoder": 180}
+STEPS = {"vae": 2400, "joint": 3900, "i2v": 4900, "t2v": 4500}
 DIFFUSERS_VERSION = {"_diffusers_version": "0.42.1"}
 BATCH = 32
 T2V_SHARE = 0.3  # of a joint batch
@@ -528,57 +527,13 @@ def without_image(model: Denoiser) -> Denoiser:
     return model
 
 
-def train_decoder(args: argparse.Namespace) -> None:
-    """Fine-tune the decoder on latents as the i2v transformer predicts them from noise, and on noised ones."""
-    torch.manual_seed(0)
-    tokenizer, data = tokenizer_for(args), load_latents(args, "latents")
-    vae = load_average("vae", VAE(MODEL.vae), args).to(args.device)
-    vae.encoder.requires_grad_(False)
-    denoiser = load_average("i2v", Denoiser(MODEL.transformer, tokenizer.vocab_size), args)
-    denoiser.to(args.device, torch.bfloat16)
-    trainer = Trainer(
-        "decoder", vae, args, steps=STEPS["decoder"], muon_lr=0.006, adam_lr=1e-3, adam_only=VAE_ADAM_ONLY
-    )
-    generator = torch.Generator().manual_seed(4 + trainer.step_count)
-    rng = random.Random(4 + trainer.step_count)
-    schedule = make_schedule(MODEL.scheduler, 50)
-    for _ in trainer.run():
-        index = torch.randint(len(data.video), (6,), generator=generator)
-        target = render(data.scenes[index], FRAMES, SIZE).to(args.device)
-        x0 = data.video[index].float()
-        noise = torch.randn(x0.shape, generator=generator)
-        with torch.no_grad():
-            t = torch.randint(200, 950, (len(index),), generator=generator)
-            noisy = add_noise(x0, noise, t, schedule)
-            latents = torch.cat([noisy, image_channels(data, index, generator)], dim=1)
-            ids = tokenizer.encode([prompt_for(data.scenes, i, rng) for i in index.tolist()], TEXT_LEN)
-            v, _ = denoiser(latents.to(args.device, torch.bfloat16), ids.to(args.device), t.to(args.device))
-        v = v.cpu()
-        alpha = schedule.alphas_cumprod[t].float()[:, None, None, None, None]
-        predicted = alpha.sqrt() * noisy - (1 - alpha).sqrt() * v
-        noised = x0 + LATENT_NOISE / 2 * noise
-        z = torch.where((torch.arange(len(index)) % 3 > 0)[:, None, None, None, None], predicted, noised)
-        with torch.autocast(args.device, dtype=torch.bfloat16):
-            out = vae.decode((z / data.scaling_factor).to(args.device, torch.bfloat16))
-        mse = F.mse_loss(out.float(), target).item() / 4
-        trainer.backward(reconstruction_loss(out, target), psnr=-10 * math.log10(mse))
-
-
 def export(args: argparse.Namespace) -> None:
-    """Write tiny-i2v and tiny-t2v from the newest stages there are."""
+    """Write tiny-i2v and tiny-t2v in the official layout."""
     tokenizer, data = tokenizer_for(args), load_latents(args, "latents")
-    vae_stage = "decoder" if (args.out / "decoder.pt").exists() else "vae"
-    vae = VAE(dataclasses.replace(MODEL.vae, scaling_factor=data.scaling_factor))
-    vae.encoder.requires_grad_(vae_stage == "vae")
-    load_average(vae_stage, vae, args)
+    vae = load_average("vae", VAE(dataclasses.replace(MODEL.vae, scaling_factor=data.scaling_factor)), args)
     for task in ("i2v", "t2v"):
         model = Denoiser(MODEL.transformer, tokenizer.vocab_size)
-        if (args.out / f"{task}.pt").exists():
-            model = load_average(task, model if task == "i2v" else without_image(model), args)
-        else:
-            load_average("joint", model, args)
-            model = model if task == "i2v" else without_image(model)
-        assert isinstance(model, Denoiser)
+        model = load_average(task, model if task == "i2v" else without_image(model), args)
         pack = args.out / f"tiny-{task}"
         shutil.rmtree(pack, ignore_errors=True)
         save_transformer(model.transformer, pack / "transformer", torch.float16)
@@ -631,7 +586,6 @@ STAGES = {
     "joint": lambda args: train_denoiser(args, "joint"),
     "i2v": lambda args: train_denoiser(args, "i2v"),
     "t2v": lambda args: train_denoiser(args, "t2v"),
-    "decoder": train_decoder,
     "export": export,
 }
 

@@ -17,7 +17,7 @@ from scripts.tiny_world import SHAPES, Scenes, render, sample_scenes
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.png"
 SHORT = {
-    "STEPS": {"vae": 3, "joint": 2, "i2v": 2, "t2v": 3, "decoder": 1},
+    "STEPS": {"vae": 3, "joint": 2, "i2v": 2, "t2v": 3},
     "VAE_BATCH": {"images": 2, "crops": 1, "videos": 1},
     "LATENT_SETS": {"latents": (8, 2, 17, {}), "pairs": (4, 5, 17, {"two": 1.0}), "images": (4, 6, 1, {"two": 0.0})},
     "BATCH": 4,
