@@ -480,7 +480,7 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
     usual = torch.ones(20)  # the running mean of the error, for twenty ranges of time
     for progress in trainer.run():
         data, count = videos, BATCH
-        if images is not None and (progress < IMAGES_ONLY or trainer.step_count % 2 == 0):
+        if images is not None and (progress < IMAGES_ONLY or trainer.step_count % 4 == 0):
             data, count = images, IMAGE_BATCH
         words_only = {"joint": round(T2V_SHARE * count), "i2v": 0, "t2v": count}[stage]
         # What words alone cannot tell, a second shape's name and place, text-to-video is not asked for.
@@ -510,7 +510,8 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
         total, hits = (torch.bincount(bins, w, len(usual)) for w in (error.detach().cpu(), None))
         usual = torch.where(hits > 0, usual.lerp(total / hits, 0.05), usual)
         answers = what_tokens_touch(scenes, frames, side // MODEL.transformer.patch_size).to(args.device)
-        asked = F.binary_cross_entropy_with_logits(understood, answers, weight=answers[..., :3].amax(-1, keepdim=True))
+        matters = 0.1 + answers[..., :3].amax(-1, keepdim=True)  # most tokens touch nothing, and soon say so
+        asked = F.binary_cross_entropy_with_logits(understood, answers, weight=matters)
         loss = (error / usual[bins].to(args.device)).mean() + UNDERSTAND_WEIGHT * asked
         trainer.backward(loss, error=error.mean().item(), asked=asked.item())
 
