@@ -237,7 +237,7 @@ CONFIGS: dict[str, ModelConfig] = {
             SchedulerConfig(snr_shift_scale=1.0), guidance_scale=2.0, **_SIZE_TINY,
         ),
         ModelConfig(
-            "tiny-t2v", None, _TRANSFORMER_TINY, _VAE_TINY, SchedulerConfig(snr_shift_scale=1.0), guidance_scale=3.0,
+            "tiny-t2v", None, _TRANSFORMER_TINY, _VAE_TINY, SchedulerConfig(snr_shift_scale=1.0), guidance_scale=2.0,
             **_SIZE_TINY,
         ),
     )
