@@ -154,7 +154,7 @@ def main() -> None:
         ]
         results[kind] = {
             name: statistics.median(values) if name in ("end error px", "end IoU") else statistics.fmean(values)
-            for name in rows[0]
+            for name in dict.fromkeys(name for row in rows for name in row)
             if (values := [row[name] for row in rows if name in row])
         } | {"seconds a video": seconds}
         count = 4 if images is not None else 16
