@@ -69,7 +69,7 @@ T5_CONFIG = {
     "is_encoder_decoder": False,
     "use_cache": False,
 }
-LATENT_SETS: dict[str, tuple[int, int, int, dict[str, float]]] = {  # how many, seed, frames, kind of scenes
+LATENT_SETS: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # how many, seed, frames, kind of scenes
     "latents": (12000, 2, FRAMES, {}),
     "pairs": (12000, 5, FRAMES, {"two": 1.0, "alike": 0.5}),
     "images": (47600, 6, 1, {"two": 0.0}),
