@@ -74,7 +74,7 @@ LATENT_SETS: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # how many, se
     "pairs": (12000, 5, FRAMES, {"two": 1.0, "alike": 0.5}),
     "images": (47600, 6, 1, {"two": 0.0}),
 }
-STEPS = {"vae": 2400, "joint": 3900, "i2v": 4900, "t2v": 4500}
+STEPS = {"vae": 2400, "joint": 3900, "i2v": 21000, "t2v": 16000}
 DIFFUSERS_VERSION = {"_diffusers_version": "0.42.1"}
 BATCH = 32
 T2V_SHARE = 0.3  # of a joint batch
