@@ -259,7 +259,7 @@ def _distance(scenes: Scenes, i: int, dx: Tensor, dy: Tensor, radius: Tensor) ->
 
 
 def _outline(shape: str, x: Tensor, y: Tensor, radius: Tensor | float, turn: Tensor) -> Tensor:
-    """Signed distance of points, given from its centre, to a shape turned by `turn` radians; AREA belongs to it."""
+    """Signed distance of points, given from its centre, to a shape turned by `turn` radians. AREA follows from it."""
     if shape == "circle":
         return (x * x + y * y).sqrt() - radius
     x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
