@@ -7,9 +7,9 @@ The stages:
 
 - vae: single images, then crops of videos, then whole videos;
 - latents: encode videos and single images once, for all that follows;
-- joint: one transformer learns both tasks; text-to-video is image-to-video whose image latents are zeros;
-- i2v, t2v: each task goes on alone from there: i2v with more scenes of two shapes, many of one colour; t2v without
-  the weights that saw image latents, first on single images, which show outlines as well and take a third of the time;
+- i2v: a transformer and its T5, on scenes of one shape and of two, many of one colour;
+- t2v: the same, without image latents, on scenes of one shape, the only ones that words describe; first on single
+  images, which show outlines as well as videos do and take a third of the time;
 - export: both packs in the official layout.
 
 Everything is cogvid's own modules on the world of `tiny_world.py`, drawn on the fly; no data set is needed. A stage
@@ -70,14 +70,14 @@ T5_CONFIG = {
     "use_cache": False,
 }
 LATENT_SETS: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # how many, seed, frames, kind of scenes
-    "latents": (12000, 2, FRAMES, {}),
-    "pairs": (12000, 5, FRAMES, {"two": 1.0, "alike": 0.5}),
+    "singles": (10000, 2, FRAMES, {"two": 0.0}),
+    "pairs": (16000, 5, FRAMES, {"two": 1.0, "alike": 0.5}),
     "images": (47600, 6, 1, {"two": 0.0}),
 }
-STEPS = {"vae": 2400, "joint": 3900, "i2v": 21000, "t2v": 16000}
+TASK_SETS = {"i2v": ("singles", "pairs"), "t2v": ("singles",)}
+STEPS = {"vae": 2400, "i2v": 16000, "t2v": 13000}
 DIFFUSERS_VERSION = {"_diffusers_version": "0.42.1"}
 BATCH = 32
-T2V_SHARE = 0.3  # of a joint batch
 TEXT_DROP = 0.1
 IMAGE_BATCH = 128
 UNDERSTAND_WEIGHT = 6.0
@@ -414,8 +414,8 @@ def encode_latents(args: argparse.Namespace) -> None:
 
 
 def load_latents(args: argparse.Namespace, *names: str) -> LatentSet:
-    """Read sets of latents as one, in units of the deviation of the set "latents"."""
-    factor = torch.load(args.out / "latents.pt", mmap=True)["factor"]
+    """Read sets of latents as one, in units of the deviation of the single shapes'."""
+    factor = torch.load(args.out / "singles.pt", mmap=True)["factor"]
     sets = [torch.load(args.out / f"{name}.pt") for name in names]
     scaled = [torch.cat([s[key] for s in sets]) * factor for key in ("video", "image_mean", "image_std")]
     return LatentSet(Scenes.cat([Scenes(**s["scenes"]) for s in sets]), *scaled, scaling_factor=factor)
@@ -454,24 +454,19 @@ def draw_times(count: int, generator: torch.Generator, *, middle: bool) -> Tenso
     return ((torch.special.ndtri(t).sigmoid() if middle else t) * 1000).long().clamp(max=999)
 
 
-def train_denoiser(args: argparse.Namespace, stage: str) -> None:
-    """Train transformer and T5 to predict velocities: both tasks at once ("joint"), or one ("i2v", "t2v")."""
+def train_denoiser(args: argparse.Namespace, task: str) -> None:
+    """Train transformer and T5 to predict velocities from words and an image ("i2v") or words alone ("t2v")."""
     torch.manual_seed(0)
     tokenizer = tokenizer_for(args)
-    videos = load_latents(args, *(("latents", "pairs") if stage == "i2v" else ("latents",)))
-    images = load_latents(args, "images") if stage == "t2v" else None
-    model = Denoiser(MODEL.transformer, tokenizer.vocab_size)
-    if stage != "joint":
-        load_average("joint", model, args)
-        if stage == "t2v":
-            model = without_image(model)
+    videos = load_latents(args, *TASK_SETS[task])
+    images = load_latents(args, "images") if task == "t2v" else None
     trainer = Trainer(
-        stage,
-        model.to(args.device),
+        task,
+        model := Denoiser(CONFIGS[f"tiny-{task}"].transformer, tokenizer.vocab_size).to(args.device),
         args,
-        steps=STEPS[stage],
-        muon_lr=0.02 if stage == "joint" else 0.012,
-        adam_lr=1.5e-3 if stage == "joint" else 1e-3,
+        steps=STEPS[task],
+        muon_lr=0.02,
+        adam_lr=1.5e-3,
         adam_only=("text_encoder", "modulation", "patch_proj", "text_proj", "time_embed", "proj_out", "understood"),
     )
     generator = torch.Generator().manual_seed(3 + trainer.step_count)
@@ -482,29 +477,24 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
         data, count = videos, BATCH
         if images is not None and (progress < IMAGES_ONLY or trainer.step_count % 4 == 0):
             data, count = images, IMAGE_BATCH
-        words_only = {"joint": round(T2V_SHARE * count), "i2v": 0, "t2v": count}[stage]
-        # What words alone cannot tell, a second shape's name and place, text-to-video is not asked for.
-        single = (~data.scenes.two).nonzero()[:, 0]
-        alone = single[torch.randint(len(single), (words_only,), generator=generator)]
-        index = torch.cat([alone, torch.randint(len(data.video), (count - words_only,), generator=generator)])
+        index = torch.randint(len(data.video), (count,), generator=generator)
         x0 = data.video[index].float()
         noise = torch.randn(x0.shape, generator=generator)
-        t = draw_times(count, generator, middle=stage == "t2v")
+        t = draw_times(count, generator, middle=task == "t2v")
         latents = add_noise(x0, noise, t, schedule)
-        if stage != "t2v":
-            image = image_channels(data, index, generator)
-            image[:words_only] = 0
-            latents = torch.cat([latents, image], dim=1)
+        if task == "i2v":
+            latents = torch.cat([latents, image_channels(data, index, generator)], dim=1)
         ids = tokenizer.encode(data.prompts(index, rng), TEXT_LEN)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             v, understood = model(latents.to(args.device), ids.to(args.device), t.to(args.device))
         target = velocity(x0, noise, t, schedule).to(args.device)
-        # Shapes count more than the background, but only where the input tells where they are: a weight that knows
-        # more than the model does would draw its predictions towards what weighs more.
         scenes, frames, side = data.scenes[index], x0.shape[2], x0.shape[3]
-        weight = 1 + 2 * touched(scenes, frames, side).amax(2)[:, None]
-        weight[:words_only] = 1
-        error = ((v - target).square() * weight.to(args.device)).mean((1, 2, 3, 4))
+        error = (v - target).square()
+        if task == "i2v":
+            # Shapes count more than the background. In t2v they do not: where the input does not tell where they are,
+            # a weight that knows would draw predictions towards what weighs more.
+            error = error * (1 + 2 * touched(scenes, frames, side).amax(2)[:, None].to(args.device))
+        error = error.mean((1, 2, 3, 4))
         # Every time is equally important, whatever error it allows (https://arxiv.org/abs/2312.02696)
         bins = t * len(usual) // 1000
         total, hits = (torch.bincount(bins, w, len(usual)) for w in (error.detach().cpu(), None))
@@ -516,25 +506,13 @@ def train_denoiser(args: argparse.Namespace, stage: str) -> None:
         trainer.backward(loss, error=error.mean().item(), asked=asked.item())
 
 
-def without_image(model: Denoiser) -> Denoiser:
-    """Drop the weights that see image latents; the rest is what those of zeros leave."""
-    transformer = model.transformer
-    config = dataclasses.replace(transformer.config, in_channels=transformer.config.out_channels)
-    slim = Transformer(config, TRAINING_OPS)
-    state = transformer.state_dict()
-    state["patch_proj.weight"] = state["patch_proj.weight"][:, : slim.patch_proj.in_features].clone()
-    slim.load_state_dict(state)
-    model.transformer = slim
-    return model
-
-
 def export(args: argparse.Namespace) -> None:
     """Write tiny-i2v and tiny-t2v in the official layout."""
-    tokenizer, data = tokenizer_for(args), load_latents(args, "latents")
+    tokenizer, data = tokenizer_for(args), load_latents(args, "singles")
     vae = load_average("vae", VAE(dataclasses.replace(MODEL.vae, scaling_factor=data.scaling_factor)), args)
     for task in ("i2v", "t2v"):
-        model = Denoiser(MODEL.transformer, tokenizer.vocab_size)
-        model = load_average(task, model if task == "i2v" else without_image(model), args)
+        config = CONFIGS[f"tiny-{task}"].transformer
+        model = load_average(task, Denoiser(config, tokenizer.vocab_size), args)
         pack = args.out / f"tiny-{task}"
         shutil.rmtree(pack, ignore_errors=True)
         save_transformer(model.transformer, pack / "transformer", torch.float16)
@@ -584,7 +562,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 STAGES = {
     "vae": train_vae,
     "latents": encode_latents,
-    "joint": lambda args: train_denoiser(args, "joint"),
     "i2v": lambda args: train_denoiser(args, "i2v"),
     "t2v": lambda args: train_denoiser(args, "t2v"),
     "export": export,
