@@ -8,8 +8,8 @@ The stages:
 - vae: single images, then crops of videos, then whole videos;
 - latents: encode videos and single images once, for all that follows;
 - i2v: a transformer and its T5, on scenes of one shape and of two, many of one colour;
-- t2v: the same, without image latents, on scenes of one shape, the only ones that words describe; first on single
-  images, which show outlines as well as videos do and take a third of the time;
+- t2v: goes on from i2v's weights without image latents, on scenes of one shape, the only ones that words describe;
+  first on single images, which show outlines as well as videos do and take a third of the time;
 - export: both packs in the official layout.
 
 Everything is cogvid's own modules on the world of `tiny_world.py`, drawn on the fly; no data set is needed. A stage
@@ -75,13 +75,13 @@ LATENT_SETS: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # how many, se
     "images": (47600, 6, 1, {"two": 0.0}),
 }
 TASK_SETS = {"i2v": ("singles", "pairs"), "t2v": ("singles",)}
-STEPS = {"vae": 2400, "i2v": 16000, "t2v": 13000}
+STEPS = {"vae": 2400, "i2v": 16000, "t2v": 6000}
 DIFFUSERS_VERSION = {"_diffusers_version": "0.42.1"}
 BATCH = 32
 TEXT_DROP = 0.1
 IMAGE_BATCH = 128
 UNDERSTAND_WEIGHT = 6.0
-IMAGES_ONLY = 0.5  # until this share of t2v it learns single images, three times as many in the same time
+IMAGES_ONLY = 0.25  # until this share of t2v it learns single images, three times as many in the same time
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -460,9 +460,14 @@ def train_denoiser(args: argparse.Namespace, task: str) -> None:
     tokenizer = tokenizer_for(args)
     videos = load_latents(args, *TASK_SETS[task])
     images = load_latents(args, "images") if task == "t2v" else None
+    model = Denoiser(CONFIGS[f"tiny-{task}"].transformer, tokenizer.vocab_size)
+    if task == "t2v":
+        state = load_average("i2v", Denoiser(MODEL.transformer, tokenizer.vocab_size), args).state_dict()
+        name, width = "transformer.patch_proj.weight", model.transformer.patch_proj.in_features
+        model.load_state_dict(state | {name: state[name][:, :width]})  # without the columns that see image latents
     trainer = Trainer(
         task,
-        model := Denoiser(CONFIGS[f"tiny-{task}"].transformer, tokenizer.vocab_size).to(args.device),
+        model.to(args.device),
         args,
         steps=STEPS[task],
         muon_lr=0.02,
