@@ -353,7 +353,13 @@ def _disk_full(*_: object) -> None:
 
 def test_an_interrupt_is_130_and_leaves_nothing(t2v: Path, out: Path) -> None:
     command = ["generate", "x", "-o", str(out), "--model", str(t2v), *QUICK, "--num-inference-steps", "1000"]
-    process = subprocess.Popen([sys.executable, "-m", "cogvid", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cogvid", *command],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+    )
     assert process.stderr is not None
     seen = ""
     while "denoise" not in seen:
