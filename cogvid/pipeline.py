@@ -64,8 +64,9 @@ class Output:
     frames: by `output_type`: "pil" a list of PIL images per video; "np" float32 `[B, F, H, W, 3]` in [0, 1]; "pt"
     float32 `[B, F, 3, H, W]` in [0, 1]; "uint8" a tensor `[B, F, H, W, 3]`; "latent" `[B, T, C, h, w]`, padding of the
     1.5 models included; "stream" one iterator per video of uint8 `[f, H, W, 3]` on the CPU, decoded on demand.
-    seed: None if the caller gave generators. fps: frames per second that the model was trained at.
-    provenance: everything that decided the result, ready for JSON.
+    seed: that of the first video, or None if the caller gave generators; `provenance["seeds"]` lists them all.
+    fps: frames per second that the model was trained at. provenance: everything that decided the result, ready for
+    JSON.
     """
 
     frames: Any
@@ -185,8 +186,9 @@ class Pipeline:
             use_dynamic_cfg: None is on with dpm and off with ddim; or a mode of `sampler.guidance_schedule` by name.
             scheduler: "dpm" or "ddim".
             strength: (0, 1], how much of a video is noise at the start, and the share of the steps that are run.
-            seed: of a CPU generator for the whole batch; drawn if neither it nor `generator` is given.
-            generator: one for the whole batch, or a list with one per video.
+            seed: of the first video; the k-th one has seed + k. Each video has a CPU generator of its own, so that with
+                its seed alone it comes out the same, to rounding. Drawn if neither it nor `generator` is given.
+            generator: one for the whole batch, or a list with one per video, consumed as diffusers consumes it.
             latents: `[B, T, C, h, w]` in place of the initial noise, or, for video-to-video, of the noised video.
             prompt_embeds, negative_prompt_embeds: `[prompts, L, E]` in place of the prompts.
             output_type: see `Output`.
@@ -225,7 +227,7 @@ class Pipeline:
         prompts = _prompts(prompt, prompt_embeds)
         negatives = _negatives(negative_prompt, negative_prompt_embeds, len(prompts)) if settings.guided else None
         batch = len(prompts) * num_videos_per_prompt
-        generator, seed = _generators(seed, generator, batch)
+        generator, seeds = _generators(seed, generator, batch)
         schedule = make_schedule(
             self.model.scheduler, settings.num_inference_steps, previous=settings.previous_timestep
         )
@@ -273,7 +275,7 @@ class Pipeline:
             raise FloatingPointError(f"latents: not finite after sampling in {self.dtype}; wanted a wider dtype")
         frames = self._frames(x, settings, output_type)
         tensors = {
-            "generator": None if seed is not None else generator,
+            "generator": generator if seeds is None else None,
             "latents": latents,
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
@@ -282,11 +284,12 @@ class Pipeline:
             "prompt": None if isinstance(prompts, Tensor) else prompts,
             "negative_prompt": None if isinstance(negatives, Tensor) else negatives,
             "num_videos_per_prompt": num_videos_per_prompt,
-            "seed": seed,
+            "seed": seeds[0] if seeds else None,
+            "seeds": seeds,
             "given": [name for name, value in tensors.items() if value is not None],
             **self._provenance(settings, schedule),
         }
-        return Output(frames=frames, seed=seed, fps=self.model.fps, provenance=provenance)
+        return Output(frames=frames, seed=provenance["seed"], fps=self.model.fps, provenance=provenance)
 
     def padding(self, settings: Settings) -> int:
         """Return how many latent frames the temporal patches of a 1.5 model need on top; they are cut off in front."""
@@ -361,7 +364,7 @@ def encode_image(vae: VAE, image: Any, settings: Settings, batch: int, generator
     if not images or batch % len(images):
         raise ValueError(f"image: got a list of {len(images)}, wanted one, or one per prompt")
     pixels = [prepare_image(each, settings.height, settings.width, settings.resize) for each in images]
-    z = _posterior_samples(vae, [each[:, :, None] for each in pixels], batch, generator)
+    z = _posterior_samples(vae, [each[:, :, None] for each in pixels], generator, batch)
     return image_latent_factor(vae.config, settings.image_latent_scale) * z
 
 
@@ -385,10 +388,12 @@ def noised_video(
     """Encode a video and take it to the first timestep of the schedule: `[B, C, padding + T, h, w]`.
 
     video: what `prepare_video` takes, `settings.num_frames` frames or more. padding: latent frames repeated in front.
+    generator: one draws the posterior once, for all videos alike, as in diffusers; those of a list once for each.
     """
     pixels = prepare_video(video[: settings.num_frames], settings.height, settings.width, settings.resize)
-    z = vae.config.scaling_factor * _posterior_samples(vae, [pixels], batch, generator)
-    z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2)
+    draws = 1 if isinstance(generator, Generator) else batch
+    z = vae.config.scaling_factor * _posterior_samples(vae, [pixels], generator, draws)
+    z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2).expand(batch, -1, -1, -1, -1)
     b, c, t, h, w = z.shape
     return add_noise(z, initial_latents((b, t, c, h, w), generator, z.device, z.dtype), schedule.timesteps[0], schedule)
 
@@ -453,15 +458,12 @@ def decode(vae: VAE, latents: Tensor) -> Iterator[Tensor]:
         yield rearrange(denormalize(chunk[0]), "c f h w -> f h w c")
 
 
-def _posterior_samples(vae: VAE, pixels: list[Tensor], batch: int, generator: Generators) -> Tensor:
-    """Encode each `[1, 3, F, H, W]` once, and draw `batch` samples `[B, C, T, h, w]` in the order of the batch."""
+def _posterior_samples(vae: VAE, pixels: list[Tensor], generator: Generators, count: int) -> Tensor:
+    """Encode each `[1, 3, F, H, W]` once, and draw `count` samples `[count, C, T, h, w]`, as many of each, in order."""
     weight = next(vae.parameters())
     posteriors = [vae.encode(each.to(weight.device, weight.dtype)) for each in pixels]
-    draws = [
-        posteriors[b * len(pixels) // batch].sample(generator if isinstance(generator, Generator) else generator[b])
-        for b in range(batch)
-    ]
-    return torch.cat(draws)
+    generators = [generator] * count if isinstance(generator, Generator) else generator
+    return torch.cat([posteriors[i * len(pixels) // count].sample(generators[i]) for i in range(count)])
 
 
 def _to_pil(pixels: Tensor) -> list[Image]:
@@ -504,7 +506,8 @@ def _strings(name: str, prompt: object) -> list[str]:
     return list(prompts)
 
 
-def _generators(seed: int | None, generator: Generators | None, batch: int) -> tuple[Generators, int | None]:
+def _generators(seed: int | None, generator: Generators | None, batch: int) -> tuple[Generators, list[int] | None]:
+    """Return the caller's generators, or else those of the seeds, one for each video, and the seeds."""
     if generator is not None:
         if seed is not None:
             raise ValueError("seed, generator: got both, wanted one of them")
@@ -513,5 +516,6 @@ def _generators(seed: int | None, generator: Generators | None, batch: int) -> t
         return generator, None
     if seed is None:
         seed = secrets.randbelow(2**32)
-    plan.check_int("seed", seed, 0, 2**63 - 1)
-    return Generator("cpu").manual_seed(seed), seed
+    plan.check_int("seed", seed, 0, 2**63 - batch)  # the last video's is seed + batch - 1, and torch takes 63 bits
+    seeds = [seed + k for k in range(batch)]
+    return [Generator("cpu").manual_seed(each) for each in seeds], seeds

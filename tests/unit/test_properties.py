@@ -53,14 +53,46 @@ def test_the_same_seed_gives_the_same_file(model: tuple[str, Path], tmp_path: Pa
     assert first != other
 
 
+@pytest.mark.parametrize("per_prompt", [1, 2])
 @pytest.mark.parametrize("scheduler", cogvid.SAMPLERS)
-def test_a_batch_of_two_is_two_batches_of_one(pipe: cogvid.Pipeline, inputs: dict[str, Any], scheduler: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [("5b", "text"), ("5b", "video"), ("1.5-5b-i2v", "one image"), ("1.5-5b-i2v", "images")],
+    indirect=["model"],
+)
+def test_each_video_of_a_batch_is_the_one_of_its_seed(
+    pipe: cogvid.Pipeline, inputs: dict[str, Any], source: str, scheduler: str, per_prompt: int
+) -> None:
     prompts = ["a red", "two dogs"]
     options = {**inputs, "scheduler": scheduler, "output_type": "np"}
-    both = pipe(prompts, generator=[torch.Generator().manual_seed(s) for s in (1, 2)], **options).frames
-    for i, prompt in enumerate(prompts):
-        alone = pipe(prompt, seed=i + 1, **options).frames
-        assert rel_rms(torch.from_numpy(both[i]), torch.from_numpy(alone[0])) <= tolerances.PIPELINE_BATCH
+    alone: list[dict[str, Any]] = [{}, {}]
+    if source == "video":
+        options["video"] = [picture(40, 60, seed=i) for i in range(options["num_frames"])]
+    if source == "images":
+        options["image"] = [picture(40, 60), picture(50, 30, seed=1)]
+        alone = [{"image": image} for image in options["image"]]
+    out = pipe(prompts, seed=7, num_videos_per_prompt=per_prompt, **options)
+    seeds = out.provenance["seeds"]
+    assert seeds == [7 + k for k in range(2 * per_prompt)]
+    assert out.seed == out.provenance["seed"] == 7
+    for k, seed in enumerate(seeds):
+        frames = pipe(prompts[k // per_prompt], seed=seed, **{**options, **alone[k // per_prompt]}).frames
+        assert rel_rms(torch.from_numpy(out.frames[k]), torch.from_numpy(frames[0])) <= tolerances.PIPELINE_BATCH
+
+
+def test_one_video_has_the_noise_of_its_seed_to_the_bit(pipe: cogvid.Pipeline, inputs: dict[str, Any]) -> None:
+    of_seed = pipe("a red", seed=5, output_type="latent", **inputs)
+    of_generator = pipe("a red", generator=torch.Generator("cpu").manual_seed(5), output_type="latent", **inputs)
+    assert torch.equal(of_seed.frames, of_generator.frames)
+    assert of_generator.provenance["seeds"] is None
+
+
+def test_the_seed_of_the_last_video_has_63_bits(pipe: cogvid.Pipeline, inputs: dict[str, Any]) -> None:
+    options = {**inputs, "num_inference_steps": 1, "output_type": "latent"}
+    last = pipe(["a red", "two dogs"], seed=2**63 - 2, **options)
+    assert last.provenance["seeds"] == [2**63 - 2, 2**63 - 1]
+    with pytest.raises(ValueError, match=r"^seed: got 9223372036854775807, wanted an integer, 0 to 92233720368547758"):
+        pipe(["a red", "two dogs"], seed=2**63 - 1, **options)
 
 
 def test_a_stream_is_the_whole(pipe: cogvid.Pipeline, inputs: dict[str, Any]) -> None:
