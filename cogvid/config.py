@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+Count = int  # 0 or more, where "int" below is 1 or more
+
 HEAD_DIM_SPLIT = (4, 6, 6)  # of 16ths of head_dim given to time, height, width by the 3-D tables: 16/24/24 of 64
 
 
@@ -26,8 +28,13 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a fiel
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str": ("a string", lambda v: isinstance(v, str)),
     "int": ("a positive integer", lambda v: type(v) is int and v > 0),
+    "Count": ("an integer, 0 or more", lambda v: type(v) is int and v >= 0),
     "int | None": ("a positive integer or null", lambda v: v is None or (type(v) is int and v > 0)),
     "float": ("a number", lambda v: type(v) in (int, float) and math.isfinite(v)),
+    "tuple[float, ...] | None": (
+        "a list of numbers or null",
+        lambda v: v is None or (isinstance(v, tuple) and all(_KINDS["float"][1](x) for x in v)),
+    ),
     "tuple[int, ...]": (
         "a list of positive integers",
         lambda v: isinstance(v, tuple) and bool(v) and all(type(i) is int and i > 0 for i in v),
@@ -123,15 +130,63 @@ class VAEConfig(_JsonConfig):
 
 @dataclass(frozen=True)
 class SchedulerConfig(_JsonConfig):
-    """Noise schedule. Source: `CogVideoXDDIMScheduler`, `CogVideoXDPMScheduler` and their converter."""
+    """Noise schedule: what `CogVideoXDDIMScheduler` and `CogVideoXDPMScheduler` take, both the same.
+
+    The defaults are those of CogVideoX-2B, as its converter writes them; the classes' own differ in four, which
+    `SCHEDULER_CLASS_DEFAULTS` has.
+
+    beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2", the last without `beta_start` and `beta_end`.
+    trained_betas: in place of all three. snr_shift_scale: as for SD3; 1 is none.
+    rescale_betas_zero_snr: no signal is left at the last level.
+    timestep_spacing: "leading", "linspace" or "trailing". steps_offset: added to the timesteps; only "leading" has it.
+    prediction_type: what the network predicts, "epsilon" (the noise), "sample" or "v_prediction".
+    set_alpha_to_one: the last step lands on clean latents, else on level 0.
+    clip_sample, clip_sample_range, sample_max_value: without effect; diffusers' two samplers take them and never look.
+
+    Raises:
+        ValueError: a choice is none of the above, a beta is negative, or `trained_betas` are too few.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    snr_shift_scale: float = 3.0
-    rescale_betas_zero_snr: bool = True
-    timestep_spacing: str = "trailing"
+    beta_schedule: str = "scaled_linear"
+    trained_betas: tuple[float, ...] | None = None
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    set_alpha_to_one: bool = True
+    steps_offset: Count = 0
     prediction_type: str = "v_prediction"
+    timestep_spacing: str = "trailing"
+    rescale_betas_zero_snr: bool = True
+    snr_shift_scale: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, choices in _SCHEDULER_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {', '.join(choices)}")
+        if min(self.beta_start, self.beta_end) < 0:
+            raise ValueError(f"beta_start, beta_end: got {self.beta_start}, {self.beta_end}, want 0 or more")
+        if self.trained_betas is not None and len(self.trained_betas) < self.num_train_timesteps:
+            raise ValueError(
+                f"trained_betas: got {len(self.trained_betas)} of them, want one for each of the "
+                f"{self.num_train_timesteps} num_train_timesteps"
+            )
+
+
+_SCHEDULER_CHOICES = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+}
+# What diffusers takes for a setting that a scheduler_config.json does not name, where that is not CogVideoX's.
+SCHEDULER_CLASS_DEFAULTS = {
+    "clip_sample": True,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "rescale_betas_zero_snr": False,
+}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from cogvid.config import CONFIGS, ModelConfig, VAEConfig
+from cogvid.config import CONFIGS, ModelConfig, SchedulerConfig, VAEConfig
 from cogvid.hub import find
 from cogvid.image import RESIZE_MODES
-from cogvid.sampler import SAMPLERS, GuidanceMode
+from cogvid.sampler import SAMPLERS, GuidanceMode, alphas_cumprod, timesteps
 from cogvid.transformer import LearnedPositions
 from cogvid.weights import load_state, map_transformer_state_dict, map_vae_state_dict, read_model_config, stored_dtype
 
@@ -117,6 +117,7 @@ def settle(
             f"strength: {settings.strength} of {settings.num_inference_steps} steps is none, "
             f"wanted at least {1 / settings.num_inference_steps:g}"
         )
+    check_schedule(model.scheduler, settings)
     return settings
 
 
@@ -199,6 +200,19 @@ def check_size(model: ModelConfig, height: int, width: int) -> None:
         raise ValueError(
             f"height, width: got {height}x{width}, wanted {table[0]}x{table[1]}, the size of the learned position "
             f"table of {model.name}"
+        )
+
+
+def check_schedule(config: SchedulerConfig, settings: Settings) -> None:
+    """Raise unless the noise schedule has every step of the run, and the first one can be taken."""
+    levels, steps = alphas_cumprod(config), timesteps(config, settings.num_inference_steps)
+    if settings.task == "video-to-video":
+        steps = steps[-int(len(steps) * settings.strength) :]
+    if config.prediction_type == "epsilon" and levels[steps[0]] == 0:
+        # diffusers divides by zero here, and makes a video of no numbers.
+        raise ValueError(
+            f"prediction_type: got 'epsilon' with a first step at timestep {steps[0]}, where the signal is zero and "
+            "cannot be told from the noise, want 'v_prediction' or 'sample', or rescale_betas_zero_snr false"
         )
 
 

@@ -4,13 +4,16 @@ Must equal diffusers' `CogVideoXDPMScheduler` (DPM-Solver++ SDE 2M, https://arxi
 `CogVideoXDDIMScheduler` (https://arxiv.org/abs/2010.02502) as the CogVideoX pipelines drive them, draw for draw.
 
 With abar the cumulated product of alphas: x_t = sqrt(abar) x0 + sqrt(1 - abar) noise, the network predicts the velocity
-v = sqrt(abar) noise - sqrt(1 - abar) x0, and lambda = log(abar / (1 - abar)) / 2 is half the log-SNR.
-Coefficients are 0-dim fp64 tensors on the CPU: torch multiplies them into an fp32 tensor on any device without a sync.
+v = sqrt(abar) noise - sqrt(1 - abar) x0 (or, of other schedules, the noise or x0), and
+lambda = log(abar / (1 - abar)) / 2 is half the log-SNR.
+Coefficients are 0-dim tensors on the CPU, in fp64 for the official models: torch multiplies them into an fp32 tensor on
+any device without a sync.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +27,7 @@ from torch import Generator, Tensor
 
 from cogvid.config import SchedulerConfig
 
-Denoise = Callable[[Tensor, int], Tensor]  # (x in the dtype given to the sampler, step index) -> guided velocity
+Denoise = Callable[[Tensor, int], Tensor]  # (x in the dtype given to the sampler, step index) -> guided prediction
 OnStep = Callable[
     [int, int, Tensor], Tensor | None
 ]  # (step index, timestep, state) -> the state to go on with, or None
@@ -52,27 +55,39 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Hold the noise levels and the steps of one run.
+    """Hold the noise levels and the steps of one run, and what the network predicts.
 
-    alphas_cumprod: `[num_train_timesteps]` fp64 on the CPU, falling, 0 at the end if the terminal SNR is zero.
-    timesteps: of each step, descending. prev_timesteps: where each step lands; negative means clean.
+    alphas_cumprod: see `alphas_cumprod`. timesteps: of each step, descending.
+    prev_timesteps: where each step lands; negative means `final_alpha`. final_alpha: abar there, 1 for clean latents.
+    prediction_type: "epsilon", "sample" or "v_prediction".
     """
 
     alphas_cumprod: Tensor
     timesteps: tuple[int, ...]
     prev_timesteps: tuple[int, ...]
+    final_alpha: Tensor
+    prediction_type: str
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def alpha(self, timestep: int) -> Tensor:
-        """Return abar at a timestep as a 0-dim fp64 tensor; 1 for a negative timestep."""
-        return self.alphas_cumprod[timestep] if timestep >= 0 else self.alphas_cumprod.new_ones(())
+        """Return abar at a timestep as a 0-dim tensor; `final_alpha` for a negative timestep."""
+        return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha
 
     def half_log_snr(self, timestep: int) -> Tensor:
-        """Return lambda at a timestep as a 0-dim fp64 tensor; -inf at zero terminal SNR, +inf when clean."""
+        """Return lambda at a timestep as a 0-dim tensor; -inf at zero terminal SNR, +inf when clean."""
         alpha = self.alpha(timestep)
-        return (alpha / (1 - alpha)).log() / 2
+        return (alpha / (1 - alpha)).sqrt().log()
+
+    def predicted_x0(self, prediction: Tensor, state: Tensor, timestep: int) -> Tensor:
+        """Return the clean latents that the network's prediction for `state` at a timestep amounts to."""
+        alpha, prediction = self.alpha(timestep), prediction.to(state.dtype)
+        if self.prediction_type == "sample":
+            return prediction
+        if self.prediction_type == "epsilon":
+            return (state - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+        return alpha.sqrt() * state - (1 - alpha).sqrt() * prediction
 
     def tail(self, strength: float) -> Schedule:
         """Keep the last `strength` (0-1] of the steps, as video-to-video does."""
@@ -87,37 +102,102 @@ class Schedule:
 def make_schedule(
     config: SchedulerConfig, num_inference_steps: int, *, previous: Literal["diffusers", "next"] = "diffusers"
 ) -> Schedule:
-    """Build the noise levels (scaled-linear, SNR shift, zero terminal SNR) and trailing timesteps.
+    """Build the noise levels and the steps of a run.
 
-    previous: where a step lands. "diffusers" is t - num_train_timesteps // num_inference_steps, which misses the next
-    timestep unless the division is exact (a warning says so); "next" is the next timestep itself, and clean at the end.
+    previous: where a step lands. "diffusers" is t - num_train_timesteps // num_inference_steps, which with most counts
+    and spacings misses the next timestep (a warning says so); "next" is the next timestep itself, and clean at the end.
     """
-    train_steps = config.num_train_timesteps
-    if config.timestep_spacing != "trailing":
-        raise ValueError(f"timestep_spacing: got {config.timestep_spacing!r}, wanted 'trailing'")
-    if config.prediction_type != "v_prediction":
-        raise ValueError(f"prediction_type: got {config.prediction_type!r}, wanted 'v_prediction'")
-    if not 1 <= num_inference_steps <= train_steps:
-        raise ValueError(f"num_inference_steps: got {num_inference_steps}, wanted 1 to {train_steps}")
     if previous not in ("diffusers", "next"):
         raise ValueError(f"previous: got {previous!r}, wanted 'diffusers' or 'next'")
+    levels, steps = alphas_cumprod(config), timesteps(config, num_inference_steps)
+    following = (*steps[1:], -1)
+    landing = tuple(t - config.num_train_timesteps // num_inference_steps for t in steps)
+    if previous == "diffusers":
+        _warn_of_misses(config, landing, following)
+    return Schedule(
+        levels,
+        steps,
+        landing if previous == "diffusers" else following,
+        final_alpha=torch.ones_like(levels[0]) if config.set_alpha_to_one else levels[0],
+        prediction_type=config.prediction_type,
+    )
 
-    # For some counts (61, 103, ...) the float range is one too long, and diffusers takes a step at t = -1 there.
-    grid = np.arange(train_steps, 0, -train_steps / num_inference_steps)[:num_inference_steps]
-    timesteps = tuple(int(t) - 1 for t in grid.round())
-    following = (*timesteps[1:], -1)
-    if previous == "next":
-        return Schedule(_alphas_cumprod(config), timesteps, following)
-    landing = tuple(t - train_steps // num_inference_steps for t in timesteps)
-    wrong = sum(a != b for a, b in zip(landing[:-1], following[:-1], strict=True))
-    if train_steps % num_inference_steps:
-        warnings.warn(
-            f"num_inference_steps={num_inference_steps} does not divide {train_steps}: {wrong} steps land beside the "
-            f"next timestep{', and the last one does not reach clean' if landing[-1] >= 0 else ''}, as in diffusers; "
-            'previous="next" avoids it',
-            stacklevel=2,
+
+def alphas_cumprod(config: SchedulerConfig) -> Tensor:
+    """Return abar of every level, `[num_train_timesteps]` on the CPU, falling, to 0 if the terminal SNR is zero.
+
+    fp64 for "scaled_linear"; fp32 for other betas, because diffusers has those and all that follows from them in fp32.
+
+    Raises:
+        ValueError: a level is not from 0 to 1.
+    """
+    count = config.num_train_timesteps
+    if config.trained_betas is not None:
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+    elif config.beta_schedule == "linear":
+        betas = torch.linspace(config.beta_start, config.beta_end, count, dtype=torch.float32)
+    elif config.beta_schedule == "scaled_linear":
+        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, count, dtype=torch.float64) ** 2
+    else:  # "squaredcos_cap_v2": https://arxiv.org/abs/2102.09672, equation 17
+        curve = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+        betas = torch.tensor([min(1 - b / a, 0.999) for a, b in itertools.pairwise(curve)], dtype=torch.float32)
+    alphas = (1 - betas).cumprod(0)
+    alphas = alphas / (config.snr_shift_scale + (1 - config.snr_shift_scale) * alphas)
+    if config.rescale_betas_zero_snr:
+        # https://arxiv.org/abs/2305.08891, algorithm 1: shift the last level to zero, keep the first
+        root = alphas.sqrt()
+        alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    if not ((alphas >= 0) & (alphas <= 1)).all():
+        raise ValueError(
+            "scheduler: got betas and a shift that make a noise level below 0 or above 1, want from 0 to 1"
         )
-    return Schedule(_alphas_cumprod(config), timesteps, landing)
+    return alphas
+
+
+def timesteps(config: SchedulerConfig, num_inference_steps: int) -> tuple[int, ...]:
+    """Return the timestep of each step, descending.
+
+    For 62 counts (61, 103, ...) the float range of "trailing" is one too long, and diffusers takes a step more, at -1,
+    whose level is the noisiest; it is left out here.
+    """
+    train_steps, count = config.num_train_timesteps, num_inference_steps
+    if not 1 <= count <= train_steps:
+        raise ValueError(f"num_inference_steps: got {count}, wanted 1 to {train_steps}")
+    if config.timestep_spacing == "leading":
+        steps = [i * (train_steps // count) + config.steps_offset for i in reversed(range(count))]
+    elif config.timestep_spacing == "linspace":
+        steps = [int(t) for t in np.linspace(0, train_steps - 1, count).round()[::-1]]
+    else:
+        steps = [int(t) - 1 for t in _trailing(train_steps, count)[:count]]
+    if steps[0] >= train_steps:
+        raise ValueError(
+            f"steps_offset: got {config.steps_offset}, which with {count} steps begins at timestep {steps[0]}, want "
+            f"{train_steps - 1} at most"
+        )
+    return tuple(steps)
+
+
+def _trailing(train_steps: int, count: int) -> np.ndarray:
+    return np.arange(train_steps, 0, -train_steps / count).round()
+
+
+def _warn_of_misses(config: SchedulerConfig, landing: tuple[int, ...], following: tuple[int, ...]) -> None:
+    """Warn if steps do not land where the next one begins."""
+    count, train_steps = len(landing), config.num_train_timesteps
+    faults = []
+    if wrong := sum(a != b for a, b in zip(landing[:-1], following[:-1], strict=True)):
+        faults.append(f"{wrong} steps land beside the next timestep")
+    if landing[-1] >= 0:
+        faults.append("the last one does not reach clean")
+    if not faults:
+        return
+    longer = config.timestep_spacing == "trailing" and len(_trailing(train_steps, count)) > count
+    theirs = "diffusers does the same and then takes a step more, at t = -1" if longer else "as in diffusers"
+    reason = f"does not divide {train_steps}" if train_steps % count else f"with spacing {config.timestep_spacing!r}"
+    warnings.warn(
+        f'num_inference_steps={count} {reason}: {", and ".join(faults)}, {theirs}; previous="next" avoids it',
+        stacklevel=3,
+    )
 
 
 def dpm(
@@ -133,7 +213,7 @@ def dpm(
     for i, (t, prev) in enumerate(zip(schedule.timesteps, schedule.prev_timesteps, strict=True)):
         alpha, alpha_prev = schedule.alpha(t), schedule.alpha(prev)
         h = schedule.half_log_snr(prev) - schedule.half_log_snr(t)
-        x0 = _predict_x0(denoise(state.to(x.dtype), i), state, alpha)
+        x0 = schedule.predicted_x0(denoise(state.to(x.dtype), i), state, t)
         target, noise = x0, _draw_like(x, generator)
         if last_x0 is not None and prev >= 0:
             r = (schedule.half_log_snr(t) - schedule.half_log_snr(schedule.timesteps[i - 1])) / h
@@ -141,7 +221,7 @@ def dpm(
             # diffusers draws once before it looks at the order and again here: dropping one changes every seed
             noise = _draw_like(x, generator)
         keep = ((1 - alpha_prev) / (1 - alpha)).sqrt() * (-h).exp()
-        renoise = ((1 - alpha_prev) * (1 - (-2 * h).exp())).sqrt()
+        renoise = (1 - alpha_prev).sqrt() * (1 - (-2 * h).exp()).sqrt()
         state = keep * state - (-2 * h).expm1() * alpha_prev.sqrt() * target + renoise * noise
         state, last_x0 = _report(on_step, i, t, state), x0
     return state.to(x.dtype)
@@ -159,7 +239,7 @@ def ddim(
     state = x.to(_math_dtype(x))
     for i, (t, prev) in enumerate(zip(schedule.timesteps, schedule.prev_timesteps, strict=True)):
         alpha, alpha_prev = schedule.alpha(t), schedule.alpha(prev)
-        x0 = _predict_x0(denoise(state.to(x.dtype), i), state, alpha)
+        x0 = schedule.predicted_x0(denoise(state.to(x.dtype), i), state, t)
         keep = ((1 - alpha_prev) / (1 - alpha)).sqrt()
         state = keep * state + (alpha_prev.sqrt() - alpha.sqrt() * keep) * x0
         state = _report(on_step, i, t, state)
@@ -237,22 +317,6 @@ def draw_noise(
     return torch.cat([torch.randn(rows, *shape_btchw[1:], generator=g, device=source, dtype=dtype) for g in each]).to(
         device
     )
-
-
-def _alphas_cumprod(config: SchedulerConfig) -> Tensor:
-    first, last = config.beta_start**0.5, config.beta_end**0.5
-    betas = torch.linspace(first, last, config.num_train_timesteps, dtype=torch.float64) ** 2
-    alphas = (1 - betas).cumprod(0)
-    alphas = alphas / (config.snr_shift_scale + (1 - config.snr_shift_scale) * alphas)
-    if not config.rescale_betas_zero_snr:
-        return alphas
-    # https://arxiv.org/abs/2305.08891, algorithm 1: shift the last level to zero, keep the first
-    root = alphas.sqrt()
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-
-
-def _predict_x0(v: Tensor, state: Tensor, alpha: Tensor) -> Tensor:
-    return alpha.sqrt() * state - (1 - alpha).sqrt() * v.to(state.dtype)
 
 
 def _draw_like(x: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:

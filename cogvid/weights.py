@@ -27,7 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cogvid.config import CONFIGS, ModelConfig, SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.config import (
+    CONFIGS,
+    SCHEDULER_CLASS_DEFAULTS,
+    ModelConfig,
+    SchedulerConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 from cogvid.hub import BASENAME, CONFIG_FILES, component_directory
 from cogvid.ops import Ops, resolve_ops
 from cogvid.transformer import Transformer
@@ -132,11 +139,6 @@ _FIXED: dict[str, dict[str, Any]] = {
         "latents_mean": None,
         "latents_std": None,
     },
-    "scheduler": {
-        "beta_schedule": "scaled_linear",
-        "trained_betas": None,
-        "set_alpha_to_one": True,
-    },
 }
 
 Config = TypeVar("Config", TransformerConfig, VAEConfig, SchedulerConfig)
@@ -183,7 +185,7 @@ def load_vae(
 
 
 def load_scheduler_config(model: str | Path) -> SchedulerConfig:
-    """Read the noise schedule of a checkpoint."""
+    """Read the noise schedule of a checkpoint; what the file does not name is the default of diffusers' class."""
     return _read_config(component_directory(model, "scheduler"), "scheduler", SchedulerConfig)
 
 
@@ -451,12 +453,11 @@ def _read_config(directory: Path, component: str, config: type[Config]) -> Confi
     values = _read_json(path)
     if values.get("_class_name") not in CLASSES[component]:
         raise ValueError(f"{path}: is of class {values.get('_class_name')}, wanted {' or '.join(CLASSES[component])}")
-    for name, value in _FIXED[component].items():
+    for name, value in _FIXED.get(component, {}).items():
         if values.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {values[name]!r}; only {value!r} is implemented")
-    if component == "scheduler" and (absent := [name for name in config().to_dict() if name not in values]):
-        # Unlike the other two, upstream's defaults here are not those of CogVideoX.
-        raise ValueError(f"{path}: no {', '.join(absent)} in it")
+    if component == "scheduler":  # unlike the other two, upstream's defaults here are not those of CogVideoX
+        values = {**SCHEDULER_CLASS_DEFAULTS, **values}
     try:
         return config.from_dict(values)
     except ValueError as error:

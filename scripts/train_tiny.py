@@ -525,7 +525,6 @@ def export(args: argparse.Namespace) -> None:
         save_text_encoder(model.text_encoder, pack / "text_encoder")
         save_tokenizer(args.out / "spiece.model", pack / "tokenizer")
         scheduler = {"_class_name": "CogVideoXDPMScheduler", **DIFFUSERS_VERSION, **MODEL.scheduler.to_dict()}
-        scheduler |= {"beta_schedule": "scaled_linear", "set_alpha_to_one": True, "clip_sample": False}
         write_json(pack / "scheduler" / "scheduler_config.json", scheduler)
         index: dict[str, Any] = {
             "_class_name": "CogVideoXImageToVideoPipeline" if task == "i2v" else "CogVideoXPipeline",

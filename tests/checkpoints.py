@@ -31,8 +31,6 @@ TRANSFORMER = TransformerConfig(
 VAE_CONFIG = VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.7)
 SCHEDULER = {
     "_class_name": "CogVideoXDPMScheduler",
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
     **SchedulerConfig(snr_shift_scale=1.0).to_dict(),
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import warnings
 from typing import Any
 
@@ -17,7 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from torch import Generator, Tensor
 
-from cogvid.config import SchedulerConfig
+from cogvid import plan
+from cogvid.config import CONFIGS, SCHEDULER_CLASS_DEFAULTS, SchedulerConfig
 from cogvid.sampler import (
     SAMPLERS,
     Schedule,
@@ -61,15 +64,19 @@ def denoiser(x: Tensor, t: int) -> Tensor:
 def run_diffusers(
     name: str, x: Tensor, steps: int, shift: float, generator: Any, start: int = 0
 ) -> tuple[list[Tensor], Tensor]:
-    """Drive the real scheduler as the pipelines do, cast to the latents' dtype after each step included."""
     scheduler = scheduler_for(name, shift)
     scheduler.set_timesteps(steps)
+    return drive(scheduler, x, generator, start)
+
+
+def drive(scheduler: Any, x: Tensor, generator: Any, start: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Drive the real scheduler as the pipelines do, cast to the latents' dtype after each step included."""
     timesteps = scheduler.timesteps[start:]
     latents, old, states = rearrange(x, "b c t h w -> b t c h w"), None, []
     for i, t in enumerate(timesteps):
         v = denoiser(rearrange(latents, "b t c h w -> b c t h w"), t.item())
         v = rearrange(v, "b c t h w -> b t c h w")
-        if name == "dpm":
+        if isinstance(scheduler, CogVideoXDPMScheduler):
             latents, old = scheduler.step(
                 v, old, t, timesteps[i - 1] if i > 0 else None, latents, generator=generator, return_dict=False
             )
@@ -122,6 +129,94 @@ def test_every_step_and_every_draw(name: str, steps: int, shift: float) -> None:
         assert rel_rms(a, b) <= SAMPLER_FP32
     assert rel_rms(result, expected) <= SAMPLER_FP32
     assert torch.equal(ours_generator.get_state(), theirs_generator.get_state())
+
+
+# Every setting that the classes take. Where a setting may stand beside others, those that it could be confused with.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "leading": {"timestep_spacing": "leading"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "epsilon": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False},
+    "epsilon leading": {"prediction_type": "epsilon", "timestep_spacing": "leading"},
+    "sample": {"prediction_type": "sample"},
+    "sample linspace": {"prediction_type": "sample", "timestep_spacing": "linspace"},
+    "clip": {"clip_sample": True, "clip_sample_range": 0.1, "sample_max_value": 0.1},
+    "level 0 at the end": {"set_alpha_to_one": False},
+    "level 0 at the end, leading": {"set_alpha_to_one": False, "timestep_spacing": "leading"},
+    "offset": {"timestep_spacing": "leading", "steps_offset": 1},
+    "offset past a step": {"timestep_spacing": "leading", "steps_offset": 19, "set_alpha_to_one": False},
+    "offset, trailing": {"steps_offset": 5},
+    "linear": {"beta_schedule": "linear"},
+    "linear, leading": {"beta_schedule": "linear", "timestep_spacing": "leading", "beta_end": 0.02},
+    "squaredcos": {"beta_schedule": "squaredcos_cap_v2"},
+    "squaredcos leading": {
+        "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading", "rescale_betas_zero_snr": False,
+    },
+    "betas": {"trained_betas": [0.001 + 1e-5 * i for i in range(1000)], "set_alpha_to_one": False},
+    "more betas than steps": {"trained_betas": [0.001 + 1e-5 * i for i in range(1200)], "beta_schedule": "linear"},
+    "some signal at the end": {"rescale_betas_zero_snr": False},
+    "shift": {"snr_shift_scale": 7.0},
+    "other betas": {"beta_start": 0.002, "beta_end": 0.03},
+    "500 levels": {"num_train_timesteps": 500},
+    "class defaults": SCHEDULER_CLASS_DEFAULTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 50])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_setting_of_the_schedulers(name: str, setting: str, steps: int) -> None:
+    config = {**SchedulerConfig().to_dict(), **SETTINGS[setting]}
+    scheduler = SCHEDULERS[name](**config)
+    scheduler.set_timesteps(steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule = make_schedule(SchedulerConfig.from_dict(config), steps)
+    assert torch.equal(schedule.alphas_cumprod, scheduler.alphas_cumprod)
+    assert list(schedule.timesteps) == scheduler.timesteps.tolist()
+    generators = Generator().manual_seed(3), Generator().manual_seed(3)
+    ours, _ = run_ours(name, noise(), schedule, generators[0])
+    theirs, _ = drive(scheduler, noise(), generators[1])
+    assert len(ours) == len(theirs) == steps
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.isfinite(b).all()
+        assert rel_rms(a, b) <= SAMPLER_FP32
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+@pytest.mark.parametrize("steps", [61, 103])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_counts_for_which_diffusers_takes_a_step_more(name: str, steps: int) -> None:
+    """Up to that step the states are the same; ours end there."""
+    scheduler = scheduler_for(name, 1.0)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist()[steps - 1 :] == [*schedule_for(steps, 1.0).timesteps[-1:], -1]
+    ours, _ = run_ours(name, noise(), schedule_for(steps, 1.0), Generator().manual_seed(3))
+    theirs, _ = drive(scheduler, noise(), Generator().manual_seed(3))
+    for a, b in zip(ours, theirs[:steps], strict=True):
+        assert rel_rms(a, b) <= SAMPLER_FP32
+    assert rel_rms(ours[-1], theirs[-1]) > 0.1
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_settings_and_their_defaults_are_those_of_the_class(name: str) -> None:
+    parameters = inspect.signature(SCHEDULERS[name].__init__).parameters
+    theirs = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
+    assert {**SchedulerConfig().to_dict(), **SCHEDULER_CLASS_DEFAULTS} == theirs
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_noise_cannot_be_predicted_where_there_is_nothing_else(name: str) -> None:
+    """diffusers divides by zero at the first step, and so do the samplers; a run is refused before it begins."""
+    config = SchedulerConfig(prediction_type="epsilon")
+    scheduler = SCHEDULERS[name](**config.to_dict())
+    scheduler.set_timesteps(5)
+    theirs, _ = drive(scheduler, noise(), Generator().manual_seed(1))
+    assert not torch.isfinite(theirs[0]).any()
+    model = dataclasses.replace(CONFIGS["cogvideox-2b"], scheduler=config)
+    with pytest.raises(ValueError, match=r"^prediction_type: got 'epsilon' with a first step at timestep 999, where"):
+        plan.settle(model, task="text-to-video", scheduler=name, num_inference_steps=5)
+    # With the noisiest step left out, both run.
+    plan.settle(model, task="video-to-video", scheduler=name, num_inference_steps=5, strength=0.8)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -101,6 +101,27 @@ def test_next_rule_reaches_clean_where_the_default_does_not() -> None:
     assert (missed - target).abs().max() > 1e-2
 
 
+def test_the_warning_says_where_diffusers_goes_on() -> None:
+    """For counts like 61 and 103 diffusers takes a step more than was asked for."""
+    with pytest.warns(
+        UserWarning, match=r"24 steps .*, diffusers does the same and then takes a step more, at t = -1;"
+    ):
+        schedule = make_schedule(CONFIG, 61)
+    assert len(schedule) == 61
+    with pytest.warns(UserWarning, match=r"does not divide 1000: 3 steps land beside .*, as in diffusers;"):
+        make_schedule(CONFIG, 6)
+    with pytest.warns(UserWarning, match=r"=50 with spacing 'linspace': 19 steps land beside .*, as in diffusers;"):
+        make_schedule(SchedulerConfig(timestep_spacing="linspace"), 50)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("steps", [1, 3, 7, 50, 61, 600])
+def test_leading_steps_land_on_each_other(steps: int) -> None:
+    schedule = make_schedule(SchedulerConfig(timestep_spacing="leading"), steps)
+    assert schedule.prev_timesteps[:-1] == schedule.timesteps[1:]
+    assert schedule.prev_timesteps[-1] < 0
+
+
 @pytest.mark.filterwarnings("ignore:num_inference_steps")
 def test_any_step_count_gives_that_many_falling_steps() -> None:
     for steps in (*range(1, 300), *range(300, 1001, 7), 397, 999):
@@ -215,8 +236,20 @@ def test_guidance() -> None:
         (lambda: make_schedule(CONFIG, 0), "num_inference_steps: got 0, wanted 1 to 1000"),
         (lambda: make_schedule(CONFIG, 1001), "num_inference_steps: got 1001, wanted 1 to 1000"),
         (lambda: make_schedule(CONFIG, 50, previous="last"), "previous: got 'last'"),  # pyright: ignore
-        (lambda: make_schedule(SchedulerConfig(timestep_spacing="leading"), 50), "timestep_spacing: got 'leading'"),
-        (lambda: make_schedule(SchedulerConfig(prediction_type="epsilon"), 50), "prediction_type: got 'epsilon'"),
+        (lambda: SchedulerConfig(timestep_spacing="log"), "timestep_spacing: got 'log', want one of leading, linspace"),
+        (lambda: SchedulerConfig(prediction_type="x"), "prediction_type: got 'x', want one of epsilon, sample, v_pred"),
+        (lambda: SchedulerConfig(beta_schedule="x"), "beta_schedule: got 'x', want one of linear, scaled_linear, squ"),
+        (lambda: SchedulerConfig(trained_betas=(0.1,)), "trained_betas: got 1 of them, want one for each of the 1000"),
+        (lambda: SchedulerConfig(beta_start=-1.0), "beta_start, beta_end: got -1.0, 0.012, want 0 or more"),
+        (
+            lambda: make_schedule(SchedulerConfig(beta_end=1.1), 50),
+            "scheduler: got betas and a shift that make a noise",
+        ),
+        (lambda: make_schedule(SchedulerConfig(snr_shift_scale=0.0), 50), "scheduler: got betas and a shift that make"),
+        (
+            lambda: make_schedule(SchedulerConfig(timestep_spacing="leading", steps_offset=20), 50),
+            "steps_offset: got 20, which with 50 steps begins at timestep 1000, want 999 at most",
+        ),
         (lambda: make_schedule(CONFIG, 50).tail(0.0), "strength: got 0.0"),
         (lambda: make_schedule(CONFIG, 50).tail(1.5), "strength: got 1.5"),
         (lambda: make_schedule(CONFIG, 50).tail(0.01), "strength: 0.01 of 50 steps is none"),

@@ -94,6 +94,17 @@ def test_scheduler_config(pristine: Path) -> None:
     assert load_scheduler_config(pristine) == load_scheduler_config(pristine / "scheduler") == expected
 
 
+def test_a_scheduler_setting_that_is_not_named_is_the_default_of_the_class(checkpoint: Path) -> None:
+    path = checkpoint / "scheduler" / "scheduler_config.json"
+    write_json(path, {"_class_name": "CogVideoXDPMScheduler", "snr_shift_scale": 2.0})
+    found = load_scheduler_config(checkpoint)
+    assert found == SchedulerConfig(
+        clip_sample=True, prediction_type="epsilon", timestep_spacing="leading", rescale_betas_zero_snr=False,
+        snr_shift_scale=2.0,
+    )  # fmt: skip
+    assert read_model_config(checkpoint).scheduler == found
+
+
 # Device and dtype.
 
 
@@ -220,12 +231,28 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"block_out_channels: got \(8, 'x'\), wanted a list of positive integers$",
     ),
     "scheduler-beta": (
-        lambda d: edit_json(d / "scheduler" / "scheduler_config.json", beta_schedule="linear"),
-        r"beta_schedule is 'linear'; only 'scaled_linear' is implemented$",
+        lambda d: edit_json(d / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid"),
+        r"scheduler_config\.json: beta_schedule: got 'sigmoid', want one of linear, scaled_linear, squaredcos_cap_v2$",
     ),
-    "scheduler-incomplete": (
-        lambda d: write_json(d / "scheduler" / "scheduler_config.json", {"_class_name": "CogVideoXDPMScheduler"}),
-        r"scheduler_config\.json: no num_train_timesteps, beta_start,",
+    "scheduler-spacing": (
+        lambda d: edit_json(d / "scheduler" / "scheduler_config.json", timestep_spacing="log"),
+        r"scheduler_config\.json: timestep_spacing: got 'log', want one of leading, linspace, trailing$",
+    ),
+    "scheduler-prediction": (
+        lambda d: edit_json(d / "scheduler" / "scheduler_config.json", prediction_type="flow"),
+        r"scheduler_config\.json: prediction_type: got 'flow', want one of epsilon, sample, v_prediction$",
+    ),
+    "scheduler-few-betas": (
+        lambda d: edit_json(d / "scheduler" / "scheduler_config.json", trained_betas=[0.1] * 999),
+        r"trained_betas: got 999 of them, want one for each of the 1000 num_train_timesteps$",
+    ),
+    "scheduler-betas-of-words": (
+        lambda d: edit_json(d / "scheduler" / "scheduler_config.json", trained_betas=["a"]),
+        r"trained_betas: got \('a',\), wanted a list of numbers or null$",
+    ),
+    "scheduler-offset": (
+        lambda d: edit_json(d / "scheduler" / "scheduler_config.json", steps_offset=-1),
+        r"steps_offset: got -1, wanted an integer, 0 or more$",
     ),
     "no-weights": (
         lambda d: (d / "vae" / WEIGHTS).unlink(),
