@@ -56,7 +56,7 @@ def generate(arguments: argparse.Namespace) -> None:
     task = plan.task_of(arguments.image, arguments.video)
     source = arguments.model or ("tiny-i2v" if task == "image-to-video" else "tiny-t2v")
     origin = {"revision": arguments.revision, "local_files_only": arguments.local_files_only}
-    model = plan.read_model(source, **origin)
+    model = plan.read_model(source, defaults=arguments.defaults, **origin)
     video = None if arguments.video is None else cogvid.read_video(arguments.video, arguments.num_frames)[0]
     options = {
         "height": arguments.height,
@@ -80,8 +80,15 @@ def generate(arguments: argparse.Namespace) -> None:
     cogvid.VideoWriter(**target)
     _try_writing(arguments.output)
     image = None if arguments.image is None else cogvid.load_image(arguments.image)
+    if arguments.model is None and not plan.starts_from_flat_shapes(image, video):
+        warnings.warn(
+            f"no --model is named, so {source} is taken, which knows flat shapes and a few words and has seen nothing "
+            f"like this picture; another is named like --model {plan.models_for(task)[0]}",
+            stacklevel=1,
+        )
     try:
-        pipe = load(source, device=arguments.device, dtype=arguments.dtype, ops=arguments.ops, **origin)
+        run_in = {"device": arguments.device, "dtype": arguments.dtype, "ops": arguments.ops}
+        pipe = load(source, **run_in, defaults=arguments.defaults, **origin)
     except RuntimeError as error:
         if _is_out_of_memory(error):
             raise
@@ -147,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
     make.add_argument("--video", metavar="PATH", help="a video to start from")
     make.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    make.add_argument(
+        "--defaults",
+        default="recommended",
+        metavar="WHOSE",
+        help="what is not said is as recommended by the model's authors, or as in diffusers",
+    )
     make.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16")
     make.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16")
     make.add_argument("--num-frames", type=int, metavar="N", help="8N or 8N + 1")

@@ -191,12 +191,15 @@ SCHEDULER_CLASS_DEFAULTS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One entry of `CONFIGS`: a model and what its authors recommend.
+    """A model and what a call takes that does not say otherwise: in `CONFIGS`, what its authors recommend.
 
     repo: hub id of the official weights, or None for a shipped pack.
     height, width: pixels. num_frames: pixel frames. fps: of the written video.
     max_frames: the longest clip that the model was trained on.
     frame_multiple: the authors' frame counts are `frame_multiple * n + 1`; others that decode exactly run too.
+    dynamic_guidance: vary the guidance with dpm; with ddim it varies only where a call asks for it.
+    max_sequence_length: text tokens; None is the transformer's `max_text_seq_length`.
+    recommended: the same model as its authors recommend it, where this one has other defaults.
     """
 
     name: str
@@ -214,6 +217,14 @@ class ModelConfig:
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     sampler: str = "dpm"
+    dynamic_guidance: bool = True
+    max_sequence_length: int | None = None
+    recommended: ModelConfig | None = None
+
+    @property
+    def text_length(self) -> int:
+        """Text tokens that prompts are padded or cut to."""
+        return self.max_sequence_length or self.transformer.max_text_seq_length
 
 
 _TRANSFORMER_2B = TransformerConfig()

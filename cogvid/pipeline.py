@@ -46,7 +46,7 @@ from cogvid.text import TextEncoder, load_text_encoder
 from cogvid.transformer import LearnedPositions, StepCache, Transformer
 from cogvid.vae import VAE
 from cogvid.video import denormalize, to_uint8
-from cogvid.weights import DTYPES, load_transformer, load_vae, read_model_config, resolve_device, resolve_dtype
+from cogvid.weights import DTYPES, load_transformer, load_vae, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,6 +81,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     ops: str | Ops = "auto",
+    defaults: str = "recommended",
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Pipeline:
@@ -90,12 +91,15 @@ def load(
         device: None is CUDA where there is a GPU, else the CPU.
         dtype: "float32", "bfloat16" or "float16"; None is what the model's authors recommend.
         ops: "torch", "triton", "auto" (triton on CUDA, torch elsewhere), or an `Ops`.
+        defaults: what a call takes that does not say otherwise: "recommended" by the model's authors, or as in
+            "diffusers", so that a call ported from there gives the same video; see `plan.read_model`.
         revision: branch, tag or commit of a hub id. local_files_only: take a hub id from the local cache.
     """
     device = resolve_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     bundle, ops_name = resolve_ops(ops, device)
-    directory = find(os.fspath(source), revision=revision, local_files_only=local_files_only)
-    model = read_model_config(directory)
+    # Absolute, because a directory "tiny-i2v" would be taken for the shipped pack from here on.
+    directory = find(os.fspath(source), revision=revision, local_files_only=local_files_only).absolute()
+    model = plan.read_model(str(directory), defaults=defaults)
     # Decided here once, so that all three parts agree and what has to be said about it is said once.
     dtype = resolve_dtype(dtype, device, stored=DTYPES[model.dtype])
     return Pipeline(
@@ -174,7 +178,7 @@ class Pipeline:
         learned_positions: LearnedPositions = "sincos",
         progress: bool = True,
     ) -> Output:
-        """Generate videos. What is None is the recommendation of the model's authors (50 steps, guidance 6).
+        """Generate videos. What is None is the default of `self.model`: see `defaults` of `load`.
 
         Args:
             prompt: one or several; each becomes `num_videos_per_prompt` videos, which lie together in the batch.
@@ -183,7 +187,8 @@ class Pipeline:
             negative_prompt: what to steer away from, for all prompts or one for each; unused without guidance.
             height, width: pixels. num_frames: pixel frames, 8N or 8N + 1.
             guidance_scale: classifier-free guidance, off at 1 and below.
-            use_dynamic_cfg: None is on with dpm and off with ddim; or a mode of `sampler.guidance_schedule` by name.
+            use_dynamic_cfg: None is on with dpm and off with ddim, and off with diffusers' defaults; or a mode of
+                `sampler.guidance_schedule` by name.
             scheduler: "dpm" or "ddim".
             strength: (0, 1], how much of a video is noise at the start, and the share of the steps that are run.
             seed: of the first video; the k-th one has seed + k. Each video has a CPU generator of its own, so that with
@@ -234,8 +239,7 @@ class Pipeline:
         if video is not None:
             schedule = schedule.tail(settings.strength)
 
-        text_len = self.model.transformer.max_text_seq_length
-        embeds = encode_prompts(self.text_encoder, prompts, negatives, text_len)
+        embeds = encode_prompts(self.text_encoder, prompts, negatives, self.model.text_length)
         embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order decides the video.
@@ -320,6 +324,8 @@ class Pipeline:
             "model": self.model.name,
             "source": self.source,
             "revision": self.revision,
+            "defaults": "recommended" if self.model.recommended is None else "diffusers",
+            "max_sequence_length": self.model.text_length,
             **settings.to_dict(),
             "timesteps": list(schedule.timesteps),
             "guidance_schedule": scales if settings.guided else None,

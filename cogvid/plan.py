@@ -13,12 +13,21 @@ from typing import Any, Literal, get_args
 
 from cogvid.config import CONFIGS, ModelConfig, SchedulerConfig, VAEConfig
 from cogvid.hub import find
-from cogvid.image import RESIZE_MODES
+from cogvid.image import RESIZE_MODES, prepare_image, prepare_video
 from cogvid.sampler import SAMPLERS, GuidanceMode, alphas_cumprod, timesteps
 from cogvid.transformer import LearnedPositions
-from cogvid.weights import load_state, map_transformer_state_dict, map_vae_state_dict, read_model_config, stored_dtype
+from cogvid.weights import (
+    load_state,
+    map_transformer_state_dict,
+    map_vae_state_dict,
+    read_model_config,
+    read_model_index,
+    stored_dtype,
+)
 
 TASKS = ("text-to-video", "image-to-video", "video-to-video")
+
+DEFAULTS = ("recommended", "diffusers")
 
 ImageLatentScale = Literal["diffusers", "none", "multiply"]
 PreviousTimestep = Literal["diffusers", "next"]
@@ -77,11 +86,11 @@ def settle(
     previous_timestep: PreviousTimestep = "diffusers",
     learned_positions: LearnedPositions = "sincos",
 ) -> Settings:
-    """Fill in the model's recommendations and check the whole; `untrained` says what is legal but of doubtful use."""
+    """Fill in the model's defaults and check the whole; `untrained` says what is legal but of doubtful use."""
     check_task(model, task)
     scheduler = model.sampler if scheduler is None else scheduler
     if use_dynamic_cfg is None:
-        use_dynamic_cfg = scheduler == "dpm"
+        use_dynamic_cfg = model.dynamic_guidance and scheduler == "dpm"
     if isinstance(use_dynamic_cfg, bool):
         use_dynamic_cfg = "diffusers" if use_dynamic_cfg else "constant"
     settings = Settings(
@@ -128,9 +137,35 @@ def task_of(image: object | None, video: object | None) -> str:
     return "image-to-video" if image is not None else "video-to-video" if video is not None else "text-to-video"
 
 
-def read_model(source: str, *, revision: str | None = None, local_files_only: bool = False) -> ModelConfig:
-    """Say which model a checkpoint is; the arguments are those of `cogvid.load`."""
-    return read_model_config(find(source, revision=revision, local_files_only=local_files_only))
+def read_model(
+    source: str, *, defaults: str = "recommended", revision: str | None = None, local_files_only: bool = False
+) -> ModelConfig:
+    """Say which model a checkpoint is, and what a call takes that does not say otherwise.
+
+    The arguments are those of `cogvid.load`.
+
+    defaults: "recommended" by the model's authors, or those of "diffusers", whose three CogVideoX pipelines take the
+        scheduler of `model_index.json`, 50 steps, constant guidance of 6, 226 text tokens, the size that the
+        transformer's config names, and its frame count, or 49 for image-to-video.
+    """
+    check_choice("defaults", defaults, DEFAULTS)
+    directory = find(source, revision=revision, local_files_only=local_files_only)
+    model = read_model_config(directory)
+    if defaults == "recommended":
+        return model
+    stride, transformer = model.vae.spatial_compression_ratio, model.transformer
+    return dataclasses.replace(
+        model,
+        height=transformer.sample_height * stride,
+        width=transformer.sample_width * stride,
+        num_frames=49 if transformer.takes_image else transformer.sample_frames,
+        num_inference_steps=50,
+        guidance_scale=6.0,
+        sampler="dpm" if "CogVideoXDPMScheduler" in read_model_index(directory)["scheduler"] else "ddim",
+        dynamic_guidance=False,
+        max_sequence_length=226,
+        recommended=model,
+    )
 
 
 def describe(source: str, *, revision: str | None = None, local_files_only: bool = False) -> dict[str, Any]:
@@ -176,13 +211,33 @@ def describe(source: str, *, revision: str | None = None, local_files_only: bool
     }
 
 
+def starts_from_flat_shapes(image: Any, video: Any) -> bool:
+    """Tell whether a run may start from flat shapes, all that the shipped packs know, or from no picture at all.
+
+    A scene of their training differs from one pixel to the next at outlines only, in at most an eighth of 64x64 pixels;
+    a photo of that size does in half of them and more. image, video: as for `Pipeline`; of a video, the first frame.
+    """
+    if image is None and video is None:
+        return True
+    pixels = prepare_image(image, 64, 64) if video is None else prepare_video(video[:1], 64, 64)[:, :, 0]
+    down, right = pixels.diff(dim=-2)[..., 1:].abs(), pixels.diff(dim=-1)[..., 1:, :].abs()
+    return bool((down.maximum(right).amax(dim=1) > 1 / 16).float().mean() < 0.25)  # of a range of 2
+
+
 def check_task(model: ModelConfig, task: str) -> None:
-    """Raise unless the model can do the task, naming the official models that can."""
+    """Raise unless the model can do the task, naming those that can."""
     check_choice("task", task, TASKS)
     if (task == "image-to-video") != model.transformer.takes_image:
-        wants = "an image" if model.transformer.takes_image else "no image"
-        able = [m.name for m in CONFIGS.values() if m.transformer.takes_image == (task == "image-to-video")]
-        raise ValueError(f"model: {model.name} takes {wants} and cannot do {task}; wanted one of {', '.join(able)}")
+        takes = "an image" if model.transformer.takes_image else "no image"
+        raise ValueError(
+            f"model: got {model.name}, which takes {takes} and cannot do {task}, want one of "
+            f"{', '.join(models_for(task))}"
+        )
+
+
+def models_for(task: str) -> list[str]:
+    """Return what `load` can be given for a task: the hub ids of the official models, and the shipped packs."""
+    return [m.repo or m.name for m in CONFIGS.values() if m.transformer.takes_image == (task == "image-to-video")]
 
 
 def check_size(model: ModelConfig, height: int, width: int) -> None:
@@ -252,6 +307,7 @@ def decoded_frames(vae: VAEConfig, frames: int) -> int:
 
 def untrained(model: ModelConfig, height: int, width: int, num_frames: int) -> list[str]:
     """Name what of a legal run lies outside what the model was trained for."""
+    model = model.recommended or model
     departures = []
     shorter, longer = sorted((height, width))
     # CogVideoX1.5-I2V saw every aspect ratio with the same shorter side

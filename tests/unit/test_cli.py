@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 
 import cogvid
+from cogvid import plan
 from cogvid.cli import main
+from cogvid.hub import find
 from cogvid.image import load_image
 from cogvid.video import read_metadata, read_video
 from tests.pipelines import picture, save_pipeline, tiny_pipeline
@@ -220,11 +222,69 @@ def test_incomplete_commands(refused: Refused, arguments: list[str]) -> None:
 
 
 def test_a_model_that_cannot_do_it_names_those_that_can(
-    t2v: Path, i2v: Path, image: Path, out: Path, refused: Refused
+    t2v: Path, i2v: Path, image: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = refused("generate", "x", "-o", out, "--model", t2v, "--image", image)
-    assert "cannot do image-to-video; wanted one of cogvideox-5b-i2v, cogvideox1.5-5b-i2v" in line
-    assert "cannot do text-to-video; wanted one of cogvideox-2b" in refused("generate", "x", "-o", out, "--model", i2v)
+    assert "model: got custom-t2v, which takes no image and cannot do image-to-video, want one of zai-org/Cog" in line
+    other = refused("generate", "x", "-o", out, "--model", i2v)
+    assert "cannot do text-to-video, want one of zai-org/CogVideoX-2b, " in other
+    monkeypatch.setattr("cogvid.hub._fetch", lambda repo, *_: Path(repo))
+    for message, takes_image in ((line, True), (other, False)):
+        named = message.partition("want one of ")[2].split(", ")
+        assert len(named) >= 3
+        for name in named:
+            assert find(name).name == name.rpartition("/")[2]
+            known = next(m for m in cogvid.CONFIGS.values() if name in (m.repo, m.name))
+            assert known.transformer.takes_image == takes_image
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("photo", "tiny-i2v"), ("clip", "tiny-t2v"), ("demo", ""), ("words", ""), ("named", "")]
+)
+def test_a_picture_unlike_any_that_the_default_model_knows_is_said(
+    given: str, taken: str, image: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    cogvid.export_to_video([picture(64, 64, seed=i) for i in range(9)], clip)
+    inputs = {
+        "photo": ["--image", image],
+        "clip": ["--video", clip],
+        "demo": ["--image", ROOT / "scripts" / "demo.png"],
+        "words": [],
+        "named": ["--image", image, "--model", "tiny-i2v"],
+    }[given]
+    options = ["--num-inference-steps", 2, "--num-frames", 9, "-o", out, *inputs]
+    assert main(["generate", "the red circle moves right", *map(str, options)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "--model" in line]
+    assert len(said) == bool(taken)
+    for line in said:
+        assert line.startswith(f"cogvid: warning: no --model is named, so {taken} is taken, which knows flat shapes")
+        assert f"--model {'zai-org/CogVideoX-5b-I2V' if taken == 'tiny-i2v' else 'zai-org/CogVideoX-2b'}" in line
+
+
+def test_every_scene_that_the_shipped_models_were_trained_on_shows_flat_shapes() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from tiny_world import render, sample_scenes
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    scenes = sample_scenes(200, torch.Generator().manual_seed(0))
+    pictures = ((render(scenes, frames=torch.tensor([0]))[:, :, 0] + 1) * 127.5).round().to(torch.uint8)
+    assert all(plan.starts_from_flat_shapes(Image.fromarray(p.permute(1, 2, 0).numpy()), None) for p in pictures)
+    assert not any(plan.starts_from_flat_shapes(picture(200, 300, seed=i), None) for i in range(5))
+
+
+def test_the_defaults_of_diffusers_are_one_option(t2v: Path, out: Path, refused: Refused) -> None:
+    options = ["-o", str(out), "--model", str(t2v), "--num-inference-steps", "2"]
+    assert main(["generate", "a red", *options, "--defaults", "diffusers"]) == 0
+    made = read_metadata(out)
+    expected = {
+        "defaults": "diffusers", "scheduler": "ddim", "guidance_mode": "constant", "guidance_scale": 6.0,
+        "height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 226,
+    }  # fmt: skip
+    assert {name: made[name] for name in expected} == expected
+    line = refused("generate", "x", *options, "--defaults", "theirs")
+    assert line == "cogvid: error: defaults: got 'theirs', wanted one of recommended, diffusers"
 
 
 def _bomb() -> bytes:

@@ -40,6 +40,16 @@ def i2v(tmp_path_factory: pytest.TempPathFactory) -> cogvid.Pipeline:
     return cogvid.load(save_pipeline(*tiny_pipeline("5b-i2v"), tmp_path_factory.mktemp("i2v")), device="cpu")
 
 
+def test_a_directory_with_the_name_of_a_pack_is_that_directory(
+    t2v: cogvid.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny-t2v").symlink_to(t2v.source)
+    monkeypatch.chdir(tmp_path)
+    pipe = cogvid.load("./tiny-t2v", device="cpu")
+    assert pipe.model == t2v.model
+    assert pipe.transformer.config == t2v.transformer.config
+
+
 def own_task(name: str) -> str:
     return "image-to-video" if CONFIGS[name].transformer.takes_image else "text-to-video"
 
@@ -52,6 +62,19 @@ def test_defaults_are_the_recommendation_of_the_authors(name: str) -> None:
     assert (settings.scheduler, settings.guidance_mode) == (scheduler, guidance)
     assert (settings.num_inference_steps, settings.guidance_scale) == (50, 6.0)
     assert plan.untrained(CONFIGS[name], height, width, frames) == []
+
+
+def test_the_defaults_of_diffusers_in_settings(i2v: cogvid.Pipeline) -> None:
+    """That they give diffusers' videos is shown in tests/parity/test_defaults.py."""
+    model = plan.read_model(i2v.source, defaults="diffusers")
+    settings = plan.settle(model, task="image-to-video", scheduler="dpm")
+    assert (settings.height, settings.width, settings.num_frames, settings.guidance_mode) == (64, 96, 49, "constant")
+    assert model.text_length == 226
+    assert plan.read_model(i2v.source).text_length == TEXT_LEN
+    # What was trained stays what it was.
+    assert plan.untrained(model, 64, 96, 49) == ["49 frames (recommended: 9; 8N + 1 up to 9)"]
+    with pytest.raises(ValueError, match=r"^defaults: got 'none', wanted one of recommended, diffusers$"):
+        cogvid.load(i2v.source, device="cpu", defaults="none")
 
 
 @pytest.mark.parametrize(
