@@ -71,6 +71,8 @@ def generate(arguments: argparse.Namespace) -> None:
         "image_latent_scale": arguments.image_latent_scale,
     }
     settings = plan.settle(model, task=task, **options)
+    if arguments.seed is not None:
+        plan.check_seed(arguments.seed, 1)
     target = {
         "path": arguments.output,
         "height": settings.height,

@@ -229,8 +229,10 @@ class Pipeline:
         )
         if departures := plan.untrained(self.model, settings.height, settings.width, settings.num_frames):
             warnings.warn(f"{self.model.name} was not trained for {' and '.join(departures)}", stacklevel=3)
-        prompts = _prompts(prompt, prompt_embeds)
-        negatives = _negatives(negative_prompt, negative_prompt_embeds, len(prompts)) if settings.guided else None
+        prompts = _prompts(prompt, prompt_embeds, self.model)
+        negatives = None
+        if settings.guided:
+            negatives = _negatives(negative_prompt, negative_prompt_embeds, prompts, self.model)
         batch = len(prompts) * num_videos_per_prompt
         generator, seeds = _generators(seed, generator, batch)
         schedule = make_schedule(
@@ -238,9 +240,6 @@ class Pipeline:
         )
         if video is not None:
             schedule = schedule.tail(settings.strength)
-
-        embeds = encode_prompts(self.text_encoder, prompts, negatives, self.model.text_length)
-        embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order decides the video.
         image_latents = None
@@ -252,6 +251,8 @@ class Pipeline:
             x = initial_latents(self.latent_shape(settings, batch), generator, self.device, self.dtype, latents)
         if image_latents is not None:
             image_latents = _pad_end(image_latents, x.shape[2])
+        embeds = encode_prompts(self.text_encoder, prompts, negatives, self.model.text_length)
+        embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
         with tqdm(total=len(schedule), desc="denoise", unit="step", disable=not progress) as bar:
 
@@ -354,10 +355,6 @@ def encode_prompts(
     if negative is None:
         return cond
     uncond = negative if isinstance(negative, Tensor) else encoder(negative, cond.shape[1])
-    if uncond.shape != cond.shape:
-        raise ValueError(
-            f"negative_prompt_embeds: got shape {tuple(uncond.shape)}, wanted {tuple(cond.shape)} as the prompts'"
-        )
     return torch.cat([uncond.to(cond), cond])
 
 
@@ -442,7 +439,7 @@ def sample(
         inputs = x if image_latents is None else torch.cat([x, image_latents], dim=1)
         if settings.guided:
             inputs = torch.cat([inputs, inputs])
-        velocity = transformer(
+        prediction = transformer(
             inputs,
             embeds,
             timesteps[i].expand(len(inputs)),
@@ -450,8 +447,8 @@ def sample(
             learned_positions=settings.learned_positions,
         )
         if not settings.guided:
-            return velocity.float()
-        uncond, cond = velocity.chunk(2)
+            return prediction.float()
+        uncond, cond = prediction.chunk(2)
         return guide(uncond, cond, scales[i])
 
     return SAMPLERS[settings.scheduler](denoise, x, schedule, generator=generator, on_step=on_step)
@@ -484,20 +481,27 @@ def _pad_end(latents: Tensor, frames: int) -> Tensor:
     return torch.cat([latents, latents.new_zeros(b, c, frames - t, h, w)], dim=2)
 
 
-def _prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None) -> list[str] | Tensor:
+def _prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, model: ModelConfig) -> list[str] | Tensor:
     if (prompt is None) == (embeds is None):
         raise ValueError(f"prompt, prompt_embeds: got {'neither' if prompt is None else 'both'}, wanted one of them")
     if embeds is not None:
-        if embeds.ndim != 3:
-            raise ValueError(f"prompt_embeds: got shape {tuple(embeds.shape)}, wanted [prompts, L, E]")
+        width = model.transformer.text_embed_dim
+        if embeds.ndim != 3 or embeds.shape[2] != width:
+            raise ValueError(f"prompt_embeds: got shape {tuple(embeds.shape)}, want [prompts, L, {width}]")
         return embeds
     return _strings("prompt", prompt)
 
 
-def _negatives(prompt: str | Sequence[str], embeds: Tensor | None, count: int) -> list[str] | Tensor:
+def _negatives(
+    prompt: str | Sequence[str], embeds: Tensor | None, prompts: list[str] | Tensor, model: ModelConfig
+) -> list[str] | Tensor:
+    count = len(prompts)
     if embeds is not None:
         if prompt:
             raise ValueError("negative_prompt, negative_prompt_embeds: got both, wanted one of them")
+        length = prompts.shape[1] if isinstance(prompts, Tensor) else model.text_length
+        if tuple(embeds.shape) != (shape := (count, length, model.transformer.text_embed_dim)):
+            raise ValueError(f"negative_prompt_embeds: got shape {tuple(embeds.shape)}, want {shape} as the prompts'")
         return embeds
     prompts = _strings("negative_prompt", prompt)
     if len(prompts) not in (1, count):
@@ -522,6 +526,6 @@ def _generators(seed: int | None, generator: Generators | None, batch: int) -> t
         return generator, None
     if seed is None:
         seed = secrets.randbelow(2**32)
-    plan.check_int("seed", seed, 0, 2**63 - batch)  # the last video's is seed + batch - 1, and torch takes 63 bits
+    plan.check_seed(seed, batch)
     seeds = [seed + k for k in range(batch)]
     return [Generator("cpu").manual_seed(each) for each in seeds], seeds

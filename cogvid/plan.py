@@ -217,9 +217,12 @@ def starts_from_flat_shapes(image: Any, video: Any) -> bool:
     A scene of their training differs from one pixel to the next at outlines only, in at most an eighth of 64x64 pixels;
     a photo of that size does in half of them and more. image, video: as for `Pipeline`; of a video, the first frame.
     """
-    if image is None and video is None:
+    if video is not None:
+        pixels = prepare_video(video[:1], 64, 64)[:, :, 0]
+    elif image is not None:
+        pixels = prepare_image(image, 64, 64)
+    else:
         return True
-    pixels = prepare_image(image, 64, 64) if video is None else prepare_video(video[:1], 64, 64)[:, :, 0]
     down, right = pixels.diff(dim=-2)[..., 1:].abs(), pixels.diff(dim=-1)[..., 1:, :].abs()
     return bool((down.maximum(right).amax(dim=1) > 1 / 16).float().mean() < 0.25)  # of a range of 2
 
@@ -292,6 +295,11 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         wanted = f"{low} or more" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: got {value!r}, wanted an integer, {wanted}")
+
+
+def check_seed(seed: object, videos: int) -> None:
+    """Raise unless this seed and those of the videos behind it, one more each, have 63 bits, as many as torch takes."""
+    check_int("seed", seed, 0, 2**63 - videos)
 
 
 def latent_frames(vae: VAEConfig, num_frames: int) -> int:

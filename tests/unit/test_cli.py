@@ -204,6 +204,13 @@ def test_bad_options(t2v: Path, out: Path, refused: Refused, options: list[str],
     assert message in refused("generate", "x", "-o", out, "--model", t2v, *options)
 
 
+def test_a_bad_seed_is_refused_before_the_weights_are_read(
+    t2v: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cogvid.pipeline.load", None)
+    assert "seed: got -1" in refused("generate", "x", "-o", out, "--model", t2v, "--seed", -1)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(t2v: Path, out: Path, refused: Refused) -> None:
     assert "device: got 'cuda'" in refused("generate", "x", "-o", out, "--model", t2v, "--device", "cuda")

@@ -151,6 +151,8 @@ EMBEDS = torch.zeros(1, TEXT_LEN, 40)
         ({"prompt": 3}, "prompt: got 3"),
         ({"prompt": ["a", 3]}, "prompt: got"),
         ({"prompt": None, "prompt_embeds": EMBEDS[0]}, r"prompt_embeds: got shape \(10, 40\)"),
+        ({"prompt": None, "prompt_embeds": EMBEDS[..., :39]}, r"got shape \(1, 10, 39\), want \[prompts, L, 40\]"),
+        ({"negative_prompt_embeds": EMBEDS.repeat(2, 1, 1)}, r"embeds: got shape \(2, 10, 40\), want \(1, 10, 40\)"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2, wanted 1 or one per prompt, 1"),
         ({"negative_prompt": "a", "negative_prompt_embeds": EMBEDS}, "negative_prompt_embeds: got both"),
         ({"negative_prompt_embeds": EMBEDS[:, :5]}, r"negative_prompt_embeds: got shape \(1, 5, 40\)"),
@@ -173,7 +175,12 @@ EMBEDS = torch.zeros(1, TEXT_LEN, 40)
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
-def test_wrong_arguments_are_refused(t2v: cogvid.Pipeline, options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused_before_any_model_runs(
+    t2v: cogvid.Pipeline, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(t2v, "text_encoder", None)
+    monkeypatch.setattr(t2v.vae, "encode", None)
+    monkeypatch.setattr(t2v.transformer, "forward", None)
     with pytest.raises(ValueError, match=message):
         t2v(**{"prompt": "a red", **QUICK, **options})
 
