@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from cogvid.config import CONFIGS, ModelConfig, VAEConfig
-from cogvid.hub import find
+from cogvid.hub import WEIGHTS, component_variants, find
 from cogvid.image import RESIZE_MODES
 from cogvid.sampler import SAMPLERS, GuidanceMode
 from cogvid.transformer import LearnedPositions
@@ -127,23 +127,25 @@ def task_of(image: object | None, video: object | None) -> str:
     return "image-to-video" if image is not None else "video-to-video" if video is not None else "text-to-video"
 
 
-def read_model(source: str, *, revision: str | None = None, local_files_only: bool = False) -> ModelConfig:
+def read_model(
+    source: str, *, revision: str | None = None, local_files_only: bool = False, variant: str | None = None
+) -> ModelConfig:
     """Say which model a checkpoint is; the arguments are those of `cogvid.load`."""
-    return read_model_config(find(source, revision=revision, local_files_only=local_files_only))
+    directory = find(source, revision=revision, local_files_only=local_files_only, variant=variant)
+    return read_model_config(directory, variant)
 
 
-def describe(source: str, *, revision: str | None = None, local_files_only: bool = False) -> dict[str, Any]:
+def describe(
+    source: str, *, revision: str | None = None, local_files_only: bool = False, variant: str | None = None
+) -> dict[str, Any]:
     """Say what a checkpoint is, ready for JSON; raise if its weights are not those of its configs.
 
     The arguments are those of `cogvid.load`. Only configs and the headers of the safetensors are read.
     """
-    directory = find(source, revision=revision, local_files_only=local_files_only)
-    model = read_model_config(directory)
-    states = {
-        "transformer": load_state(directory / "transformer"),
-        "vae": load_state(directory / "vae"),
-        "text_encoder": load_state(directory / "text_encoder", "model"),
-    }
+    directory = find(source, revision=revision, local_files_only=local_files_only, variant=variant)
+    model = read_model_config(directory, variant)
+    variants = component_variants(directory, variant)
+    states = {part: load_state(directory / part, base, variants[part]) for part, base in WEIGHTS.items()}
     on_meta = {part: {name: tensor.to("meta") for name, tensor in state.items()} for part, state in states.items()}
     map_transformer_state_dict(on_meta["transformer"], model.transformer)
     map_vae_state_dict(on_meta["vae"], model.vae)
