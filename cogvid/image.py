@@ -51,7 +51,7 @@ def load_image(
 
     As in diffusers, alpha is dropped (not blended with a background) and colour profiles are not applied. Greys of
     more than 8 bits are scaled, not clipped: see `_grey_to_8_bits`. Of an animation the first frame is taken; of a
-    PIL image, the frame that it stands at.
+    PIL image, the frame that it stands at. What Pillow warns of, such as a broken EXIF block, it warns the caller of.
 
     Args:
         source: path, http(s) URL, encoded bytes, binary file object (read to its end) or PIL image.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -126,6 +127,33 @@ def test_vae_map_is_a_bijection() -> None:
     ours = VAE(config)
     ours.load_state_dict(mapped, strict=True)
     assert_same_state(unmap_state_dict(ours), reference.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options", [*({"attention_head_dim": d} for d in range(2, 66, 2)), {"ofs_embed_dim": 8}], ids=str
+)
+@pytest.mark.parametrize("variant", ["2b", "5b"])
+def test_what_is_refused_does_not_run_in_diffusers(variant: str, options: dict[str, int]) -> None:
+    """Neither widths that the positions cannot be split into, nor an ofs that cannot be added to the time."""
+    try:
+        reference = tiny_transformer(variant, num_attention_heads=1, **options)
+        head_dim, rotary = reference.config["attention_head_dim"], None
+        if variant == "5b":
+            rotary = get_3d_rotary_pos_embed(head_dim, ((0, 0), (4, 6)), (4, 6), 3)
+        ofs = torch.ones(1) if "ofs_embed_dim" in options else None
+        text = torch.randn(1, 10, 40)
+        with torch.no_grad():
+            reference(torch.randn(1, 3, 16, 8, 12), text, torch.tensor([7]), ofs=ofs, image_rotary_emb=rotary)
+        runs = True
+    except (ValueError, RuntimeError, AssertionError):
+        runs = False
+    values = {"num_attention_heads": 1, "time_embed_dim": 24, "use_rotary_positional_embeddings": variant == "5b"}
+    try:
+        TransformerConfig.from_dict({**values, **options})
+        refused = False
+    except ValueError:
+        refused = True
+    assert refused != runs
 
 
 @pytest.mark.usefixtures("fast_bfloat16")

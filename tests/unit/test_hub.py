@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import cogvid
-from cogvid import plan
+from cogvid import cli, plan
 from cogvid.hub import PACKS, find, stored_variants
 from tests.checkpoints import digest
 
@@ -275,7 +275,23 @@ def test_what_is_fetched_is_what_is_opened(
     fetched = json.loads(hub(code))
 
     watch = Opened(checkpoint)
-    cogvid.load(checkpoint, device="cpu", variant=variant)
+    assert cogvid.load(checkpoint, device="cpu", variant=variant).variant == variant
     plan.describe(str(checkpoint), variant=variant)
     assert watch.files() == fetched
     assert len(fetched) == 10
+
+
+def test_the_command_line_takes_a_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = shutil.copytree(PACKS / "tiny-t2v", tmp_path / "checkpoint")
+    for path in list(checkpoint.glob("*/*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    assert cli.main(["inspect", str(checkpoint)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cogvid: error: variant: got None, want 'fp16': ")
+    assert said.count("\n") == 1
+    assert cli.main(["inspect", str(checkpoint), "--variant", "fp16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["vae"]["dtype"] == "float16"
+    output, quick = str(tmp_path / "x.mp4"), ["--num-inference-steps", "1", "--num-frames", "1", "--variant", "fp16"]
+    command = ["generate", "the red circle moves right", "-o", output, "--model", str(checkpoint), *quick]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == f"{output}\n"
