@@ -55,7 +55,7 @@ def generate(arguments: argparse.Namespace) -> None:
     # All that can be refused is refused before a weight is read, the cheapest first.
     task = plan.task_of(arguments.image, arguments.video)
     source = arguments.model or ("tiny-i2v" if task == "image-to-video" else "tiny-t2v")
-    origin = {"revision": arguments.revision, "local_files_only": arguments.local_files_only}
+    origin = {name: getattr(arguments, name) for name in ("revision", "local_files_only", "variant")}
     model = plan.read_model(source, defaults=arguments.defaults, **origin)
     video = None if arguments.video is None else cogvid.read_video(arguments.video, arguments.num_frames)[0]
     options = {
@@ -120,9 +120,8 @@ def inspect(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint is: the model, its recommended settings, and what its weights hold."""
     from cogvid import plan
 
-    found = plan.describe(
-        arguments.checkpoint, revision=arguments.revision, local_files_only=arguments.local_files_only
-    )
+    origin = {name: getattr(arguments, name) for name in ("revision", "local_files_only", "variant")}
+    found = plan.describe(arguments.checkpoint, **origin)
     if arguments.json:
         print(json.dumps(found))
         return
@@ -200,6 +199,7 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: st
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--local-files-only", action="store_true", help="do not use the network")
+    parser.add_argument("--variant", metavar="NAME", help="which weights, where there are several sets, such as fp16")
 
 
 class _Parser(argparse.ArgumentParser):

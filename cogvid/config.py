@@ -8,7 +8,10 @@ dtype policy, in one place:
 - weights and activations run in the dtype given to `load`;
 - always fp32 whatever that is: norm statistics, RoPE tables, modulation arithmetic, guidance, sampler arithmetic;
 - the noise schedule is fp64; pixels leave the VAE in its own dtype and are rounded, never truncated, to uint8;
-- fp16 arithmetic is never run on a CPU (ten times slower than bf16 there, and 5B overflows in it).
+- fp16 arithmetic is never run on a CPU (ten times slower than bf16 there, and 5B overflows in it): bf16 takes its
+  place, or fp32 on a CPU that is slow at bf16 too;
+- a bf16 model runs in fp32 on a CPU that is slow at bf16 (without AVX-512, decoding takes over ten times as long),
+  unless the caller asks for bf16. `weights.resolve_dtype` is the code; it warns of what it changes or knows to be slow.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 Count = int  # 0 or more, where "int" below is 1 or more
 
@@ -51,6 +54,10 @@ def _checked(name: str, value: Any, kind: str) -> Any:
     if not fits(value):
         raise ValueError(f"{name}: got {value!r}, wanted {words}")
     return value
+
+
+def _refuse(name: str, value: Any, want: str) -> NoReturn:
+    raise ValueError(f"{name}: got {value!r}, want {want}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,28 @@ class TransformerConfig(_JsonConfig):
     norm_eps: float = 1e-5
     qk_norm_eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        rotary, learned = self.use_rotary_positional_embeddings, self.use_learned_positional_embeddings
+        split = sum(HEAD_DIM_SPLIT)  # in shares of even width
+        if rotary and self.attention_head_dim % split:
+            _refuse("attention_head_dim", self.attention_head_dim, f"a multiple of {split} with rotary positions")
+        if (learned or not rotary) and self.hidden_size % split:
+            what = "num_attention_heads * attention_head_dim"
+            _refuse(what, self.hidden_size, f"a multiple of {split} with added positions")
+        if self.ofs_embed_dim not in (None, self.time_embed_dim):
+            _refuse("ofs_embed_dim", self.ofs_embed_dim, f"the time_embed_dim, {self.time_embed_dim}, or null")
+        if self.ofs_embed_dim is not None and self.ofs_embed_dim % 2:
+            _refuse("ofs_embed_dim", self.ofs_embed_dim, "an even number")
+        for name in ("sample_height", "sample_width"):
+            size, patch = getattr(self, name), self.patch_size
+            if learned and size % patch:
+                _refuse(name, size, f"a multiple of the patch_size, {patch}, with learned positions")
+            if rotary and self.patch_size_t is None and size < patch:
+                _refuse(name, size, f"at least the patch_size, {patch}")
+        for name in ("spatial_interpolation_scale", "temporal_interpolation_scale", "norm_eps", "qk_norm_eps"):
+            if (value := getattr(self, name)) <= 0:
+                _refuse(name, value, "a positive number")
+
     @property
     def hidden_size(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
@@ -122,6 +151,17 @@ class VAEConfig(_JsonConfig):
     sample_width: int = 720
     scaling_factor: float = 1.15258426
     invert_scale_latents: bool = False
+
+    def __post_init__(self) -> None:
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            _refuse("norm_num_groups", self.norm_num_groups, f"a divisor of each of {list(self.block_out_channels)}")
+        # All blocks but the last may halve the frames, of which the encoder takes 8 at a time.
+        ratios = [2**i for i in range(min(len(self.block_out_channels), 4))]
+        if self.temporal_compression_ratio not in ratios:
+            _refuse("temporal_compression_ratio", self.temporal_compression_ratio, f"one of {ratios}")
+        for name in ("norm_eps", "scaling_factor"):
+            if (value := getattr(self, name)) <= 0:
+                _refuse(name, value, "a positive number")
 
     @property
     def spatial_compression_ratio(self) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ PACKS = Path(__file__).parent / "packs"
 BASENAME = "diffusion_pytorch_model"
 COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 CONFIG_FILES = {name: "scheduler_config.json" if name == "scheduler" else "config.json" for name in COMPONENTS}
-_WEIGHTS = {"transformer": BASENAME, "vae": BASENAME, "text_encoder": "model"}  # basenames of the safetensors
+WEIGHTS = {"transformer": BASENAME, "vae": BASENAME, "text_encoder": "model"}  # basenames of the safetensors
+TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -28,6 +30,7 @@ def find(
     revision: str | None = None,
     local_files_only: bool = False,
     components: Iterable[str] = COMPONENTS,
+    variant: str | None = None,
 ) -> Path:
     """Return the directory of a checkpoint, fetching it if it is named by a hub id.
 
@@ -37,9 +40,10 @@ def find(
         revision: branch, tag or commit of a hub id.
         local_files_only: take a hub id from the local cache, and never from the network.
         components: what a hub id is fetched for.
+        variant: of the weights to fetch, such as "fp16"; see `component_variants`.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, or not in this variant.
         OSError: the hub cannot be reached, or there is no room.
     """
     name = os.fspath(model)
@@ -51,7 +55,7 @@ def find(
     if name and path.exists():
         raise ValueError(f"model: {name} is a file, wanted the directory of a checkpoint")
     if _HUB_ID.fullmatch(name) and isinstance(model, str):
-        return _fetch(name, revision, local_files_only, components)
+        return _fetch(name, revision, local_files_only, components, variant)
     known = f"; its weights are {CONFIGS[name].repo}" if name in CONFIGS and CONFIGS[name].repo else ""
     raise ValueError(
         f"model: got {name!r}{known}; wanted a directory, a shipped pack ({', '.join(packs())}) or a hub id "
@@ -64,7 +68,67 @@ def packs() -> list[str]:
     return sorted(path.parent.name for path in PACKS.glob("*/model_index.json"))
 
 
-def _fetch(repo: str, revision: str | None, local_files_only: bool, components: Iterable[str]) -> Path:
+def weight_files(names: Collection[str], basename: str, variant: str | None, where: object) -> list[str]:
+    """Return which files of a folder hold the weights of a variant: one file, or an index and its shards, or none.
+
+    The names are those that diffusers and transformers write: `{basename}.fp16.safetensors`, or
+    `{basename}.safetensors.index.fp16.json` with `{basename}.fp16-00001-of-00002.safetensors` and so on; without
+    `fp16` where there is no variant.
+
+    Raises:
+        ValueError: they are there in other variants alone.
+    """
+    stem, infix = (basename, "") if variant is None else (f"{basename}.{variant}", f".{variant}")
+    if (index := f"{basename}.safetensors.index{infix}.json") in names:
+        shard = re.compile(re.escape(stem) + r"-\d+-of-\d+\.safetensors")
+        return [index, *sorted(filter(shard.fullmatch, names))]
+    if (whole := f"{stem}.safetensors") in names:
+        return [whole]
+    if others := stored_variants(names, basename):
+        raise ValueError(f"variant: got {variant!r}, want {' or '.join(map(repr, others))}: {where} has no other")
+    return []
+
+
+def stored_variants(names: Collection[str], basename: str) -> list[str | None]:
+    """Return the variants of the weights in a folder, sorted; None stands for files without one, and comes first."""
+    plain = f"{basename}.safetensors", f"{basename}.safetensors.index.json"
+    pattern = re.compile(
+        re.escape(basename) + r"\.(?:(.+?)(?:-\d+-of-\d+)?\.safetensors|safetensors\.index\.(.+)\.json)"
+    )
+    found = {match[1] or match[2] for name in names if (match := pattern.fullmatch(name))}
+    return [*([None] if any(name in names for name in plain) else []), *sorted(found)]
+
+
+def component_variants(directory: Path, variant: str | None) -> dict[str, str | None]:
+    """Say which variant of each component's weights to load, and warn of those that lack the one asked for.
+
+    As in diffusers' pipelines, these are loaded from the plain files.
+
+    Raises:
+        ValueError: no component has the variant.
+    """
+    folders = {part: os.listdir(directory / part) for part in WEIGHTS if (directory / part).is_dir()}
+    chosen = _choose(folders, variant, directory)
+    if plain := [part for part, found in chosen.items() if found != variant]:
+        warnings.warn(
+            f"variant: got {variant!r}, which {', '.join(plain)} of {directory} lack: their plain files are loaded",
+            stacklevel=2,
+        )
+    return chosen
+
+
+def _choose(folders: Mapping[str, Collection[str]], variant: str | None, where: object) -> dict[str, str | None]:
+    """Return the variant to take of each folder of weights: the one asked for, or None where it is lacking."""
+    stored = {part: stored_variants(names, WEIGHTS[part]) for part, names in folders.items()}
+    if variant is not None and any(stored.values()) and not any(variant in found for found in stored.values()):
+        there = sorted({found for part in stored.values() for found in part}, key=str)
+        raise ValueError(f"variant: got {variant!r}, want {' or '.join(map(repr, there))}: {where} has no other")
+    return {part: variant if variant in found else None for part, found in stored.items()}
+
+
+def _fetch(
+    repo: str, revision: str | None, local_files_only: bool, components: Iterable[str], variant: str | None
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         DryRunError,
@@ -73,28 +137,36 @@ def _fetch(repo: str, revision: str | None, local_files_only: bool, components: 
         RevisionNotFoundError,
     )
 
+    components = list(components)
+    weighty = [part for part in components if part in WEIGHTS]
     files = ["model_index.json"]
-    for component in components:
-        names = ["spiece.model"] if component == "tokenizer" else [CONFIG_FILES[component]]
-        if base := _WEIGHTS.get(component):
-            names += [f"{base}.safetensors", f"{base}-*-of-*.safetensors", f"{base}.safetensors.index.json"]
-        files += [f"{component}/{name}" for name in names]
+    for part in components:
+        files += [f"{part}/{name}" for name in (TOKENIZER_FILES if part == "tokenizer" else [CONFIG_FILES[part]])]
+    any_variant = [f"{part}/{WEIGHTS[part]}*.{end}" for part in weighty for end in ("safetensors", "json")]
     where = repo + (f" at {revision}" if revision else "")
-    options: dict[str, Any] = {
-        "revision": revision,
-        "allow_patterns": files,
-        "local_files_only": local_files_only,
-    }
+    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
         try:
-            sizes = [
-                file.file_size or 0 for file in snapshot_download(repo, dry_run=True, **options) if file.will_download
-            ]
-        except DryRunError:
-            sizes = []  # no hub to be reached, or none wanted: it may all be in the local cache
-        if sizes:
-            print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
-        return Path(snapshot_download(repo, **options))
+            there = {
+                file.filename: (file.file_size or 0) * file.will_download
+                for file in snapshot_download(repo, dry_run=True, allow_patterns=files + any_variant, **options)
+            }
+            folders = {part: [n.partition("/")[2] for n in there if n.startswith(f"{part}/")] for part in weighty}
+            chosen = _choose(folders, variant, where)
+            files = [name for name in files if name in there]
+            for part, names in folders.items():
+                found = weight_files(names, WEIGHTS[part], chosen[part], f"{part} of {where}")
+                files += [f"{part}/{name}" for name in found]
+            if sizes := [there[name] for name in files if there[name]]:
+                print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
+        except DryRunError:  # no hub to be reached, or none wanted: it may all be in the local cache
+            cache = Path(snapshot_download(repo, allow_patterns=files[:1], **options))
+            folders = {part: [path.name for path in (cache / part).glob("*")] for part in weighty}
+            for part, found in _choose(folders, variant, f"the local cache of {where}").items():
+                stem, infix = (WEIGHTS[part], "") if found is None else (f"{WEIGHTS[part]}.{found}", f".{found}")
+                files += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
+                files += [f"{part}/{WEIGHTS[part]}.safetensors.index{infix}.json"]
+        return Path(snapshot_download(repo, allow_patterns=files, **options))
     except RevisionNotFoundError as error:
         raise ValueError(f"model: the hub has no revision {revision!r} of {repo}") from error
     except RepositoryNotFoundError as error:
@@ -111,9 +183,9 @@ def _fetch(repo: str, revision: str | None, local_files_only: bool, components: 
         raise OSError(f"model: fetching {where} broke off: {error}; what is there is kept, try again") from error
 
 
-def component_directory(model: str | Path, component: str) -> Path:
+def component_directory(model: str | Path, component: str, variant: str | None = None) -> Path:
     """Return the directory of one component, given the checkpoint's (as for `find`) or the component's own."""
-    directory = find(model, components=(component,))
+    directory = find(model, components=(component,), variant=variant)
     if (directory / component).is_dir():
         return directory / component
     if (directory / CONFIG_FILES[component]).is_file() and not (directory / "model_index.json").is_file():

@@ -20,7 +20,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import warnings
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
@@ -52,7 +51,7 @@ def load_image(
 
     As in diffusers, alpha is dropped (not blended with a background) and colour profiles are not applied. Greys of
     more than 8 bits are scaled, not clipped: see `_grey_to_8_bits`. Of an animation the first frame is taken; of a
-    PIL image, the frame that it stands at.
+    PIL image, the frame that it stands at. What Pillow warns of, such as a broken EXIF block, it warns the caller of.
 
     Args:
         source: path, http(s) URL, encoded bytes, binary file object (read to its end) or PIL image.
@@ -156,23 +155,23 @@ def _resized(image: Image, height: int, width: int, resize: str) -> Image:
 def _decode(source: IO[bytes] | Image, name: str, max_pixels: int) -> Image:
     from PIL import Image as pil
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about harmless defects that it goes on to repair
-        try:
-            image = source if isinstance(source, pil.Image) else pil.open(source)
-            # EPS and WMF are programs for another renderer (Ghostscript, Windows); a picture must not start any.
-            if image.format in ("EPS", "WMF"):
-                raise ValueError(f"it is {image.format}, wanted a raster format such as PNG or JPEG")
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"it claims {image.width}x{image.height} pixels, wanted at most {max_pixels}")
-            image.load()
-            return _to_rgb(_upright(image))
-        except pil.UnidentifiedImageError:
-            raise ValueError(f"image {name} is not a picture in a format that Pillow {pil.__version__} reads") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders of hostile data raise anything: OSError, SyntaxError, struct.error, ...
-            raise ValueError(f"cannot load image {name}: {_one_line(error)}") from error
+    # Pillow's warnings go to the caller's filters: to silence them here would silence the whole process for a moment,
+    # and where threads meet, for good.
+    try:
+        image = source if isinstance(source, pil.Image) else pil.open(source)
+        # EPS and WMF are programs for another renderer (Ghostscript, Windows); a picture must not start any.
+        if image.format in ("EPS", "WMF"):
+            raise ValueError(f"it is {image.format}, wanted a raster format such as PNG or JPEG")
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"it claims {image.width}x{image.height} pixels, wanted at most {max_pixels}")
+        image.load()
+        return _to_rgb(_upright(image))
+    except pil.UnidentifiedImageError:
+        raise ValueError(f"image {name} is not a picture in a format that Pillow {pil.__version__} reads") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of hostile data raise anything: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"cannot load image {name}: {_one_line(error)}") from error
 
 
 def _to_rgb(image: Image) -> Image:
@@ -189,6 +188,7 @@ def _to_rgb(image: Image) -> Image:
         converted = ImageCms.applyTransform(image, to_srgb)
         assert converted is not None
         return converted
+    image.info.pop("transparency", None)  # dropped anyway, and Pillow would warn that RGB has no place for it
     return image.convert("RGB")
 
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 import cogvid
 from cogvid import plan
 from cogvid.config import ModelConfig, VAEConfig
-from cogvid.hub import find
+from cogvid.hub import component_variants, find
 from cogvid.image import prepare_image, prepare_video
 from cogvid.ops import Ops, resolve_ops
 from cogvid.plan import ImageLatentScale, PreviousTimestep, Settings
@@ -84,6 +84,7 @@ def load(
     defaults: str = "recommended",
     revision: str | None = None,
     local_files_only: bool = False,
+    variant: str | None = None,
 ) -> Pipeline:
     """Load a model: a shipped pack, a directory in the official layout, or a hub id, which is fetched.
 
@@ -94,29 +95,39 @@ def load(
         defaults: what a call takes that does not say otherwise: "recommended" by the model's authors, or as in
             "diffusers", so that a call ported from there gives the same video; see `plan.read_model`.
         revision: branch, tag or commit of a hub id. local_files_only: take a hub id from the local cache.
+        variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16"; a part that
+            lacks it is loaded from its plain files, with a warning. It does not choose the dtype.
     """
     device = resolve_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     bundle, ops_name = resolve_ops(ops, device)
     # Absolute, because a directory "tiny-i2v" would be taken for the shipped pack from here on.
-    directory = find(os.fspath(source), revision=revision, local_files_only=local_files_only).absolute()
-    model = plan.read_model(str(directory), defaults=defaults)
+    directory = find(
+        os.fspath(source), revision=revision, local_files_only=local_files_only, variant=variant
+    ).absolute()
+    variants = component_variants(directory, variant)
+    model = plan.read_model(str(directory), defaults=defaults, variant=variant)
     # Decided here once, so that all three parts agree and what has to be said about it is said once.
     dtype = resolve_dtype(dtype, device, stored=DTYPES[model.dtype])
     return Pipeline(
         model,
-        transformer=load_transformer(directory, device=device, dtype=dtype, ops=bundle),
-        vae=load_vae(directory, device=device, dtype=dtype, ops=bundle),
-        text_encoder=load_text_encoder(directory, device=device, dtype=dtype, ops=bundle),
+        transformer=load_transformer(
+            directory, device=device, dtype=dtype, ops=bundle, variant=variants["transformer"]
+        ),
+        vae=load_vae(directory, device=device, dtype=dtype, ops=bundle, variant=variants["vae"]),
+        text_encoder=load_text_encoder(
+            directory, device=device, dtype=dtype, ops=bundle, variant=variants["text_encoder"]
+        ),
         ops=ops_name,
         source=os.fspath(source),
         revision=revision,
+        variant=variant,
     )
 
 
 class Pipeline:
     """Generate videos with one loaded model; `cogvid.load` makes it.
 
-    ops: the name of the ops that the model runs on. source, revision: where it was loaded from. All three are for the
+    ops: the name of the ops that the model runs on. source, revision, variant: what was loaded. All four are for the
     provenance only.
     """
 
@@ -130,6 +141,7 @@ class Pipeline:
         ops: str,
         source: str,
         revision: str | None = None,
+        variant: str | None = None,
     ) -> None:
         self.model = model
         self.transformer = transformer
@@ -138,6 +150,7 @@ class Pipeline:
         self.ops = ops
         self.source = source
         self.revision = revision
+        self.variant = variant
 
     @property
     def device(self) -> torch.device:
@@ -325,6 +338,7 @@ class Pipeline:
             "model": self.model.name,
             "source": self.source,
             "revision": self.revision,
+            "variant": self.variant,
             "defaults": "recommended" if self.model.recommended is None else "diffusers",
             "max_sequence_length": self.model.text_length,
             **settings.to_dict(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from cogvid.config import CONFIGS, ModelConfig, SchedulerConfig, VAEConfig
-from cogvid.hub import find
+from cogvid.hub import WEIGHTS, component_variants, find
 from cogvid.image import RESIZE_MODES, prepare_image, prepare_video
 from cogvid.sampler import SAMPLERS, GuidanceMode, alphas_cumprod, timesteps
 from cogvid.transformer import LearnedPositions
@@ -138,7 +138,12 @@ def task_of(image: object | None, video: object | None) -> str:
 
 
 def read_model(
-    source: str, *, defaults: str = "recommended", revision: str | None = None, local_files_only: bool = False
+    source: str,
+    *,
+    defaults: str = "recommended",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    variant: str | None = None,
 ) -> ModelConfig:
     """Say which model a checkpoint is, and what a call takes that does not say otherwise.
 
@@ -149,8 +154,8 @@ def read_model(
         transformer's config names, and its frame count, or 49 for image-to-video.
     """
     check_choice("defaults", defaults, DEFAULTS)
-    directory = find(source, revision=revision, local_files_only=local_files_only)
-    model = read_model_config(directory)
+    directory = find(source, revision=revision, local_files_only=local_files_only, variant=variant)
+    model = read_model_config(directory, variant)
     if defaults == "recommended":
         return model
     stride, transformer = model.vae.spatial_compression_ratio, model.transformer
@@ -168,18 +173,17 @@ def read_model(
     )
 
 
-def describe(source: str, *, revision: str | None = None, local_files_only: bool = False) -> dict[str, Any]:
+def describe(
+    source: str, *, revision: str | None = None, local_files_only: bool = False, variant: str | None = None
+) -> dict[str, Any]:
     """Say what a checkpoint is, ready for JSON; raise if its weights are not those of its configs.
 
     The arguments are those of `cogvid.load`. Only configs and the headers of the safetensors are read.
     """
-    directory = find(source, revision=revision, local_files_only=local_files_only)
-    model = read_model_config(directory)
-    states = {
-        "transformer": load_state(directory / "transformer"),
-        "vae": load_state(directory / "vae"),
-        "text_encoder": load_state(directory / "text_encoder", "model"),
-    }
+    directory = find(source, revision=revision, local_files_only=local_files_only, variant=variant)
+    model = read_model_config(directory, variant)
+    variants = component_variants(directory, variant)
+    states = {part: load_state(directory / part, base, variants[part]) for part, base in WEIGHTS.items()}
     on_meta = {part: {name: tensor.to("meta") for name, tensor in state.items()} for part, state in states.items()}
     map_transformer_state_dict(on_meta["transformer"], model.transformer)
     map_vae_state_dict(on_meta["vae"], model.vae)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cogvid.hub import component_directory
+from cogvid.hub import TOKENIZER_FILES, WEIGHTS, component_directory
 from cogvid.ops import Ops, resolve_ops
 from cogvid.weights import load_state, resolve_device, resolve_dtype, stored_dtype
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _SPACES = "\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _WORD_START = "\u2581"  # sentencepiece's visible space
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
+_WORD_LIST = 1000  # pieces; a smaller vocabulary lists the words of a small world, and letters for whatever else
 
 
 class TextEncoder:
@@ -52,8 +54,19 @@ class TextEncoder:
         """Return embeddings `[B, max_length, E]` in the encoder's dtype, on its device.
 
         Padding is encoded like text, because the models were trained so. Must equal `_get_t5_prompt_embeds`.
+
+        Raises:
+            ValueError: a prompt has a token that the encoder has no embedding for.
         """
         ids = self.tokenizer.encode(prompts, max_length)
+        rows, size = ids.tolist(), self.model.config.vocab_size
+        for prompt, row in zip(prompts, rows, strict=True):
+            if max(row) >= size:
+                piece = self.tokenizer.piece(max(row))
+                raise ValueError(
+                    f"prompt {prompt!r:.40}: got the piece {piece!r} of id {max(row)}, want ids below {size}, "
+                    "the text encoder's vocab_size"
+                )
         return self.model(ids.to(self.device)).last_hidden_state
 
 
@@ -81,12 +94,14 @@ class Tokenizer:
             self.model.id_to_piece(i): i for i in range(size) if self.model.is_control(i) or self.model.is_unknown(i)
         } | {f"<extra_id_{i}>": size + extra_ids - 1 - i for i in range(extra_ids)}
         self._split_special = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+        pieces = [self.model.id_to_piece(i) for i in range(size)] if size < _WORD_LIST else []
+        self._words = {piece.removeprefix(_WORD_START) for piece in pieces if piece.startswith(_WORD_START)}
         self._spaces = {ord(c): " " for c in _SPACES if self._keeps(c)}
         self._keeps_word_start = self._keeps(_WORD_START)
         self.vocab_size = size + extra_ids
 
     def encode(self, prompts: Sequence[str], max_length: int) -> Tensor:
-        """Return int64 ids `[B, max_length]`: text, end of sequence, padding; warn where text had to be cut."""
+        """Return int64 ids `[B, max_length]`: text, end of sequence, padding; warn of words cut off or unknown."""
         if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}, wanted a list of str")
         if max_length < 1:
@@ -100,9 +115,38 @@ class Tokenizer:
                     f"the last {excess} are not used",
                     stacklevel=3,
                 )
+            if unknown := self.unknown_words(prompt):
+                listed = ", ".join(f"{word!r:.30}" for word in unknown[:5])
+                listed += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+                warnings.warn(
+                    f"prompt {prompt!r:.40}: {listed} {'is' if len(unknown) == 1 else 'are'} not in the vocabulary of "
+                    "the text encoder, which cannot tell what is meant",
+                    stacklevel=3,
+                )
             kept = [*tokens[: max_length - 1], self.eos]
             row[: len(kept)] = torch.tensor(kept)
         return ids
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt, each once, whose meaning does not reach the encoder.
+
+        These are words with the unknown piece in them, and where the vocabulary is a list of words, the others that it
+        lacks: they are spelt in letters and ends of words, which the training text did not have.
+        """
+        parts = [part for part in self._split_special.split(prompt) if part not in self._special]
+        words = [word.strip(string.punctuation) or word for word in " ".join(parts).split()]
+        return [word for word in dict.fromkeys(words) if not self._knows(word)]
+
+    def _knows(self, word: str) -> bool:
+        if self.model.unk_id() in self._tokenize_word(word):
+            return False
+        if not self._words or word[0] in string.punctuation:
+            return True
+        return word in self._words or (word.istitle() and word.lower() in self._words)
+
+    def piece(self, token: int) -> str:
+        """Return the text of a token, sentinels included."""
+        return next((text for text, i in self._special.items() if i == token), None) or self.model.id_to_piece(token)
 
     def _tokenize(self, prompt: str) -> list[int]:
         ids: list[int] = []
@@ -157,33 +201,37 @@ def load_text_encoder(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     ops: str | Ops = "auto",
+    variant: str | None = None,
 ) -> TextEncoder:
     """Load the T5 encoder and the tokenizer of a checkpoint, from its `text_encoder/` and `tokenizer/`.
 
     Args:
         model: as for `hub.find`.
-        dtype: float32, float16 or bfloat16; None keeps the stored one. With float16 the `wo` matrices are float32, as
-            transformers keeps them because they overflow. On a CPU float16 becomes bfloat16 or float32, with a warning.
+        dtype: float32, float16 or bfloat16; None is the stored one. With float16 the `wo` matrices are float32, as
+            transformers keeps them because they overflow. For a CPU see `weights.resolve_dtype`.
         ops: "auto", "torch", "triton" or an `Ops`.
+        variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16".
 
     Raises:
         ValueError: the files are missing, broken or do not fit together; an argument is not one of the above.
     """
     from transformers import T5Config, T5EncoderModel
 
-    directory = component_directory(model, "text_encoder")
+    directory = component_directory(model, "text_encoder", variant)
     tokenizer = _load_tokenizer(component_directory(model, "tokenizer"))
     device = resolve_device(device)
     bundle, _ = resolve_ops(ops, device)
-    config = T5Config.from_dict(_read_config(directory / "config.json"))
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{directory}: vocab_size {config.vocab_size}, wanted the tokenizer's {tokenizer.vocab_size}")
-    with torch.device("meta"):
-        encoder = T5EncoderModel(config)
+    values = _read_config(directory / "config.json")
+    try:
+        with torch.device("meta"):
+            encoder = T5EncoderModel(T5Config.from_dict(values))
+    except Exception as error:  # of many kinds, for a value of another type or one that no model has
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory / 'config.json'}: got {reason:.300}, want a T5 encoder's config") from error
     encoder.set_input_embeddings(encoder.shared)  # the stack makes a table of its own
     use_ops(encoder, bundle)
 
-    state = load_state(directory, basename="model")
+    state = load_state(directory, WEIGHTS["text_encoder"], variant)
     dtype = resolve_dtype(dtype, device, stored=stored_dtype(state, directory))
     # One matrix under two names; which of them is stored, or both, depends on the version that wrote the file.
     if _TIED in state:
@@ -203,13 +251,18 @@ def load_text_encoder(
 
 
 def _load_tokenizer(directory: Path) -> Tokenizer:
-    config = directory / "tokenizer_config.json"
+    pieces, config = (directory / name for name in TOKENIZER_FILES)
     extra_ids = _read_config(config).get("extra_ids", 100) if config.is_file() else 100
-    return Tokenizer(directory / "spiece.model", extra_ids)
+    if type(extra_ids) is not int or extra_ids < 0:
+        raise ValueError(f"{config}: extra_ids: got {extra_ids!r}, want a number of sentinels")
+    return Tokenizer(pieces, extra_ids)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path}: wanted a JSON file, got {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got {type(values).__name__}, want a JSON object")
+    return values

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -35,12 +36,14 @@ from cogvid.config import (
     TransformerConfig,
     VAEConfig,
 )
-from cogvid.hub import BASENAME, CONFIG_FILES, component_directory
+from cogvid.hub import BASENAME, CONFIG_FILES, component_directory, stored_variants, weight_files
 from cogvid.ops import Ops, resolve_ops
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_STORED = {"F32", "F16", "BF16"}  # the same, as safetensors call them
+_FLOAT64 = "patch_embed.pos_embedding"  # diffusers writes this table in float64, whatever it was loaded from
 
 # Upstream's module -> ours; `{}` is the number of a layer, and `.weight` and `.bias` come along. Where several go to
 # one, that one holds their rows in the order of this table.
@@ -138,6 +141,8 @@ _FIXED: dict[str, dict[str, Any]] = {
         "shift_factor": None,
         "latents_mean": None,
         "latents_std": None,
+        "in_channels": 3,
+        "out_channels": 3,
     },
 }
 
@@ -150,23 +155,25 @@ def load_transformer(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     ops: str | Ops = "auto",
+    variant: str | None = None,
 ) -> Transformer:
     """Load the transformer of a checkpoint, or the one in its own directory.
 
     Args:
         model: as for `find`, or a directory that holds the transformer's own config.json.
-        dtype: float32, float16 or bfloat16, as a name or a `torch.dtype`; None keeps the stored one. On a CPU float16
-            becomes bfloat16 or float32, with a warning.
+        dtype: float32, float16 or bfloat16, as a name or a `torch.dtype`; None is the stored one. What a CPU is slow at
+            is replaced, with a warning: see `resolve_dtype`.
         ops: "auto", "torch", "triton" or an `Ops`.
+        variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16".
 
     Raises:
         ValueError: the files are missing, broken or not this model's; an argument is not one of the above.
     """
-    directory = component_directory(model, "transformer")
+    directory = component_directory(model, "transformer", variant)
     bundle, _ = resolve_ops(ops, resolve_device(device))
     with torch.device("meta"):
         module = Transformer(_read_config(directory, "transformer", TransformerConfig), bundle)
-    return _fill(module, directory, device, dtype)
+    return _fill(module, directory, device, dtype, variant)
 
 
 def load_vae(
@@ -175,13 +182,14 @@ def load_vae(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     ops: str | Ops = "auto",
+    variant: str | None = None,
 ) -> VAE:
     """Load the VAE of a checkpoint, or the one in its own directory; arguments as for `load_transformer`."""
-    directory = component_directory(model, "vae")
+    directory = component_directory(model, "vae", variant)
     bundle, _ = resolve_ops(ops, resolve_device(device))
     with torch.device("meta"):
         module = VAE(_read_config(directory, "vae", VAEConfig), bundle)
-    return _fill(module, directory, device, dtype)
+    return _fill(module, directory, device, dtype, variant)
 
 
 def load_scheduler_config(model: str | Path) -> SchedulerConfig:
@@ -306,9 +314,11 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 Module = TypeVar("Module", Transformer, VAE)
 
 
-def _fill(module: Module, directory: Path, device: str | torch.device, dtype: str | torch.dtype | None) -> Module:
+def _fill(
+    module: Module, directory: Path, device: str | torch.device, dtype: str | torch.dtype | None, variant: str | None
+) -> Module:
     """Give a module on the meta device the weights of a directory."""
-    state = load_state(directory)
+    state = load_state(directory, variant=variant)
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device, stored=stored_dtype(state, directory))
     mapped = _map(state, module, directory, lambda x: x.to(device, dtype), lambda xs: _merge(xs, device, dtype))
@@ -341,14 +351,20 @@ def _merge(parts: list[Tensor], device: torch.device, dtype: torch.dtype) -> Ten
     return merged
 
 
-def load_state(directory: Path, basename: str = BASENAME) -> dict[str, Tensor]:
+def load_state(directory: Path, basename: str = BASENAME, variant: str | None = None) -> dict[str, Tensor]:
     """Map the tensors of `basename.safetensors`, or of the shards that `basename.safetensors.index.json` names.
 
-    Nothing is read but the headers; a tensor's pages are read when it is used.
+    Nothing is read but the headers; a tensor's pages are read when it is used. `hub.weight_files` has the names of a
+    variant.
+
+    Raises:
+        ValueError: a file is missing or broken, is there in other variants alone, or holds what are no weights.
     """
-    index = directory / f"{basename}.safetensors.index.json"
-    if not index.is_file():
-        return _map_file(directory / f"{basename}.safetensors")
+    names = [path.name for path in directory.glob("*") if path.is_file()]
+    first, *_ = weight_files(names, basename, variant, directory) or [f"{basename}.safetensors"]
+    if not first.endswith(".json"):
+        return _map_file(directory / first)
+    index = directory / first
     shard_of = _read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shard_of.values()):
         raise ValueError(f"{index}: wanted a 'weight_map' of tensor names to file names")
@@ -367,34 +383,72 @@ def _map_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file{'; there is ' + ', '.join(there[:3]) if there else ''}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            foreign = [(n, d) for n, d in stored.items() if d not in _STORED and (n, d) != (_FLOAT64, "F64")]
+            if foreign:
+                listed = _listing("tensors", foreign, lambda tensor: f"{tensor[0]} is {tensor[1]}")
+                raise ValueError(f"{path}: got {listed}, want weights in {', '.join(DTYPES)} alone")
+            return {name: file.get_tensor(name) for name in stored}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype:
     """Return the dtype that most of the weights are stored in."""
-    if not state:
-        raise ValueError(f"{source}: no weights in it")
     count: Counter[torch.dtype] = Counter()
     for tensor in state.values():
-        count[tensor.dtype] += tensor.numel()
-    stored = count.most_common(1)[0][0]
-    if stored not in DTYPES.values():
-        raise ValueError(f"{source}: the weights are {stored}, wanted {', '.join(DTYPES)}")
-    return stored
+        if tensor.dtype in DTYPES.values():  # all but the one table that may be float64
+            count[tensor.dtype] += tensor.numel()
+    if not count:
+        raise ValueError(f"{source}: no weights in it")
+    return count.most_common(1)[0][0]
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype to run in: the one asked for or else the stored one, but never float16 on a CPU."""
+    """Return the dtype to run in: the one asked for or else the stored one, but on a CPU none that it crawls in.
+
+    float16 is never run on a CPU, but in bfloat16, or float32 where bfloat16 is slow too. A model stored in bfloat16
+    is run in float32 where bfloat16 is slow; asked for by the caller, to save memory, it is run. A warning says each.
+    """
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else stored if dtype is None else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype: got {dtype!r}, wanted {', '.join(DTYPES)}")
-    if chosen == torch.float16 and device.type == "cpu":
-        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-        chosen = DTYPES[name]
-        warnings.warn(f"float16 arithmetic is not run on a CPU: running in {name} instead", stacklevel=2)
+    if device.type != "cpu" or chosen == torch.float32:
+        return chosen
+    fast = _cpu_has_bfloat16()
+    if chosen == torch.float16:
+        name = "bfloat16" if fast else "float32"
+        warnings.warn(
+            f"float16 arithmetic is not run on a CPU: running in {name} instead"
+            + ("" if fast else ", which takes twice the memory"),
+            stacklevel=2,
+        )
+        return DTYPES[name]
+    if not fast and dtype is None:
+        warnings.warn(
+            "bfloat16 is slow on this CPU, which has no instructions for it: running in float32 instead, which takes "
+            "twice the memory; dtype='bfloat16' runs it all the same",
+            stacklevel=2,
+        )
+        return torch.float32
+    if not fast:
+        _warn_of_slow_bfloat16()
     return chosen
+
+
+@functools.cache  # said once, not by each part of a model that is loaded as asked
+def _warn_of_slow_bfloat16() -> None:
+    warnings.warn("bfloat16 is slow on this CPU, which has no instructions for it; float32 is faster", stacklevel=3)
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Say whether PyTorch hands bfloat16 products and convolutions to oneDNN on this CPU; its own loops are slow.
+
+    This is the question that PyTorch itself asks: for AVX-512 on x86, for BF16 on ARM. Limits of the environment
+    (ONEDNN_MAX_CPU_ISA) count. It has no public name; where it is gone, the answer is no.
+    """
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(ask is not None and ask())
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -478,7 +532,7 @@ def read_model_index(directory: str | Path) -> dict[str, Any]:
     return index
 
 
-def read_model_config(directory: str | Path) -> ModelConfig:
+def read_model_config(directory: str | Path, variant: str | None = None) -> ModelConfig:
     """Say which model a checkpoint is, from its configs and the shapes and dtype of its weights.
 
     An official model or a shipped pack is told by its architecture; its recommended settings are those of `CONFIGS`.
@@ -514,7 +568,9 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     }
     if known is not None:
         return dataclasses.replace(known, **parts, **size)
-    dtype = stored_dtype(load_state(directory / "transformer"), directory / "transformer")
+    folder = directory / "transformer"
+    found = stored_variants([path.name for path in folder.glob("*")], BASENAME)
+    dtype = stored_dtype(load_state(folder, variant=variant if variant in found else None), folder)
     return ModelConfig(
         name="custom-i2v" if transformer.takes_image else "custom-t2v",
         repo=None,
@@ -527,4 +583,4 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 
 def _without_size(config: TransformerConfig) -> TransformerConfig:
-    return dataclasses.replace(config, sample_frames=0, sample_height=0, sample_width=0)
+    return dataclasses.replace(config, sample_frames=1, sample_height=config.patch_size, sample_width=config.patch_size)

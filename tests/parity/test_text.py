@@ -119,6 +119,19 @@ def test_tokenizer_of_a_saved_directory(tmp_path: Path, rule: str, extra_ids: in
         assert got == expected
 
 
+def test_a_vocabulary_larger_than_the_embedding_runs_as_in_diffusers(tmp_path: Path) -> None:
+    encoder, _ = save_text_parts(tmp_path)
+    encoder.resize_token_embeddings(
+        len(SentencePieceProcessor(model_file=str(tmp_path / "tokenizer" / "spiece.model")))
+    )
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    ours = load_text_encoder(tmp_path)
+    assert ours.tokenizer.vocab_size > ours.model.config.vocab_size
+    prompts = ["a red circle moves to the left.", ""]
+    expected = diffusers_embeds(tmp_path, torch.float32, 16, prompts=prompts)
+    assert rel_rms(ours(prompts, 16), expected) <= TEXT_FP32
+
+
 def diffusers_embeds(
     directory: Path, dtype: torch.dtype, max_length: int, device: str = "cpu", prompts: Sequence[str] = PROMPTS
 ) -> torch.Tensor:
@@ -146,7 +159,7 @@ def test_prompt_embeds_fp32(tmp_path: Path, shard: str, max_length: int) -> None
 def test_prompt_embeds_bf16(tmp_path: Path) -> None:
     """The weights are stored in bf16, so the fp64 truth and both others have the same ones."""
     save_text_parts(tmp_path, dtype=torch.bfloat16)
-    ours = load_text_encoder(tmp_path)(PROMPTS, 226)
+    ours = load_text_encoder(tmp_path, dtype="bfloat16")(PROMPTS, 226)
     truth = diffusers_embeds(tmp_path, torch.float64, 226)
     theirs = diffusers_embeds(tmp_path, torch.bfloat16, 226)
     assert ours.dtype == theirs.dtype == torch.bfloat16

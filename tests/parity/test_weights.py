@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cogvid import weights
 from cogvid.config import CONFIGS, TransformerConfig, VAEConfig
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
@@ -38,6 +41,12 @@ SIZES = {
     "cogvideox1.5-5b-i2v": (1028, 5572),
 }
 OFFICIAL = [name for name, model in CONFIGS.items() if model.repo]
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep bfloat16 on every CPU; nothing is computed in it here."""
+    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: True)
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -120,6 +129,34 @@ def test_vae_map_is_a_bijection() -> None:
     assert_same_state(unmap_state_dict(ours), reference.state_dict())
 
 
+@pytest.mark.parametrize(
+    "options", [*({"attention_head_dim": d} for d in range(2, 66, 2)), {"ofs_embed_dim": 8}], ids=str
+)
+@pytest.mark.parametrize("variant", ["2b", "5b"])
+def test_what_is_refused_does_not_run_in_diffusers(variant: str, options: dict[str, int]) -> None:
+    """Neither widths that the positions cannot be split into, nor an ofs that cannot be added to the time."""
+    try:
+        reference = tiny_transformer(variant, num_attention_heads=1, **options)
+        head_dim, rotary = reference.config["attention_head_dim"], None
+        if variant == "5b":
+            rotary = get_3d_rotary_pos_embed(head_dim, ((0, 0), (4, 6)), (4, 6), 3)
+        ofs = torch.ones(1) if "ofs_embed_dim" in options else None
+        text = torch.randn(1, 10, 40)
+        with torch.no_grad():
+            reference(torch.randn(1, 3, 16, 8, 12), text, torch.tensor([7]), ofs=ofs, image_rotary_emb=rotary)
+        runs = True
+    except (ValueError, RuntimeError, AssertionError):
+        runs = False
+    values = {"num_attention_heads": 1, "time_embed_dim": 24, "use_rotary_positional_embeddings": variant == "5b"}
+    try:
+        TransformerConfig.from_dict({**values, **options})
+        refused = False
+    except ValueError:
+        refused = True
+    assert refused != runs
+
+
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("shard", [None, "100KB"], ids=["single", "sharded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-5b-i2v"])
@@ -137,11 +174,39 @@ def test_transformer_loads_what_diffusers_saves(
         assert not any(p.requires_grad for p in ours.parameters())
 
 
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_vae_loads_what_diffusers_saves(tmp_path: Path, dtype: torch.dtype) -> None:
     reference = tiny_vae().to(dtype)
     reference.save_pretrained(tmp_path / "vae", max_shard_size="50KB")
     assert_same_state(unmap_state_dict(load_vae(tmp_path)), reference.state_dict())
+
+
+@pytest.mark.parametrize("shard", [None, "100KB"], ids=["single", "sharded"])
+def test_transformer_and_vae_load_the_variants_that_diffusers_saves(tmp_path: Path, shard: str | None) -> None:
+    options: dict[str, Any] = {"variant": "fp16"} if shard is None else {"variant": "fp16", "max_shard_size": shard}
+    for part, reference, load in (
+        ("transformer", tiny_transformer("5b"), load_transformer),
+        ("vae", tiny_vae(), load_vae),
+    ):
+        reference.half().save_pretrained(tmp_path / part, **options)
+        ours = load(tmp_path, dtype="float32", variant="fp16")
+        assert_same_state(unmap_state_dict(ours), reference.float().state_dict())
+        with pytest.raises(ValueError, match=rf"^variant: got None, want 'fp16': .*{part} has no other$"):
+            load(tmp_path)
+
+
+@pytest.mark.usefixtures("fast_bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_position_table_that_diffusers_keeps_in_float64(tmp_path: Path, dtype: torch.dtype) -> None:
+    """It writes the table so whatever the model was loaded as; no other tensor may be float64."""
+    tiny_transformer("5b-i2v").to(dtype).save_pretrained(tmp_path / "first")
+    again = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "first", torch_dtype=dtype, low_cpu_mem_usage=False)
+    again.save_pretrained(tmp_path / "second")
+    name = "patch_embed.pos_embedding"
+    assert load_file(tmp_path / "second" / "diffusion_pytorch_model.safetensors")[name].dtype == torch.float64
+    ours = unmap_state_dict(load_transformer(tmp_path / "second"))
+    assert_same_state(ours, {**again.state_dict(), name: again.state_dict()[name].to(dtype)})
 
 
 @pytest.mark.parametrize("dtype", ["float32", torch.bfloat16], ids=str)

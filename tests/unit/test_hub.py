@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import pytest
 
-from cogvid.hub import find
+import cogvid
+from cogvid import cli, plan
+from cogvid.hub import PACKS, find, stored_variants
 from tests.checkpoints import digest
 
 # Finding.
@@ -53,6 +59,7 @@ FETCHED = {
     "model_index.json": b'{"m16": 1}',
     "scheduler/scheduler_config.json": b'{"s31": 1}',
     "tokenizer/spiece.model": b"spiece",
+    "tokenizer/tokenizer_config.json": b'{"k2": 1}',
     "text_encoder/config.json": b'{"t24": 1}',
     "text_encoder/model.safetensors.index.json": b'{"t41": 1}',
     "text_encoder/model-00001-of-00002.safetensors": b"1" * 30_000,
@@ -62,14 +69,24 @@ FETCHED = {
     "vae/config.json": b'{"v15": 1}',
     "vae/diffusion_pytorch_model.safetensors": b"4" * 10_000_000,
 }
-NOT_FETCHED = ("README.md", "tokenizer/tokenizer.json", "transformer/diffusion_pytorch_model.fp16.safetensors", "x.bin")
+HALF = {  # what a variant brings: shards of the transformer, and one file for two of the encoder
+    "text_encoder/model.fp16.safetensors": b"5" * 25_000,
+    "transformer/diffusion_pytorch_model.safetensors.index.fp16.json": b'{"t44": 1}',
+    "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors": b"6" * 10_000,
+    "transformer/diffusion_pytorch_model.fp16-00002-of-00002.safetensors": b"7" * 10_000,
+}
+NOT_FETCHED = ("README.md", "tokenizer/tokenizer.json", "transformer/diffusion_pytorch_model.bin", "x.bin")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub's protocol as a download takes."""
 
-    files = FETCHED | dict.fromkeys(NOT_FETCHED, b"not wanted")
+    files = FETCHED | HALF | dict.fromkeys(NOT_FETCHED, b"not wanted")
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {
+        "acme/tiny": files,
+        "acme/half": {name: body for name, body in files.items() if name in HALF or "safetensors" not in name},
+    }
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -80,16 +97,20 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self) -> bytes:
         path = urlsplit(self.path).path
         body = None
-        if path.startswith(f"/api/models/acme/tiny/tree/{COMMIT}"):
-            entries = [{"type": "file", "path": n, "size": len(b), "oid": digest(b)} for n, b in self.files.items()]
+        repo = next((name for name in self.repositories if f"/{name}" in path), "")
+        files = self.repositories.get(repo, {})
+        if not repo:
+            pass
+        elif path.startswith(f"/api/models/{repo}/tree/{COMMIT}"):
+            entries = [{"type": "file", "path": n, "size": len(b), "oid": digest(b)} for n, b in files.items()]
             body = json.dumps(entries).encode()
-        elif path in ("/api/models/acme/tiny", "/api/models/acme/tiny/revision/main"):
-            body = json.dumps({"id": "acme/tiny", "sha": COMMIT, "siblings": []}).encode()
-        elif path.startswith(f"/acme/tiny/resolve/{COMMIT}/"):
-            body = self.files.get(path.removeprefix(f"/acme/tiny/resolve/{COMMIT}/"))
+        elif path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
+            body = json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode()
+        elif path.startswith(f"/{repo}/resolve/{COMMIT}/"):
+            body = files.get(path.removeprefix(f"/{repo}/resolve/{COMMIT}/"))
         self.send_response(404 if body is None else 200)
         if body is None:
-            known = path.startswith("/api/models/acme/tiny/")
+            known = bool(repo) and path.startswith(f"/api/models/{repo}/")
             self.send_header("X-Error-Code", "RevisionNotFound" if known else "RepoNotFound")
             body = b""
         self.send_header("X-Repo-Commit", COMMIT)
@@ -159,7 +180,7 @@ def test_fetching_takes_the_files_that_are_needed_and_says_how_large_they_are(hu
     assert result[0].startswith("ValueError: model: acme/tiny is no directory here and not whole in the hub's local")
     assert result[1] == ["fetching acme/tiny: 3 files, 0.010 GB"]
     assert result[2] == [name for name in sorted(FETCHED) if name.startswith(("model_index", "vae"))]
-    assert result[3] == ["fetching acme/tiny: 8 files, 0.000 GB"]  # without the three that are there
+    assert result[3] == ["fetching acme/tiny: 9 files, 0.000 GB"]  # without the three that are there
     assert result[4] == sorted(FETCHED)
     assert result[5] == []
     assert result[6] == sorted(FETCHED)
@@ -167,3 +188,110 @@ def test_fetching_takes_the_files_that_are_needed_and_says_how_large_they_are(hu
         result[7] == "ValueError: model: acme/other is no directory here and no repository of the hub that you can read"
     )
     assert result[8] == "ValueError: model: the hub has no revision 'v9' of acme/tiny"
+
+
+FETCH_VARIANTS = """
+result = [
+    said(lambda: find("acme/tiny", variant="bf16")),
+    said(lambda: find("acme/tiny", components=["vae"], variant="fp16")),
+    said(lambda: find("acme/tiny", components=["tokenizer"], variant="fp16")),
+    files(find("acme/tiny", variant="fp16")),
+    files(find("acme/tiny", variant="fp16", local_files_only=True)),
+    said(lambda: find("acme/tiny", variant="bf16", local_files_only=True)),
+    said(lambda: find("acme/half")),
+    files(find("acme/half", components=["transformer"], variant="fp16")),
+]
+print(json.dumps(result))
+"""
+
+
+def test_fetching_takes_the_files_of_a_variant_and_plain_ones_where_it_is_lacking(hub: Callable[..., str]) -> None:
+    result = json.loads(hub(FETCH.split("result = [")[0] + FETCH_VARIANTS))
+    assert result[0] == "ValueError: variant: got 'bf16', want None or 'fp16': acme/tiny has no other"
+    assert result[1] == "ValueError: variant: got 'fp16', want None: acme/tiny has no other"
+    assert result[2] == ["fetching acme/tiny: 3 files, 0.000 GB"]
+    plain = [name for name in FETCHED if "safetensors" not in name or name.startswith("vae")]
+    assert result[3] == sorted([*plain, *HALF])
+    assert result[4] == result[3]
+    assert result[5].startswith("ValueError: variant: got 'bf16', want None or 'fp16': the local cache of acme/tiny ")
+    assert result[6] == "ValueError: variant: got None, want 'fp16': transformer of acme/half has no other"
+    assert result[7] == sorted(["model_index.json", "transformer/config.json", *(n for n in HALF if n[:2] == "tr")])
+
+
+@pytest.mark.parametrize(
+    ("names", "variants"),
+    [
+        (["model.safetensors", "model.safetensors.index.json", "other.fp16.safetensors", "model.fp16.bin"], [None]),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], [None]),
+        (["model.non_ema.safetensors", "model.fp16-00001-of-00009.safetensors"], ["fp16", "non_ema"]),
+        (["model.safetensors.index.bf16.json", "config.json"], ["bf16"]),
+        ([], []),
+    ],
+)
+def test_variants_are_told_from_the_names(names: list[str], variants: list[str | None]) -> None:
+    assert stored_variants(names, "model") == variants
+
+
+class Opened:
+    """List the files under a directory that anything in this process opens: Python, Rust and C++ alike."""
+
+    OPEN, IS_DIRECTORY = 0x20, 0x40000000  # of inotify
+
+    def __init__(self, root: Path) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = self.libc.inotify_init1(os.O_NONBLOCK)
+        folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
+        self.folders = {self.libc.inotify_add_watch(self.fd, bytes(path), self.OPEN): path for path in folders}
+        self.root = root
+
+    def files(self) -> list[str]:
+        found, data = set(), b""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self.fd, 2**16):
+                data += chunk
+        os.close(self.fd)
+        while data:
+            watch, mask, _, length = struct.unpack_from("iIII", data)
+            if not mask & self.IS_DIRECTORY:
+                name = data[16 : 16 + length].rstrip(b"\0").decode()
+                found.add(str((self.folders[watch] / name).relative_to(self.root)))
+            data = data[16 + length :]
+        return sorted(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks inotify")
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_what_is_fetched_is_what_is_opened(
+    hub: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: str | None
+) -> None:
+    checkpoint = shutil.copytree(PACKS / "tiny-t2v", tmp_path / "checkpoint")
+    for path in list(checkpoint.glob("*/*.safetensors")):
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+    for name in ("README.md", "tokenizer/added_tokens.json", "tokenizer/special_tokens_map.json", "vae/x.bin"):
+        (checkpoint / name).write_text("{}")
+    whole = {str(p.relative_to(checkpoint)): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
+    monkeypatch.setitem(Hub.repositories, "acme/pack", whole)
+    code = FETCH.split("result = [")[0] + f"print(json.dumps(files(find('acme/pack', variant={variant!r}))))"
+    fetched = json.loads(hub(code))
+
+    watch = Opened(checkpoint)
+    assert cogvid.load(checkpoint, device="cpu", variant=variant).variant == variant
+    plan.describe(str(checkpoint), variant=variant)
+    assert watch.files() == fetched
+    assert len(fetched) == 10
+
+
+def test_the_command_line_takes_a_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = shutil.copytree(PACKS / "tiny-t2v", tmp_path / "checkpoint")
+    for path in list(checkpoint.glob("*/*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    assert cli.main(["inspect", str(checkpoint)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cogvid: error: variant: got None, want 'fp16': ")
+    assert said.count("\n") == 1
+    assert cli.main(["inspect", str(checkpoint), "--variant", "fp16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["vae"]["dtype"] == "float16"
+    output, quick = str(tmp_path / "x.mp4"), ["--num-inference-steps", "1", "--num-frames", "1", "--variant", "fp16"]
+    command = ["generate", "the red circle moves right", "-o", output, "--model", str(checkpoint), *quick]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == f"{output}\n"

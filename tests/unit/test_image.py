@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,12 @@ def test_alpha_is_dropped_and_palette_transparency_ignored() -> None:
     clear.putalpha(0)
     assert load_image(clear).tobytes() == _picture().tobytes()
     palette = _picture().quantize(16)
-    palette.info["transparency"] = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loaded = load_image(_encoded(palette))
-    assert loaded.tobytes() == palette.convert("RGB").tobytes()
+    for transparency in (0, bytes(range(0, 160, 10))):
+        palette.info["transparency"] = transparency
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = load_image(_encoded(palette))
+        assert loaded.tobytes() == _picture().quantize(16).convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
@@ -163,15 +165,34 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
     assert green < 60
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_broken_exif_does_not_spoil_the_picture() -> None:
     for junk in (
         b"Exif\x00\x00garbage",
         b"Exif\x00\x00II*\x00\xff\xff\xff\xff",
         b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + b"\x01" * 40,
     ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert load_image(_encoded(_picture(), "JPEG", exif=junk)).size == (30, 20)
+        assert load_image(_encoded(_picture(), "JPEG", exif=junk)).size == (30, 20)
+
+
+def test_threads_leave_the_warnings_of_the_process_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters are global: of two that change them for a moment, the later to end may put back the other's change."""
+    data, load, during = _encoded(_picture(64, 64)), ImageFile.ImageFile.load, []
+
+    def spy(self: ImageFile.ImageFile) -> object:
+        during.append((warnings.showwarning, *warnings.filters))
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", spy)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        before = (warnings.showwarning, *warnings.filters)
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(load_image, [data] * 200))
+        assert (warnings.showwarning, *warnings.filters) == before
+        assert set(during) == {before}
+        warnings.warn("the host's own", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["the host's own"]
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
@@ -242,6 +263,7 @@ def test_bad_files_raise_one_line(tmp_path: Path, content: bytes | None, message
     assert "bad.png" in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_files_load_or_raise_value_error_wherever_the_damage_is() -> None:
     rng = np.random.default_rng(0)
     refused: list[str] = []

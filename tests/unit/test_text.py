@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from cogvid.hub import PACKS
 from cogvid.ops import Ops, rms_norm
 from cogvid.text import Tokenizer, load_text_encoder, use_ops
 from tests.tiny_text import save_text_parts, train_tokenizer
+from tiny_world import corpus
 
 PROMPTS = ["a red circle", ""]
 
@@ -151,10 +153,26 @@ def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json: wanted a JSON file"):
         load_text_encoder(root)
 
-    root = broken("small-vocabulary")
-    config = json.loads((root / "text_encoder" / "config.json").read_text())
-    (root / "text_encoder" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    with pytest.raises(ValueError, match=r"vocab_size 100, wanted the tokenizer's \d+"):
+    for values, words in (
+        ({"num_heads": "x"}, r"config\.json: got .*'num_heads'.*, want a T5 encoder's config$"),
+        ({"dense_act_fn": "nope"}, r"config\.json: got 'nope', want a T5 encoder's config$"),
+        ({"d_kv": -1}, r"config\.json: got .*negative dimension.*, want a T5 encoder's config$"),
+    ):
+        root = broken(f"config-{next(iter(values))}")
+        config = json.loads((root / "text_encoder" / "config.json").read_text())
+        (root / "text_encoder" / "config.json").write_text(json.dumps(config | values))
+        with pytest.raises(ValueError, match=words) as caught:
+            load_text_encoder(root)
+        assert "\n" not in str(caught.value)
+
+    root = broken("list")
+    (root / "text_encoder" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: got list, want a JSON object$"):
+        load_text_encoder(root)
+
+    root = broken("sentinels")
+    (root / "tokenizer" / "tokenizer_config.json").write_text('{"extra_ids": "many"}')
+    with pytest.raises(ValueError, match=r"extra_ids: got 'many', want a number of sentinels$"):
         load_text_encoder(root)
 
     root = broken("missing-weight")
@@ -171,6 +189,79 @@ def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
     save_file({k: v for k, v in state.items() if "shared" not in k and "embed_tokens" not in k}, path)
     with pytest.raises(ValueError, match=r"do not fit the config: .*shared.weight"):
         load_text_encoder(root)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float64, torch.float8_e4m3fn]
+)
+def test_one_tensor_that_is_no_weight_is_refused(checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    root, name = copy_of(checkpoint, tmp_path), "encoder.block.1.layer.0.layer_norm.weight"
+    path = root / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    save_file(state | {name: state[name].to(dtype)}, path)
+    with pytest.raises(
+        ValueError, match=rf"text_encoder/model\.safetensors: got 1 tensors \({name} is \w+\), want weights in"
+    ):
+        load_text_encoder(root)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["one-file", "sharded"])
+def test_a_variant_of_the_encoder(tmp_path: Path, shard: str) -> None:
+    encoder, _ = save_text_parts(tmp_path)
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    encoder.save_pretrained(tmp_path / "text_encoder", variant="fp16", max_shard_size=shard)
+    with pytest.raises(ValueError, match=r"^variant: got None, want 'fp16': .*text_encoder has no other$"):
+        load_text_encoder(tmp_path)
+    ours = load_text_encoder(tmp_path, variant="fp16")
+    assert torch.equal(ours.model.shared.weight, encoder.shared.weight)
+
+
+def test_ids_that_have_no_embedding_are_refused_when_they_occur(checkpoint: Path, tmp_path: Path) -> None:
+    """A vocabulary larger than the embedding is no fault of its own; diffusers runs it too."""
+    root = copy_of(checkpoint, tmp_path)
+    path = root / "text_encoder" / "model.safetensors"
+    tokenizer = load_text_encoder(checkpoint).tokenizer
+    size = tokenizer.vocab_size - 100  # without the sentinels
+    state = load_file(path)
+    save_file({k: v[:size].clone() if v.shape == state["shared.weight"].shape else v for k, v in state.items()}, path)
+    config = json.loads((root / "text_encoder" / "config.json").read_text())
+    (root / "text_encoder" / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+    encoder = load_text_encoder(root)
+    assert torch.equal(encoder(PROMPTS, 8), load_text_encoder(checkpoint)(PROMPTS, 8))
+    words = rf"^prompt 'red <extra_id_99>': got the piece '<extra_id_99>' of id {size}, want ids below {size}, the text"
+    with pytest.raises(ValueError, match=words):
+        encoder(["a red circle", "red <extra_id_99>"], 8)
+
+
+def test_unknown_words_are_named(checkpoint: Path) -> None:
+    tokenizer = load_text_encoder(checkpoint).tokenizer
+    with pytest.warns(UserWarning, match=r"^prompt 'a red 猫 circle': '猫' is not in the vocabulary of the text"):
+        tokenizer.encode(["a red 猫 circle"], 12)
+    with pytest.warns(UserWarning, match=r"'猫', 'ж', '犬', '鳥', '魚' and 2 more are not in the vocabulary"):
+        tokenizer.encode(["猫, ж! 犬 猫 鳥 魚 馬 山"], 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer.encode(["", "a red circle moves to the left.", "circle, <unk> </s>", "<extra_id_3>red"], 20)
+
+
+def test_a_large_vocabulary_spells_words_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is how T5 reads any rare word, so that only pieces without an id are unknown there."""
+    monkeypatch.setattr("cogvid.text._WORD_LIST", 10)
+    tokenizer = Tokenizer(train_tokenizer(tmp_path, "nmt_nfkc"))
+    assert tokenizer.unknown_words("a bison 猫 dressed") == ["猫"]
+
+
+@pytest.mark.parametrize("pack", ["tiny-i2v", "tiny-t2v"])
+def test_shipped_packs_name_what_is_outside_their_world(pack: str) -> None:
+    tokenizer = load_text_encoder(PACKS / pack).tokenizer
+    assert [s for sentence in corpus() for s in tokenizer.unknown_words(f"{sentence} {sentence.capitalize()}")] == []
+    assert tokenizer.unknown_words("A panda eats the red BAMBOO, 2 fights.") == [
+        "panda",
+        "eats",
+        "BAMBOO",
+        "2",
+        "fights",
+    ]
 
 
 def test_model_without_pad_is_refused(tmp_path: Path) -> None:

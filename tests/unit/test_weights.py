@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
+import random
+import re
 import resource
 import shutil
 import subprocess
@@ -19,8 +22,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvid import weights
-from cogvid.config import CONFIGS, SchedulerConfig
+from cogvid import cli, plan, weights
+from cogvid.config import CONFIGS, SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.hub import component_variants
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 from cogvid.weights import (
@@ -84,7 +88,7 @@ def test_official_models_are_recognised_by_their_config(tmp_path: Path, name: st
 
 
 def test_a_15_style_image_model_is_recognised(tmp_path: Path) -> None:
-    config = dataclasses.replace(TRANSFORMER, in_channels=32, patch_size_t=2, ofs_embed_dim=64)
+    config = dataclasses.replace(TRANSFORMER, in_channels=32, patch_size_t=2, ofs_embed_dim=32)
     model = read_model_config(write_checkpoint(tmp_path, config))
     assert (model.name, model.fps, model.frame_multiple) == ("custom-i2v", 16, 16)
 
@@ -116,18 +120,70 @@ def test_a_scheduler_setting_that_is_not_named_is_the_default_of_the_class(check
         (None, torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_dtype_is_what_was_asked_for_or_stored(asked: Any, stored: torch.dtype, expected: torch.dtype) -> None:
+def test_dtype_is_what_was_asked_for_or_stored(
+    monkeypatch: pytest.MonkeyPatch, asked: Any, stored: torch.dtype, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve_dtype(asked, torch.device("cpu"), stored) is expected
 
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("fast", "words"), [(True, "bfloat16 instead$"), (False, "float32 .*twice the memory$")])
 @pytest.mark.parametrize(("asked", "stored"), [("float16", torch.float32), (None, torch.float16)])
-def test_float16_is_not_run_on_a_cpu(asked: str | None, stored: torch.dtype) -> None:
-    with pytest.warns(UserWarning, match=r"^float16 arithmetic is not run on a CPU: running in (bfloat16|float32)"):
-        chosen = resolve_dtype(asked, torch.device("cpu"), stored)
-    assert chosen in (torch.bfloat16, torch.float32)
-    assert resolve_dtype(asked, torch.device("cuda"), stored) is torch.float16
+def test_float16_is_not_run_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, stored: torch.dtype, fast: bool, words: str
+) -> None:
+    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: fast)
+    with pytest.warns(UserWarning, match=rf"^float16 arithmetic is not run on a CPU: running in {words}"):
+        assert resolve_dtype(asked, CPU, stored) is (torch.bfloat16 if fast else torch.float32)
+    assert resolve_dtype(asked, GPU, stored) is torch.float16
+
+
+def test_bfloat16_that_nobody_asked_for_is_not_run_on_a_cpu_that_is_slow_at_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match=r"^bfloat16 is slow on this CPU.*running in float32.*twice the memory"):
+        assert resolve_dtype(None, CPU, torch.bfloat16) is torch.float32
+    for asked in ("bfloat16", torch.bfloat16):
+        weights._warn_of_slow_bfloat16.cache_clear()
+        with pytest.warns(UserWarning, match=r"^bfloat16 is slow on this CPU, .*; float32 is faster$"):
+            assert resolve_dtype(asked, CPU, torch.float32) is torch.bfloat16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_dtype(None, GPU, torch.bfloat16) is torch.bfloat16
+        assert resolve_dtype(None, CPU, torch.float32) is torch.float32
+
+
+def test_slowness_is_said_once_for_all_the_parts_of_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: False)
+    weights._warn_of_slow_bfloat16.cache_clear()
+    options = ["--num-inference-steps", "1", "--num-frames", "1", "--dtype", "bfloat16"]
+    assert cli.main(["generate", "the red circle moves right", "-o", str(tmp_path / "x.mp4"), *options]) == 0
+    assert capsys.readouterr().err.count("bfloat16 is slow on this CPU") == 1
+
+
+ASK = "import warnings; from cogvid.weights import _cpu_has_bfloat16; print(_cpu_has_bfloat16())"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limit is of x86 instructions")
+def test_limits_of_the_environment_count_as_the_cpu() -> None:
+    for limit in ("SSE41", "AVX2"):
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+        done = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == "False\n"
+
+
+def test_a_pytorch_that_cannot_be_asked_is_taken_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert weights._cpu_has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert weights._cpu_has_bfloat16() is False
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "", torch.float64, 16])
@@ -262,6 +318,56 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda d: (d / "vae" / WEIGHTS).rename(d / "vae" / "model.fp16.safetensors"),
         r"no such file; there is model\.fp16\.safetensors$",
     ),
+    "only-a-variant": (
+        lambda d: (d / "vae" / WEIGHTS).rename(d / "vae" / "diffusion_pytorch_model.fp16.safetensors"),
+        r"^variant: got None, want 'fp16': .*vae has no other$",
+    ),
+    "head-dim-for-rope": (
+        lambda d: edit_json(d / "transformer" / "config.json", attention_head_dim=24),
+        r"config\.json: attention_head_dim: got 24, want a multiple of 16 with rotary positions$",
+    ),
+    "width-for-added-positions": (
+        lambda d: edit_json(
+            d / "transformer" / "config.json", attention_head_dim=20, use_rotary_positional_embeddings=False
+        ),
+        r"num_attention_heads \* attention_head_dim: got \d+, want a multiple of 16 with added positions$",
+    ),
+    "ofs-width": (
+        lambda d: edit_json(d / "transformer" / "config.json", ofs_embed_dim=6),
+        r"config\.json: ofs_embed_dim: got 6, want the time_embed_dim, \d+, or null$",
+    ),
+    "odd-ofs-width": (
+        lambda d: edit_json(d / "transformer" / "config.json", ofs_embed_dim=7, time_embed_dim=7),
+        r"config\.json: ofs_embed_dim: got 7, want an even number$",
+    ),
+    "smaller-than-a-patch": (
+        lambda d: edit_json(d / "transformer" / "config.json", sample_height=1),
+        r"config\.json: sample_height: got 1, want at least the patch_size, 2$",
+    ),
+    "learned-positions-of-half-a-patch": (
+        lambda d: edit_json(d / "transformer" / "config.json", sample_width=9, use_learned_positional_embeddings=True),
+        r"config\.json: sample_width: got 9, want a multiple of the patch_size, 2, with learned positions$",
+    ),
+    "scale-zero": (
+        lambda d: edit_json(d / "transformer" / "config.json", spatial_interpolation_scale=0),
+        r"config\.json: spatial_interpolation_scale: got 0, want a positive number$",
+    ),
+    "groups": (
+        lambda d: edit_json(d / "vae" / "config.json", norm_num_groups=3),
+        r"config\.json: norm_num_groups: got 3, want a divisor of each of \[8, 8, 16, 16\]$",
+    ),
+    "temporal-compression-of-three": (
+        lambda d: edit_json(d / "vae" / "config.json", temporal_compression_ratio=3),
+        r"config\.json: temporal_compression_ratio: got 3, want one of \[1, 2, 4, 8\]$",
+    ),
+    "grey-vae": (
+        lambda d: edit_json(d / "vae" / "config.json", in_channels=1),
+        r"config\.json: in_channels is 1; only 3 is implemented$",
+    ),
+    "scaling-factor-zero": (
+        lambda d: edit_json(d / "vae" / "config.json", scaling_factor=0),
+        r"config\.json: scaling_factor: got 0, want a positive number$",
+    ),
     "empty-weights": (lambda d: (d / "vae" / WEIGHTS).write_bytes(b""), r"not a whole safetensors file \("),
     "git-lfs-pointer": (
         lambda d: (d / "vae" / WEIGHTS).write_text(
@@ -315,7 +421,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda d: save_file(
             {k: v.to(torch.int8) for k, v in load_file(d / "vae" / WEIGHTS).items()}, d / "vae" / WEIGHTS
         ),
-        r"vae: the weights are torch\.int8, wanted float32, float16, bfloat16$",
+        r"vae/diffusion_pytorch_model\.safetensors: got \d+ tensors \(.* is I8, .* is I8, .* is I8, and \d+ more\), "
+        r"want weights in float32, float16, bfloat16 alone$",
     ),
 }
 
@@ -349,6 +456,145 @@ def test_a_sharded_checkpoint_loads(checkpoint: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
 
 
+FOREIGN = [
+    *(torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
+@pytest.mark.parametrize("dtype", FOREIGN, ids=str)
+def test_one_tensor_that_is_no_weight_is_refused(checkpoint: Path, dtype: torch.dtype, sharded: bool) -> None:
+    for part, name in (("transformer", FFN), ("vae", "decoder.conv_out.conv.bias")):
+        state = load_file(checkpoint / part / WEIGHTS)
+        save_file({**state, name: state[name].to(dtype)}, checkpoint / part / WEIGHTS)
+        if sharded:
+            shard(checkpoint / part)
+    for part, load, name in (("transformer", load_transformer, FFN), ("vae", load_vae, "decoder.conv_out.conv.bias")):
+        with pytest.raises(ValueError, match=r"safetensors: got 1 tensors \(.*\), want weights in float32") as caught:
+            load(checkpoint)
+        assert f"/{part}/" in str(caught.value)
+        assert f"({name} is " in str(caught.value)
+
+
+# Variants.
+
+
+def rename_as_variant(directory: Path, variant: str, *, keep: bool = False) -> None:
+    """Give the weights of a directory the names that they have in a variant, as diffusers and transformers do."""
+    for path in directory.glob("*.safetensors*"):
+        if path.name.endswith(".json"):
+            new = path.name.replace(".index.json", f".index.{variant}.json")
+            index = json.loads(path.read_text())
+            index["weight_map"] = {k: f.replace("model-", f"model.{variant}-") for k, f in index["weight_map"].items()}
+            write_json(path.with_name(new), index)
+        else:
+            new = re.sub(r"(-\d+-of-\d+)?\.safetensors$", rf".{variant}\1.safetensors", path.name)
+            shutil.copy(path, path.with_name(new))
+        if not keep:
+            path.unlink()
+
+
+def test_a_variant_is_loaded_when_asked_for(checkpoint: Path) -> None:
+    state = load_file(checkpoint / "vae" / WEIGHTS)
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    save_file(other, checkpoint / "vae" / "diffusion_pytorch_model.ema.safetensors")
+    assert torch.equal(load_vae(checkpoint).state_dict()["encoder.conv_in.bias"], state["encoder.conv_in.conv.bias"])
+    assert torch.equal(
+        load_vae(checkpoint, variant="ema").state_dict()["encoder.conv_in.bias"], other["encoder.conv_in.conv.bias"]
+    )
+    with pytest.raises(ValueError, match=r"^variant: got 'fp16', want None or 'ema': .*vae has no other$"):
+        load_vae(checkpoint, variant="fp16")
+    with pytest.raises(ValueError, match=r"^variant: got 'fp16', want None: .*transformer has no other$"):
+        load_transformer(checkpoint, variant="fp16")
+
+
+def test_a_part_without_the_variant_is_loaded_from_its_plain_files_and_said(checkpoint: Path) -> None:
+    rename_as_variant(checkpoint / "transformer", "fp16")
+    with pytest.warns(
+        UserWarning, match=r"^variant: got 'fp16', which vae, text_encoder of .* lack: their plain files are loaded$"
+    ):
+        chosen = component_variants(checkpoint, "fp16")
+    assert chosen == {"transformer": "fp16", "vae": None, "text_encoder": None}
+    assert read_model_config(checkpoint, "fp16").dtype == "float32"
+    with pytest.raises(ValueError, match=r"^variant: got None, want 'fp16': .*transformer has no other$"):
+        read_model_config(checkpoint)
+    with pytest.raises(ValueError, match=r"^variant: got 'bf16', want None or 'fp16': .* has no other$"):
+        component_variants(checkpoint, "bf16")
+
+
+# Random configs.
+
+
+def check_line(error: ValueError) -> None:
+    assert re.fullmatch(r"[a-z_* ]+: got .*, want .*", str(error))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_any_transformer_config_runs_or_is_refused_when_it_is_read(seed: int) -> None:
+    draw = random.Random(seed).choice
+    values = {
+        "num_attention_heads": draw([1, 2, 3]),
+        "attention_head_dim": draw([16, 16, 16, 32, 32, 24]),
+        "num_layers": 1,
+        "in_channels": draw([1, 2, 4]),
+        "out_channels": draw([1, 2, 4]),
+        "text_embed_dim": draw([1, 8]),
+        "time_embed_dim": draw([1, 7, 8, 8]),
+        "ofs_embed_dim": draw([None, None, None, 7, 8]),
+        "patch_size": draw([1, 2, 3]),
+        "patch_size_t": draw([None, 1, 2]),
+        "max_text_seq_length": draw([1, 4]),
+        "use_rotary_positional_embeddings": draw([True, True, False]),
+        "use_learned_positional_embeddings": draw([True, False, False]),
+        "sample_frames": draw([1, 4, 9]),
+        "sample_height": draw([1, 2, 6, 6]),
+        "sample_width": draw([1, 4, 6]),
+        "spatial_interpolation_scale": draw([1.875] * 9 + [0]),
+        "norm_eps": draw([1e-5] * 9 + [-1]),
+    }
+    try:
+        config = TransformerConfig.from_dict(values)
+    except ValueError as error:
+        check_line(error)
+        return
+    frames, patch = 2 * (config.patch_size_t or 1), config.patch_size
+    size = (config.sample_height, config.sample_width)
+    if not config.use_learned_positional_embeddings:
+        size = (2 * patch, 3 * patch)
+    x, text = torch.randn(2, config.in_channels, frames, *size), torch.randn(2, config.max_text_seq_length, 8)
+    with torch.no_grad():
+        y = Transformer(config)(x, text[..., : config.text_embed_dim], torch.tensor([5, 999]))
+    assert y.shape == (2, config.out_channels, frames, *size)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_vae_config_runs_or_is_refused_when_it_is_read(seed: int) -> None:
+    draw = random.Random(seed).choice
+    values = {
+        "block_out_channels": [draw([2, 4, 6]) for _ in range(draw([1, 3, 4, 5]))],
+        "layers_per_block": 1,
+        "latent_channels": draw([1, 4]),
+        "norm_num_groups": draw([1, 1, 2, 2, 4]),
+        "temporal_compression_ratio": draw([1, 2, 4, 4, 3, 8, 16]),
+        "scaling_factor": draw([1, 0.7, 0.7, 0]),
+    }
+    try:
+        config = VAEConfig.from_dict(values)
+    except ValueError as error:
+        check_line(error)
+        return
+    period, stride = 2 * config.temporal_compression_ratio, config.spatial_compression_ratio
+    vae = VAE(config)
+    for frames in (period, 2 * period + 1):
+        pixels = torch.randn(1, 3, frames, stride, 2 * stride)
+        with torch.no_grad():
+            latents = vae.encode(pixels).mean
+            assert latents.shape == (1, config.latent_channels, plan.latent_frames(config, frames), 1, 2)
+            assert vae.decode(latents).shape == pixels.shape
+
+
 def test_a_component_is_not_another(pristine: Path) -> None:
     with pytest.raises(ValueError, match=r"is of class AutoencoderKLCogVideoX, wanted CogVideoXTransformer3DModel$"):
         load_transformer(pristine / "vae")
@@ -365,7 +611,7 @@ def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 load_transformer(sys.argv[2])  # the imports and caches of a first call
 before = anonymous()
-model = load_transformer(sys.argv[1])
+model = load_transformer(sys.argv[1], dtype="bfloat16")
 loaded = anonymous() - before
 largest = max(p.untyped_storage().nbytes() for p in model.parameters())
 for parameter in model.parameters():  # reads every page
