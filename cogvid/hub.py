@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cogvid import versions
 from cogvid.config import CONFIGS
 
 PACKS = Path(__file__).parent / "packs"
@@ -65,6 +66,7 @@ def packs() -> list[str]:
 
 
 def _fetch(repo: str, revision: str | None, local_files_only: bool, components: Iterable[str]) -> Path:
+    versions.check("huggingface_hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         DryRunError,

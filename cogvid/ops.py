@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogvid import versions
+
 Rope = tuple[Tensor, Tensor]
 
 
@@ -152,6 +154,7 @@ class Ops:
         """
         names = [field.name for field in dataclasses.fields(Ops)]
         try:
+            versions.check_triton()
             kernels = importlib.import_module("cogvid_kernels")
         except ImportError as error:
             raise RuntimeError(f"ops 'triton' ({', '.join(names)}) cannot be imported: {error}") from error

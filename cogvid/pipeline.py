@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 import cogvid
-from cogvid import plan
+from cogvid import plan, versions
 from cogvid.config import ModelConfig, VAEConfig
 from cogvid.hub import find
 from cogvid.image import prepare_image, prepare_video
@@ -91,6 +91,7 @@ def load(
         ops: "torch", "triton", "auto" (triton on CUDA, torch elsewhere), or an `Ops`.
         revision: branch, tag or commit of a hub id. local_files_only: take a hub id from the local cache.
     """
+    versions.check()
     device = resolve_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     bundle, ops_name = resolve_ops(ops, device)
     directory = find(os.fspath(source), revision=revision, local_files_only=local_files_only)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cogvid import versions
 from cogvid.hub import component_directory
 from cogvid.ops import Ops, resolve_ops
 from cogvid.weights import load_state, resolve_device, resolve_dtype, stored_dtype
@@ -65,6 +66,7 @@ class Tokenizer:
     """
 
     def __init__(self, spiece_path: str | Path, extra_ids: int = 100) -> None:
+        versions.check("sentencepiece")
         from sentencepiece import SentencePieceProcessor
 
         if not Path(spiece_path).is_file():
@@ -169,6 +171,7 @@ def load_text_encoder(
     Raises:
         ValueError: the files are missing, broken or do not fit together; an argument is not one of the above.
     """
+    versions.check("transformers", "sentencepiece")
     from transformers import T5Config, T5EncoderModel
 
     directory = component_directory(model, "text_encoder")
