@@ -150,11 +150,12 @@ class Ops:
         """Return the Triton kernels.
 
         Raises:
+            ImportError: Triton is missing or too old.
             RuntimeError: the kernels, or one of them, cannot be imported; names which and why.
         """
         names = [field.name for field in dataclasses.fields(Ops)]
+        versions.check_triton()
         try:
-            versions.check_triton()
             kernels = importlib.import_module("cogvid_kernels")
         except ImportError as error:
             raise RuntimeError(f"ops 'triton' ({', '.join(names)}) cannot be imported: {error}") from error
@@ -174,6 +175,7 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
 
     Raises:
         ValueError: an unknown name.
+        ImportError: Triton is missing or too old.
         RuntimeError: the kernels are missing, or the device is none that they run on.
     """
     if isinstance(ops, Ops):

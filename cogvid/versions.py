@@ -35,16 +35,20 @@ def check(*names: str) -> None:
 def check_triton() -> None:
     """Raise `ImportError` unless Triton is there and new enough, and, where kernels are interpreted, NumPy suits it."""
     # Asked itself, because the package goes by several names, one for each make of GPU.
-    triton = importlib.import_module("triton").__version__
-    _check("triton", triton)
+    try:
+        triton = importlib.import_module("triton").__version__
+    except ModuleNotFoundError:
+        triton = None
+    triton = _check("triton", triton)
     numpy = version("numpy")
     if os.environ.get("TRITON_INTERPRET") == "1" and _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
         raise ImportError(f"numpy: got {numpy}, want older than 2.4 in the interpreter of triton {triton}")
 
 
-def _check(name: str, got: str | None) -> None:
+def _check(name: str, got: str | None) -> str:
     if got is None or _release(got) < _release(LOWEST[name]):
         raise ImportError(f"{name}: got {got or 'none'}, want {LOWEST[name]} or newer")
+    return got
 
 
 def _release(version: str) -> tuple[int, ...]:
