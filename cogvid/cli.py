@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Make a video, encode it while it is decoded, and print its path."""
+    from cogvid import versions
+
+    versions.check()
     from tqdm import tqdm
 
     from cogvid import plan

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogvid import versions
+
 Rope = tuple[Tensor, Tensor]
 
 
@@ -148,9 +150,11 @@ class Ops:
         """Return the Triton kernels.
 
         Raises:
+            ImportError: Triton is missing or too old.
             RuntimeError: the kernels, or one of them, cannot be imported; names which and why.
         """
         names = [field.name for field in dataclasses.fields(Ops)]
+        versions.check_triton()
         try:
             kernels = importlib.import_module("cogvid_kernels")
         except ImportError as error:
@@ -171,6 +175,7 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
 
     Raises:
         ValueError: an unknown name.
+        ImportError: Triton is missing or too old.
         RuntimeError: the kernels are missing, or the device is none that they run on.
     """
     if isinstance(ops, Ops):

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 import cogvid
-from cogvid import plan
+from cogvid import plan, versions
 from cogvid.config import ModelConfig, VAEConfig
 from cogvid.hub import component_variants, find
 from cogvid.image import prepare_image, prepare_video
@@ -98,6 +98,7 @@ def load(
         variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16"; a part that
             lacks it is loaded from its plain files, with a warning. It does not choose the dtype.
     """
+    versions.check()
     device = resolve_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     bundle, ops_name = resolve_ops(ops, device)
     # Absolute, because a directory "tiny-i2v" would be taken for the shipped pack from here on.

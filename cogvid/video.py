@@ -20,6 +20,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cogvid import versions
+
 if TYPE_CHECKING:
     from av.container import OutputContainer
     from av.video.frame import VideoFrame
@@ -53,6 +55,7 @@ class VideoWriter:
         metadata: JSON-serialisable values for the file's comment, which `read_metadata` returns.
     Raises:
         ValueError: on construction, for arguments that cannot work; by `write`, for frames that are not `[f, H, W, 3]`.
+        ImportError: on construction, for a PyAV that is too old or has no libx264.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class VideoWriter:
         preset: str = "medium",
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        _check_encoder()
         self._target = check_output_path(path)
         for argument, size in (("height", height), ("width", width)):
             if size < 2 or size % 2:
@@ -291,6 +295,18 @@ def _frames_to_uint8(frames: Iterable[Any]) -> Iterator[np.ndarray]:
             raise ValueError(f"{name}: {error}") from None
 
 
+def _check_encoder() -> None:
+    """Raise unless PyAV can do what a writer needs: it is used only after the work that it would lose."""
+    versions.check("av")
+    from av.codec import Codec
+    from av.codec.codec import UnknownCodecError
+
+    try:
+        Codec("libx264", "w")
+    except UnknownCodecError:
+        raise ImportError("av: got a PyAV without the encoder libx264, want one with it") from None
+
+
 def _frame_rate(fps: float | Fraction) -> Fraction:
     if not 0.01 <= fps <= 1000:  # NaN fails too
         raise ValueError(f"fps is {fps}, wanted 0.01 to 1000 frames per second")
@@ -332,6 +348,7 @@ def _interpolation() -> int:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Open a video for reading; what FFmpeg cannot read raises one `ValueError`."""
+    versions.check("av")
     import av
     from av.error import FFmpegError
 

@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cogvid.config import CONFIGS, TransformerConfig
+from cogvid.hub import BASENAME
 from cogvid.ops import Ops
 from cogvid.sampler import add_noise, make_schedule, velocity
 from cogvid.text import Tokenizer
@@ -522,6 +523,10 @@ def export(args: argparse.Namespace) -> None:
         shutil.rmtree(pack, ignore_errors=True)
         save_transformer(model.transformer, pack / "transformer", torch.float16)
         save_vae(vae, pack / "vae", torch.float16)
+        if task == "t2v":  # a link to the same weights: diffusers takes none by a name in another folder
+            weights = pack / "vae" / f"{BASENAME}.safetensors"
+            weights.unlink()
+            weights.symlink_to(Path("../../tiny-i2v/vae") / weights.name)
         save_text_encoder(model.text_encoder, pack / "text_encoder")
         save_tokenizer(args.out / "spiece.model", pack / "tokenizer")
         scheduler = {"_class_name": "CogVideoXDPMScheduler", **DIFFUSERS_VERSION, **MODEL.scheduler.to_dict()}

@@ -24,26 +24,31 @@ INTERNAL = {
     "": set(),  # its imports happen in __getattr__ alone
     "__main__": {"cli"},
     "config": set(),
+    "versions": set(),
     "rope": {"config"},
     "sampler": {"config"},
     "image": {"config"},
-    "video": {"config"},
-    "ops": set(),
+    "video": {"config", "versions"},
+    "ops": {"versions"},
     "transformer": MODELS,
     "vae": MODELS,
-    "hub": {"config"},
-    "text": {"config", "ops", "hub", "weights"},
+    "hub": {"config", "versions"},
+    "text": {"config", "versions", "ops", "hub", "weights"},
     "tiling": set(),
     "weights": {"config", "ops", "transformer", "vae", "hub"},
     "lora": {"config", "transformer", "vae", "weights"},
     "plan": LOWER | MODELS | {"transformer", "vae", "text", "tiling", "hub", "weights", "lora"},
-    "pipeline": {"", "plan"} | LOWER | MODELS | {"transformer", "vae", "text", "tiling", "hub", "weights", "lora"},
-    "cli": {"", "config", "plan", "pipeline"},
+    "pipeline": {"", "plan", "versions"}
+    | LOWER
+    | MODELS
+    | {"transformer", "vae", "text", "tiling", "hub", "weights", "lora"},
+    "cli": {"", "config", "versions", "plan", "pipeline"},
 }
 TENSORS = {"torch", "numpy", "einops"}
 # module of cogvid -> what it may import from outside at its top, and, inside a function, besides
 EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "config": (set(), set()),
+    "versions": (set(), set()),
     "image": (TENSORS, {"PIL"}),
     "video": (TENSORS, {"av", "PIL"}),
     "ops": (TENSORS, {"cogvid_kernels"}),

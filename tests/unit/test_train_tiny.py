@@ -55,6 +55,8 @@ def test_every_stage_runs_and_the_packs_make_videos(out: Path):
         pipe = cogvid.load(out / name, device="cpu")
         frames = pipe("the red circle moves up", num_inference_steps=2, output_type="uint8", progress=False, **options)
         assert frames.frames.shape == (1, 17, 64, 64, 3)
+    weights = [out / name / "vae" / "diffusion_pytorch_model.safetensors" for name in ("tiny-i2v", "tiny-t2v")]
+    assert weights[0].samefile(weights[1])
 
 
 def copy_of(out: Path, directory: Path, *names: str) -> argparse.Namespace:
