@@ -40,7 +40,8 @@ class AttentionOp(Protocol):
 class QKNormRopeOp(Protocol):
     def __call__(
         self,
-        qkv: Tensor,
+        q: Tensor,
+        k: Tensor,
         q_weight: Tensor,
         q_bias: Tensor,
         k_weight: Tensor,
@@ -52,7 +53,7 @@ class QKNormRopeOp(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """LayerNorm q and k over the head width, then rotate the video tokens.
 
-        qkv: `[B, N, 3, heads, hd]`, the merged projection. q_weight, q_bias, k_weight, k_bias: `[hd]`.
+        q, k: `[B, N, heads, hd]`, any strides as long as the last one is 1. q_weight, q_bias, k_weight, k_bias: `[hd]`.
         rope: None, or cos and sin, each fp32 `[S, hd / 2]`: one angle per pair of neighbouring channels, for the
         tokens from `text_len` on. Returns q and k, each `[B, N, heads, hd]`.
         """
@@ -202,7 +203,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def qk_norm_rope(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
     q_weight: Tensor,
     q_bias: Tensor,
     k_weight: Tensor,
@@ -213,11 +215,10 @@ def qk_norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute `QKNormRopeOp`: the q and k half of diffusers' `CogVideoXAttnProcessor2_0`."""
-    q, k = (
-        _norm_rotate(qkv[:, :, i], weight, bias, rope, text_len, eps)
-        for i, (weight, bias) in enumerate([(q_weight, q_bias), (k_weight, k_bias)])
+    return (
+        _norm_rotate(q, q_weight, q_bias, rope, text_len, eps),
+        _norm_rotate(k, k_weight, k_bias, rope, text_len, eps),
     )
-    return q, k
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, bias: Tensor, rope: Rope | None, text_len: int, eps: float) -> Tensor:

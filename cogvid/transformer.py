@@ -14,7 +14,7 @@ Parameters (upstream's names for them are in weights.py):
     pos_embedding                                learned positions of text and video; 5B-I2V only, not a parameter
     {time,ofs}_embed.linear_{in,out}             MLPs on the sinusoids of the timestep and of the constant ofs
     blocks.{i}.modulation1, .norm1               adaLN before attention: (shift, scale, gate) of video, then of text
-    blocks.{i}.qkv, .q_norm, .k_norm, .out       attention; qkv holds the rows of Q, K and V in this order
+    blocks.{i}.{q,k,v}_proj, .{q,k}_norm, .out   attention
     blocks.{i}.modulation2, .norm2               adaLN before the MLP
     blocks.{i}.mlp_in, .mlp_out                  MLP
     norm_final, modulation_out, norm_out, proj_out      last norm, adaLN (shift, scale), projection to patches
@@ -198,8 +198,11 @@ class Transformer(nn.Module):
         )
 
     def _initial_pos_embedding(self) -> Tensor:
-        video = self._sincos_table(self._trained_grid()).to(torch.get_default_dtype())
-        return F.pad(video, (0, 0, self.config.max_text_seq_length, 0))[None]
+        text_len, grid = self.config.max_text_seq_length, self._trained_grid()
+        table = torch.zeros(1, text_len + math.prod(grid), self.config.hidden_size)
+        if not table.is_meta:  # there it has no values, and arithmetic takes seconds to import
+            table[0, text_len:] = self._sincos_table(grid)
+        return table
 
     def _trained_grid(self) -> Grid:
         config = self.config
@@ -266,7 +269,9 @@ class Block(nn.Module):
 
         self.modulation1 = nn.Linear(config.time_embed_dim, 6 * width)
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
         self.q_norm = nn.LayerNorm(head_dim, eps=config.qk_norm_eps)
         self.k_norm = nn.LayerNorm(head_dim, eps=config.qk_norm_eps)
         self.out = nn.Linear(width, width)
@@ -283,12 +288,13 @@ class Block(nn.Module):
         shift, scale, gate = _modulation(self.modulation1, temb)
         norm = self.norm1
         y = ops.layer_norm_modulate(x, norm.weight, norm.bias, shift, scale, text_len=text_len, eps=norm.eps)
-        qkv = self.qkv(y).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, head_dim]
+        # Each [B, N, heads, head_dim], where its linear left it.
+        q, k, v = (proj(y).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q_norm, k_norm = self.q_norm, self.k_norm
         q, k = ops.qk_norm_rope(
-            qkv, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, rope, text_len=text_len, eps=q_norm.eps
+            q, k, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, rope, text_len=text_len, eps=q_norm.eps
         )
-        y = self.out(ops.attention(q, k, qkv[:, :, 2]))
+        y = self.out(ops.attention(q, k, v))
 
         shift, scale, mlp_gate = _modulation(self.modulation2, temb)
         norm = self.norm2

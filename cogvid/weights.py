@@ -5,7 +5,7 @@ with `config.json` and safetensors, in one file or in several with an index. wei
 
 Nothing is read into memory that need not be. Modules are built on the meta device, safetensors are mapped, and where
 neither device nor dtype changes the parameters are the mapping itself: pages that the kernel reads when they are first
-used and may drop again. Q, K and V are the exception, because the model wants the three as one matrix; see `_merge`.
+used and may drop again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import difflib
 import functools
 import json
 import os
-import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cogvid.config import (
     CONFIGS,
@@ -42,11 +41,9 @@ from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_STORED = {"F32", "F16", "BF16"}  # the same, as safetensors call them
 _FLOAT64 = "patch_embed.pos_embedding"  # diffusers writes this table in float64, whatever it was loaded from
 
-# Upstream's module -> ours; `{}` is the number of a layer, and `.weight` and `.bias` come along. Where several go to
-# one, that one holds their rows in the order of this table.
+# Upstream's module -> ours, one to one; `{}` is the number of a layer, and `.weight` and `.bias` come along.
 TRANSFORMER_NAMES = {
     "patch_embed.pos_embedding": "pos_embedding",
     "patch_embed.proj": "patch_proj",
@@ -57,9 +54,9 @@ TRANSFORMER_NAMES = {
     "ofs_embedding.linear_2": "ofs_embed.linear_out",
     "transformer_blocks.{}.norm1.linear": "blocks.{}.modulation1",
     "transformer_blocks.{}.norm1.norm": "blocks.{}.norm1",
-    "transformer_blocks.{}.attn1.to_q": "blocks.{}.qkv",
-    "transformer_blocks.{}.attn1.to_k": "blocks.{}.qkv",
-    "transformer_blocks.{}.attn1.to_v": "blocks.{}.qkv",
+    "transformer_blocks.{}.attn1.to_q": "blocks.{}.q_proj",
+    "transformer_blocks.{}.attn1.to_k": "blocks.{}.k_proj",
+    "transformer_blocks.{}.attn1.to_v": "blocks.{}.v_proj",
     "transformer_blocks.{}.attn1.norm_q": "blocks.{}.q_norm",
     "transformer_blocks.{}.attn1.norm_k": "blocks.{}.k_norm",
     "transformer_blocks.{}.attn1.to_out.0": "blocks.{}.out",
@@ -171,7 +168,7 @@ def load_transformer(
     """
     directory = component_directory(model, "transformer", variant)
     bundle, _ = resolve_ops(ops, resolve_device(device))
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         module = Transformer(_read_config(directory, "transformer", TransformerConfig), bundle)
     return _fill(module, directory, device, dtype, variant)
 
@@ -187,7 +184,7 @@ def load_vae(
     """Load the VAE of a checkpoint, or the one in its own directory; arguments as for `load_transformer`."""
     directory = component_directory(model, "vae", variant)
     bundle, _ = resolve_ops(ops, resolve_device(device))
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         module = VAE(_read_config(directory, "vae", VAEConfig), bundle)
     return _fill(module, directory, device, dtype, variant)
 
@@ -215,78 +212,63 @@ def save_vae(module: VAE, directory: str | Path, dtype: torch.dtype | None = Non
 
 
 def map_transformer_state_dict(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
-    """Rename (and merge, see `TRANSFORMER_NAMES`) a state dict of `CogVideoXTransformer3DModel` for `Transformer`.
+    """Rename a state dict of `CogVideoXTransformer3DModel` for `Transformer`.
 
     Raises:
         ValueError: names or shapes are not those of the config.
     """
     with torch.device("meta"):
         module = Transformer(config)
-    return _map(state, module, "state dict", lambda x: x, torch.cat)
+    return _map(state, module, "state dict")
 
 
 def map_vae_state_dict(state: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
     """Rename a state dict of `AutoencoderKLCogVideoX` for `VAE`; errors as for `map_transformer_state_dict`."""
     with torch.device("meta"):
         module = VAE(config)
-    return _map(state, module, "state dict", lambda x: x, torch.cat)
+    return _map(state, module, "state dict")
 
 
 def unmap_state_dict(module: Transformer | VAE) -> dict[str, Tensor]:
     """Return the module's state dict under upstream's names and shapes: the inverse of the two functions above."""
     state = module.state_dict()
-    return {
-        name: part.reshape(shape)
-        for key, parts in _upstream(module).items()
-        for (name, shape), part in zip(parts.items(), state[key].chunk(len(parts)), strict=True)
-    }
+    return {name: state[key].reshape(shape) for key, (name, shape) in _upstream(module).items()}
 
 
-def _rename(key: str, pattern: str, to: str) -> str | None:
-    """Rename a key that fits the pattern of a table, else return None."""
-    match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(\.weight|\.bias|)", key)
-    return to.format(*match.groups()[:-1]) + match.groups()[-1] if match else None
-
-
-def _upstream(module: Transformer | VAE) -> dict[str, dict[str, tuple[int, ...]]]:
-    """For each key of the module's state dict, the upstream keys that make it up, in order, with their shapes."""
-    names = TRANSFORMER_NAMES if isinstance(module, Transformer) else VAE_NAMES
-    expected = {}
-    for key, tensor in module.state_dict().items():
-        parts = [name for theirs, ours in names.items() if (name := _rename(key, ours, theirs)) is not None]
-        assert parts, f"{key} is in no table"
-        shape = (tensor.shape[0] // len(parts), *tensor.shape[1:])
-        if isinstance(module, Transformer) and key == "patch_proj.weight" and module.config.patch_size_t is None:
-            # Upstream's 1.0 has a convolution here, whose flattened kernel is the matrix of the same patches.
-            shape = (shape[0], module.config.in_channels, module.config.patch_size, module.config.patch_size)
-        expected[key] = dict.fromkeys(parts, shape)
+def _upstream(module: Transformer | VAE) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """For each key of the module's state dict, its upstream name and the shape it has there."""
+    table = TRANSFORMER_NAMES if isinstance(module, Transformer) else VAE_NAMES
+    names = {ours: theirs for theirs, ours in table.items()}
+    expected = {key: (_rename(key, names), tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
+    if isinstance(module, Transformer) and module.config.patch_size_t is None:
+        # Upstream's 1.0 has a convolution here, whose flattened kernel is the matrix of the same patches.
+        config, (name, shape) = module.config, expected["patch_proj.weight"]
+        expected["patch_proj.weight"] = name, (shape[0], config.in_channels, config.patch_size, config.patch_size)
     return expected
 
 
-def _map(
-    state: Mapping[str, Tensor],
-    module: Transformer | VAE,
-    source: str | Path,
-    place: Callable[[Tensor], Tensor],
-    merge: Callable[[list[Tensor]], Tensor],
-) -> dict[str, Tensor]:
-    """Rename `state` for `module`; each tensor goes through `place`, or with its fellows through `merge`."""
+def _rename(key: str, names: Mapping[str, str]) -> str:
+    """Rename the key of a parameter; `names` has modules, with `{}` for the numbers of layers."""
+    module, dot, kind = key.rpartition(".")
+    if kind not in ("weight", "bias"):
+        module, dot, kind = key, "", ""
+    parts = module.split(".")
+    row = ".".join("{}" if part.isdigit() else part for part in parts)
+    return names[row].format(*(part for part in parts if part.isdigit())) + dot + kind
+
+
+def _map(state: Mapping[str, Tensor], module: Transformer | VAE, source: str | Path) -> dict[str, Tensor]:
+    """Rename `state` for `module`; nothing is copied."""
     expected = _upstream(module)
-    _check_names(state, expected, source)
-    own = module.state_dict()
-    mapped = {}
-    for key, parts in expected.items():
-        tensors = [state[name] for name in parts]
-        tensor = merge(tensors) if len(tensors) > 1 else place(tensors[0])
-        mapped[key] = tensor.reshape(own[key].shape)
+    _check_names(state, dict(expected.values()), source)
+    mapped = {key: state[name] for key, (name, _) in expected.items()}
+    if isinstance(module, Transformer):
+        mapped["patch_proj.weight"] = mapped["patch_proj.weight"].flatten(1)
     return mapped
 
 
-def _check_names(
-    state: Mapping[str, Tensor], parts: Mapping[str, dict[str, tuple[int, ...]]], source: str | Path
-) -> None:
+def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str | Path) -> None:
     """Raise one line that lists what is missing, unexpected or of the wrong shape, with the nearest names."""
-    expected = {name: shape for part in parts.values() for name, shape in part.items()}
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     shapes = [(n, tuple(state[n].shape), s) for n, s in expected.items() if n in state and tuple(state[n].shape) != s]
@@ -311,6 +293,16 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f" [nearest: {close[0]}]" if close else ""
 
 
+class _WithoutInit(TorchFunctionMode):
+    """Skip the initialisation of linears and convolutions, which takes a quarter of the time of a load on meta."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in _INIT else func(*args, **kwargs)
+
+
+_INIT = (nn.init.kaiming_uniform_, nn.init.uniform_)
+
 Module = TypeVar("Module", Transformer, VAE)
 
 
@@ -321,34 +313,9 @@ def _fill(
     state = load_state(directory, variant=variant)
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device, stored=stored_dtype(state, directory))
-    mapped = _map(state, module, directory, lambda x: x.to(device, dtype), lambda xs: _merge(xs, device, dtype))
+    mapped = {key: tensor.to(device, dtype) for key, tensor in _map(state, module, directory).items()}
     module.load_state_dict(mapped, strict=True, assign=True)
     return module.eval().requires_grad_(False)
-
-
-def _merge(parts: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Stack the rows of several matrices: where they are to go, or, if they may stay where they are, in a file.
-
-    The parts lie apart in a mapped checkpoint. Merged in ordinary memory they would take a fifth of the model's size
-    that the kernel cannot drop; written to a nameless temporary file and mapped, they are like the rest of the weights.
-    """
-    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    if device.type == "cpu" and all(part.dtype == dtype for part in parts):
-        try:
-            with tempfile.NamedTemporaryFile(prefix="cogvid-") as file:
-                for part in parts:
-                    file.write(part.contiguous().view(torch.uint8).numpy().data)
-                file.flush()
-                # A private mapping of the file, which it outlives.
-                merged = torch.from_file(file.name, shared=False, size=sum(p.numel() for p in parts), dtype=dtype)
-        except OSError as error:
-            where = f"in {tempfile.gettempdir()}, where merged weights are kept; TMPDIR can name another place"
-            raise OSError(error.errno, f"{error.strerror} {where}") from error
-        return merged.view(shape)
-    merged = torch.empty(shape, dtype=dtype, device=device)
-    for part, rows in zip(parts, merged.split([len(part) for part in parts]), strict=True):
-        rows.copy_(part)
-    return merged
 
 
 def load_state(directory: Path, basename: str = BASENAME, variant: str | None = None) -> dict[str, Tensor]:
@@ -383,14 +350,18 @@ def _map_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file{'; there is ' + ', '.join(there[:3]) if there else ''}")
     try:
         with safe_open(path, framework="pt") as file:
-            stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a mapping
-            foreign = [(n, d) for n, d in stored.items() if d not in _STORED and (n, d) != (_FLOAT64, "F64")]
-            if foreign:
-                listed = _listing("tensors", foreign, lambda tensor: f"{tensor[0]} is {tensor[1]}")
-                raise ValueError(f"{path}: got {listed}, want weights in {', '.join(DTYPES)} alone")
-            return {name: file.get_tensor(name) for name in stored}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    foreign = [
+        (name, tensor.dtype)
+        for name, tensor in state.items()
+        if tensor.dtype not in DTYPES.values() and (name, tensor.dtype) != (_FLOAT64, torch.float64)
+    ]
+    if foreign:
+        listed = _listing("tensors", foreign, lambda item: f"{item[0]} is {item[1]}")
+        raise ValueError(f"{path}: got {listed}, want weights in {', '.join(DTYPES)} alone")
+    return state
 
 
 def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype:
@@ -472,8 +443,7 @@ def _save(
     dtype: torch.dtype | None,
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    # Copies, because safetensors writes no two tensors of one memory, and Q, K and V are rows of one.
-    state = {name: x.to("cpu", dtype, copy=True).contiguous() for name, x in unmap_state_dict(module).items()}
+    state = {name: x.to("cpu", dtype).contiguous() for name, x in unmap_state_dict(module).items()}
     _write(directory / f"{BASENAME}.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     text = json.dumps({"_class_name": CLASSES[component][0], **_FIXED[component], **config}, indent=2) + "\n"
     _write(directory / "config.json", lambda path: path.write_text(text))

@@ -134,7 +134,9 @@ class Reference:
     def __init__(self, op: Op, inputs: Inputs) -> None:
         self.rows: Tensor | None = None
         if "attention" in op.name:
-            q, k, v = (inputs[n] for n in "qkv") if "q" in inputs else reference_qkv(inputs)
+            q, k, v = (inputs[n] for n in "qkv")
+            if op.name == "norm_rope_attention":
+                q, k = ops.qk_norm_rope(**{name: value for name, value in inputs.items() if name != "v"})
             tokens = q.shape[1]
             self.rows = torch.linspace(0, tokens - 1, min(tokens, 48), device=q.device).long()
             self.want: Any = [exact_attention(q[:, self.rows], k, v)]
@@ -150,11 +152,6 @@ class Reference:
         if [g.shape for g in got] != [w.shape for w in self.want]:
             raise ValueError(f"got shapes {[list(g.shape) for g in got]}, wanted {[list(w.shape) for w in self.want]}")
         return max(relative_rms(g, w) for g, w in zip(got, self.want, strict=True))
-
-
-def reference_qkv(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    q, k = ops.qk_norm_rope(**{name: v for name, v in inputs.items() if not name.startswith("_")})
-    return q, k, inputs["qkv"][:, :, 2]
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

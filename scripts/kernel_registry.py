@@ -1,6 +1,7 @@
 """What `bench_kernels.py` times: of each op its inputs, its work, and everybody's implementation of it.
 
-Inputs are what the models really pass: LayerNormed q and k, slices of packed projections, channels-last activations.
+Inputs are what the models really pass: LayerNormed q and k, projections as they left their linears, channels-last
+activations.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ def foreign_attention(module: str, name: str, **options: Any) -> Callable[[Input
 
 def diffusers_processor(inputs: Inputs) -> Runner:
     """Run diffusers' processor: norm, rotation and attention, its linears standing still."""
-    module, qkv = diffusers_attention(inputs), inputs["qkv"]
-    x = qkv.flatten(3)[:, :, 0]
+    module, x = diffusers_attention(inputs), inputs["v"].flatten(2)
+    module.to_v = Give(x)
     text, video = x[:, : inputs["text_len"]], x[:, inputs["text_len"] :]
     rope = diffusers_rope(inputs)
     return lambda: module(video, text, image_rotary_emb=rope), lambda out: torch.cat([out[1], out[0]], dim=1)
@@ -147,8 +148,7 @@ def diffusers_processor(inputs: Inputs) -> Runner:
 def diffusers_attention(inputs: Inputs) -> Any:
     from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 
-    qkv = inputs["qkv"]
-    heads, head_dim = qkv.shape[3:]
+    heads, head_dim = inputs["q"].shape[2:]
     processor: Any = CogVideoXAttnProcessor2_0()  # its own annotation names another class
     with torch.device("meta"):
         module: Any = Attention(
@@ -159,7 +159,7 @@ def diffusers_attention(inputs: Inputs) -> Any:
             eps=inputs["eps"],
             processor=processor,
         )
-    module.to_q, module.to_k, module.to_v = (Give(part.flatten(2).contiguous()) for part in qkv.unbind(2))
+    module.to_q, module.to_k = (Give(inputs[name].flatten(2)) for name in "qk")
     module.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])
     for norm, name in ((module.norm_q, "q"), (module.norm_k, "k")):
         set_affine(norm, inputs[f"{name}_weight"], inputs[f"{name}_bias"])
@@ -179,7 +179,7 @@ def diffusers_qk_norm_rope(inputs: Inputs) -> Runner:
     from diffusers.models.embeddings import apply_rotary_emb
 
     module, rope, text_len = diffusers_attention(inputs), diffusers_rope(inputs), inputs["text_len"]
-    heads = inputs["qkv"].shape[3]
+    heads = inputs["q"].shape[2]
 
     def run() -> list[Tensor]:
         out = []
@@ -296,7 +296,7 @@ def transformer_shapes(size: str, sweep: bool) -> Iterator[tuple[str, int, int, 
 def attention_cases(size: str, sweep: bool, dtype: torch.dtype) -> list[Case]:  # noqa: ARG001
     def inputs(batch: int, tokens: int, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
         # LayerNormed q and k with a gain, as a real spread of logits: zeros or tiny values change power and clocks.
-        q, k, v = randn(batch, tokens, 3, heads, 64, device=device, dtype=dtype).unbind(2)
+        q, k, v = (randn(batch, tokens, heads, 64, device=device, dtype=dtype) for _ in range(3))
         q, k = (F.layer_norm(x, (64,)) * 1.3 for x in (q, k))
         return {"q": q, "k": k, "v": v}
 
@@ -310,26 +310,33 @@ def attention_cases(size: str, sweep: bool, dtype: torch.dtype) -> list[Case]:  
     ]
 
 
-def packed_inputs(
-    batch: int, tokens: int, heads: int, text_len: int, rotate: bool, device: torch.device, dtype: torch.dtype
+def projected_inputs(
+    names: str,
+    batch: int,
+    tokens: int,
+    heads: int,
+    text_len: int,
+    rotate: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Inputs:
-    qkv = randn(batch, tokens, 3, heads, 64, device=device, dtype=dtype)
-    # Centred, so that the form without the mean computes the same.
-    qkv[:, :, :2] -= qkv[:, :, :2].mean(-1, keepdim=True)
+    made = {name: randn(batch, tokens, heads, 64, device=device, dtype=dtype) for name in names}
+    for name in "qk":  # centred, so that the form without the mean computes the same
+        made[name] -= made[name].mean(-1, keepdim=True)
     (q_weight, q_bias), (k_weight, k_bias) = affine(64, device, dtype), affine(64, device, dtype)
     angle = torch.rand(tokens - text_len, 32, device=device) * 6.28
-    names = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    made |= {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     rope = (angle.cos(), angle.sin()) if rotate else None
-    return {"qkv": qkv, **names, "rope": rope, "text_len": text_len, "eps": 1e-6}
+    return {**made, "rope": rope, "text_len": text_len, "eps": 1e-6}
 
 
-def packed_cases(work: Callable[..., float]) -> Callable[[str, bool, torch.dtype], list[Case]]:
+def projected_cases(names: str, work: Callable[..., float]) -> Callable[[str, bool, torch.dtype], list[Case]]:
     def cases(size: str, sweep: bool, dtype: torch.dtype) -> list[Case]:
         return [
             Case(
                 f"{name} B{batch} H{heads} N{tokens} hd64{' no rope' if name == '2B' else ''}",
                 work(batch, tokens, heads, dtype.itemsize),
-                functools.partial(packed_inputs, batch, tokens, heads, text_len, name != "2B"),
+                functools.partial(projected_inputs, names, batch, tokens, heads, text_len, name != "2B"),
             )
             for name, batch, tokens, heads, text_len in transformer_shapes(size, sweep)
         ]
@@ -440,13 +447,12 @@ def make_registry() -> list[Op]:
     from cogvid_kernels.attention import VARIANTS as ATTENTION_VARIANTS
     from cogvid_kernels.linear_gelu import VARIANTS as GELU_VARIANTS
 
-    def torch_norm_rope_attention(**inputs: Any) -> Any:
+    def torch_norm_rope_attention(v: Tensor, **inputs: Any) -> Any:
         q, k = ops.qk_norm_rope(**inputs)
-        return ops.attention(q, k, inputs["qkv"][:, :, 2])
+        return ops.attention(q, k, v)
 
-    def our_norm_rope_attention(bounded: bool = False, **inputs: Any) -> Any:
+    def our_norm_rope_attention(v: Tensor, bounded: bool = False, **inputs: Any) -> Any:
         q, k, *norms = cogvid_kernels.qk_norm_rope(**inputs, return_key_norms=bounded)
-        v = inputs["qkv"][:, :, 2]
         if not bounded:
             return cogvid_kernels.attention(q, k, v)
         loads = "tma" if q.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 9 else "pointer"
@@ -473,13 +479,13 @@ def make_registry() -> list[Op]:
         ),
         Op(
             "norm_rope_attention", "flop", flops,
-            packed_cases(lambda batch, tokens, heads, _: 4.0 * batch * heads * tokens**2 * 64),
+            projected_cases("qkv", lambda batch, tokens, heads, _: 4.0 * batch * heads * tokens**2 * 64),
             torch_norm_rope_attention, our_norm_rope_attention, {"diffusers": diffusers_processor},
             {"bounded": {"bounded": True}},
         ),
         Op(
             "qk_norm_rope", "byte", "4 B N H hd elements (q and k read and written)",
-            packed_cases(lambda batch, tokens, heads, size: 4.0 * batch * tokens * heads * 64 * size),
+            projected_cases("qk", lambda batch, tokens, heads, size: 4.0 * batch * tokens * heads * 64 * size),
             ops.qk_norm_rope, cogvid_kernels.qk_norm_rope, {"diffusers": diffusers_qk_norm_rope},
             {"centred": {"centred": True}},
         ),

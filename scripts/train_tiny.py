@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import random
@@ -90,8 +89,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are orthogonalised before the step (https://kellerjordan.github.io/posts/muon).
 
-    For weights with at least two axes; a convolution counts as `[out, in * kernel]`, and a merged Q, K, V, which is
-    three times as high as wide, as three matrices.
+    For weights with at least two axes; a convolution counts as `[out, in * kernel]`.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -105,15 +103,14 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
-                updates.append(update.chunk(3 if update.shape[0] == 3 * update.shape[1] else 1))
+                updates.append(p.grad.lerp(buffer, group["momentum"]).flatten(1))
             by_shape: dict[torch.Size, list[Tensor]] = {}
-            for part in itertools.chain(*updates):
-                by_shape.setdefault(part.shape, []).append(part)
-            done = {shape: iter(orthogonalise(torch.stack(parts))) for shape, parts in by_shape.items()}
-            for p, parts in zip(params, updates, strict=True):
-                rows, columns = parts[0].shape
-                update = torch.cat([next(done[part.shape]) for part in parts])
+            for update in updates:
+                by_shape.setdefault(update.shape, []).append(update)
+            done = {shape: iter(orthogonalise(torch.stack(same))) for shape, same in by_shape.items()}
+            for p, raw in zip(params, updates, strict=True):
+                rows, columns = raw.shape
+                update = next(done[raw.shape])
                 p.add_(update.view_as(p).to(p.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 

@@ -1,7 +1,7 @@
 """Fused attention, forward only: `softmax(q k^T * scale) v` over the whole sequence, without a mask.
 
 Equal to `scaled_dot_product_attention` and so to the attention of diffusers' `CogVideoXAttnProcessor2_0`. q, k and v
-are read where the merged projection left them and the output is written as the next linear wants it, so nothing is
+are read where their projections left them and the output is written as the next linear wants it, so nothing is
 transposed on either side.
 
 Softmax runs in base 2: `exp(scale * s - max) = exp2(c * s - max')` with `c = scale * log2(e)`, one fused multiply-add
@@ -569,15 +569,14 @@ def compile_cases(arch: int) -> list[KernelCase]:
     cases += [_case(default, torch.bfloat16, head_dim, arch) for head_dim in (32, 80, 96, 128)]
     cases.append(_case(default, torch.float16, 64, arch))
     cases += [_case("pointer", torch.float32, head_dim, arch) for head_dim in (64, 128)]
-    packed = torch.empty(2, 17776, 3, 48, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(2, 17776, 48, 64, dtype=torch.bfloat16, device="meta")
     norms = torch.empty(2, 48, dtype=torch.float32, device="meta")
-    arguments = _key_norms_arguments(packed[:, :, 1], norms)
+    arguments = _key_norms_arguments(k, norms)
     return [*cases, KernelCase("attention/key_norms/bf16-hd64", _key_norms_kernel, arguments, sass=("LDG.E.128",))]
 
 
 def _case(variant: str, dtype: torch.dtype, head_dim: int, arch: int) -> KernelCase:
-    packed = torch.empty(2, 17776, 3, 48, head_dim, dtype=dtype, device="meta")
-    q, k, v = packed.unbind(2)
+    q, k, v = (torch.empty(2, 17776, 48, head_dim, dtype=dtype, device="meta") for _ in range(3))
     out = torch.empty(2, 17776, 48 * head_dim, dtype=dtype, device="meta")
     norms = torch.empty(2, 48, dtype=torch.float32, device="meta") if "bounded" in variant else None
     arguments = _attention_arguments(q, k, v, out, None, norms, None, variant, arch, None)

@@ -1,7 +1,7 @@
-"""LayerNorm of q and k over head_dim, then the rotation of the video tokens: one pass over the packed projection.
+"""LayerNorm of q and k over head_dim, then the rotation of the video tokens: one pass over both.
 
 Equal to what diffusers' `CogVideoXAttnProcessor2_0` does to q and k before its attention. Bound by memory: q and k are
-read once where the merged projection left them and written once.
+read once where their projections left them and written once.
 
 The mean of a LayerNorm costs no memory traffic here, because a row is in registers anyway: centring the projection at
 load, which makes this norm an RMSNorm, saves three shuffles a row. `centred=True` leaves the mean out for that case.
@@ -56,20 +56,23 @@ def _rotate(b_x, b_cos, b_sin, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _qk_norm_rope_kernel(
-    qkv,  # [B, N, 3, H, hd] by its strides
+    q,  # [B, N, H, hd] by its strides
+    k,  # the same, by its own
     q_weight,  # [hd]
     q_bias,  # [hd]
     k_weight,  # [hd]
     k_bias,  # [hd]
     cos,  # [S, hd / 2] fp32 contiguous
     sin,  # the same
-    q,  # [B, N, H, hd] contiguous
-    k,  # the same
+    out_q,  # [B, N, H, hd] contiguous
+    out_k,  # the same
     key_norms,  # [B, N, H] fp32 contiguous
-    stride_b,
-    stride_n,
-    stride_part,
-    stride_h,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
     num_tokens,
     num_heads,
     num_rows,  # B * N * H
@@ -89,10 +92,13 @@ def _qk_norm_rope_kernel(
     mask = in_rows[:, None] & (o_d < HEAD_DIM)[None, :]
     o_token = o_r // num_heads
     o_n = o_token % num_tokens
-    o_x = (o_token // num_tokens).to(tl.int64) * stride_b + o_n.to(tl.int64) * stride_n + o_r % num_heads * stride_h
-    p_x = qkv + o_x[:, None] + o_d[None, :]
-    b_q = _norm(p_x, q_weight, q_bias, mask, eps, HEAD_DIM, BLOCK_D, CENTRED)
-    b_k = _norm(p_x + stride_part, k_weight, k_bias, mask, eps, HEAD_DIM, BLOCK_D, CENTRED)
+    i_b = (o_token // num_tokens).to(tl.int64)
+    i_n = o_n.to(tl.int64)
+    i_h = (o_r % num_heads).to(tl.int64)
+    p_q = q + (i_b * stride_qb + i_n * stride_qn + i_h * stride_qh)[:, None] + o_d[None, :]
+    p_k = k + (i_b * stride_kb + i_n * stride_kn + i_h * stride_kh)[:, None] + o_d[None, :]
+    b_q = _norm(p_q, q_weight, q_bias, mask, eps, HEAD_DIM, BLOCK_D, CENTRED)
+    b_k = _norm(p_k, k_weight, k_bias, mask, eps, HEAD_DIM, BLOCK_D, CENTRED)
     if ROTATE:
         o_pair = tl.arange(0, BLOCK_D // 2)
         half: tl.constexpr = HEAD_DIM // 2
@@ -104,9 +110,9 @@ def _qk_norm_rope_kernel(
         b_q = _rotate(b_q, b_cos, b_sin, BLOCK_ROWS, BLOCK_D)
         b_k = _rotate(b_k, b_cos, b_sin, BLOCK_ROWS, BLOCK_D)
     o_out = o_r.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
-    b_k = round_to(b_k, k.dtype.element_ty, INTERPRETED)
-    tl.store(q + o_out, round_to(b_q, q.dtype.element_ty, INTERPRETED), mask=mask)
-    tl.store(k + o_out, b_k, mask=mask)
+    b_k = round_to(b_k, out_k.dtype.element_ty, INTERPRETED)
+    tl.store(out_q + o_out, round_to(b_q, out_q.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(out_k + o_out, b_k, mask=mask)
     if WRITE_NORMS:
         # Of what was written: a bound must hold for the rounded keys.
         b_k32 = tl.where(mask, b_k.to(tl.float32), 0.0)
@@ -114,7 +120,8 @@ def _qk_norm_rope_kernel(
 
 
 def qk_norm_rope(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
     q_weight: Tensor,
     q_bias: Tensor,
     k_weight: Tensor,
@@ -129,7 +136,7 @@ def qk_norm_rope(
     """LayerNorm q and k over head_dim, then rotate the video tokens; forward only.
 
     Args:
-        qkv: `[B, N, 3, H, hd]` fp32, bf16 or fp16, the merged projection; any strides as long as the last one is 1.
+        q, k: `[B, N, H, hd]` fp32, bf16 or fp16, both of one dtype; any strides as long as the last one is 1.
         q_weight, q_bias, k_weight, k_bias: `[hd]`, any of the three dtypes.
         rope: None, or cos and sin, each fp32 `[S, hd / 2]`: one angle per pair of neighbouring channels, for the S =
             N - text_len tokens from `text_len` on.
@@ -138,23 +145,22 @@ def qk_norm_rope(
             `key_norms` is its maximum over the tokens.
 
     Returns:
-        q and k, each `[B, N, H, hd]` in qkv's dtype, contiguous; with return_key_norms also fp32 `[B, N, H]`.
+        q and k, each `[B, N, H, hd]` in q's dtype, contiguous; with return_key_norms also fp32 `[B, N, H]`.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
-    check_rows("qkv", qkv, ndim=5)
-    batch, num_tokens, parts, num_heads, head_dim = qkv.shape
-    if parts != 3:
-        raise ValueError(f"qkv: got shape {list(qkv.shape)}, wanted [B, N, 3, H, hd]")
+    check_rows("q", q, ndim=4)
+    check_tensor("k", k, shape=q.shape, dtypes=(q.dtype,), device=q.device, alignment=element_size(k))
+    num_tokens, head_dim = q.shape[1], q.shape[3]
     names = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     for name, parameter in names.items():
-        check_parameter(name, parameter, (head_dim,), qkv.device)
+        check_parameter(name, parameter, (head_dim,), q.device)
     if not 0 <= text_len <= num_tokens:
         raise ValueError(f"text_len: got {text_len}, wanted 0 to {num_tokens}, the number of tokens")
     if rope is not None:
         if head_dim % 2:
-            raise ValueError(f"qkv: got head_dim {head_dim} with rope, wanted an even one")
+            raise ValueError(f"q: got head_dim {head_dim} with rope, wanted an even one")
         for name, table in zip(("rope[0]", "rope[1]"), rope, strict=True):
             if text_len < num_tokens:
                 check_tensor(
@@ -162,23 +168,22 @@ def qk_norm_rope(
                     table,
                     shape=(num_tokens - text_len, head_dim // 2),
                     dtypes=(torch.float32,),
-                    device=qkv.device,
+                    device=q.device,
                     contiguous=True,
                     alignment=element_size(table),
                 )
-    check_runnable("qkv", qkv, _qk_norm_rope_kernel)
-    q, k = (torch.empty(batch, num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
-    shape = (batch, num_tokens, num_heads)
-    key_norms = torch.empty(shape, dtype=torch.float32, device=qkv.device) if return_key_norms else None
-    arguments = _arguments(
-        qkv, tuple(names.values()), rope, (q, k, key_norms), text_len, eps, centred, architecture(qkv)
-    )
+    check_runnable("q", q, _qk_norm_rope_kernel)
+    out_q, out_k = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    key_norms = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_key_norms else None
+    outputs = (out_q, out_k, key_norms)
+    arguments = _arguments(q, k, tuple(names.values()), rope, outputs, text_len, eps, centred, architecture(q))
     _qk_norm_rope_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
-    return (q, k) if key_norms is None else (q, k, key_norms)
+    return (out_q, out_k) if key_norms is None else (out_q, out_k, key_norms)
 
 
 def _arguments(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
     affine: tuple[Tensor, ...],
     rope: tuple[Tensor, Tensor] | None,
     outputs: tuple[Tensor, Tensor, Tensor | None],
@@ -187,17 +192,20 @@ def _arguments(
     centred: bool,
     arch: int,
 ) -> dict[str, Any]:
-    batch, num_tokens, _, num_heads, head_dim = qkv.shape
+    batch, num_tokens, num_heads, head_dim = q.shape
     return {
-        "qkv": qkv,
+        "q": q,
+        "k": k,
         **dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), affine, strict=True)),
         "cos": None if rope is None else rope[0],
         "sin": None if rope is None else rope[1],
-        **dict(zip(("q", "k", "key_norms"), outputs, strict=True)),
-        "stride_b": qkv.stride(0),
-        "stride_n": qkv.stride(1),
-        "stride_part": qkv.stride(2),
-        "stride_h": qkv.stride(3),
+        **dict(zip(("out_q", "out_k", "key_norms"), outputs, strict=True)),
+        "stride_qb": q.stride(0),
+        "stride_qn": q.stride(1),
+        "stride_qh": q.stride(2),
+        "stride_kb": k.stride(0),
+        "stride_kn": k.stride(1),
+        "stride_kh": k.stride(2),
         "num_tokens": num_tokens,
         "num_heads": num_heads,
         "num_rows": batch * num_tokens * num_heads,
@@ -223,13 +231,12 @@ def compile_cases(arch: int) -> list[KernelCase]:
         ("plain/bf16", torch.bfloat16, False, False, False),
         ("rope/fp32", torch.float32, True, False, False),
     ):
-        qkv = torch.empty(2, 17776, 3, 48, 64, dtype=dtype, device="meta")
+        q = torch.empty(2, 17776, 48, 64, dtype=dtype, device="meta")
         angles = torch.empty(17550, 32, device="meta")
-        out, affine = qkv.new_empty(2, 17776, 48, 64), qkv.new_empty(64)
+        affine = q.new_empty(64)
         key_norms = torch.empty(2, 17776, 48, device="meta") if norms else None
-        arguments = _arguments(
-            qkv, (affine,) * 4, (angles, angles) if rotate else None, (out, out, key_norms), 226, 1e-6, centred, arch
-        )
+        rope = (angles, angles) if rotate else None
+        arguments = _arguments(q, q, (affine,) * 4, rope, (q, q, key_norms), 226, 1e-6, centred, arch)
         sass = ("LDG.E.128", "STG.E.128")
         cases.append(KernelCase(f"qk_norm_rope/{name}-hd64", _qk_norm_rope_kernel, arguments, sass))
     return cases

@@ -1,5 +1,6 @@
 """Norm and rotation of q and k, against `cogvid.ops` and fp64; the norms that bound the attention."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ EPS = 1e-6
 
 
 def make(batch: int, tokens: int, heads: int, head_dim: int, text_len: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Return qkv with the four affine vectors, and the rotary table."""
-    qkv = randn(batch, tokens, 3, heads, head_dim) * 2 + 0.7
+    """Return q and k with the four affine vectors, and the rotary table."""
+    q, k = (randn(batch, tokens, heads, head_dim, seed=seed) * 2 + 0.7 for seed in (0, 6))
     affine = [1 + 0.3 * randn(head_dim, seed=1), randn(head_dim, seed=2), 1 + 0.3 * randn(head_dim, seed=3)]
     angle = randn(tokens - text_len, head_dim // 2, seed=5) * 6
-    return [qkv, *affine, randn(head_dim, seed=4)], (angle.cos(), angle.sin())
+    return [q, k, *affine, randn(head_dim, seed=4)], (angle.cos(), angle.sin())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -46,12 +47,26 @@ def test_sizes(
 
 
 def test_strides(device: torch.device) -> None:
-    """Every other token of a longer buffer, heads out of more of them."""
-    arguments, rope = make(2, 11, 3, 64, 4)
-    big = randn(2, 22, 3, 6, 70).to(device)
-    qkv = big[:, ::2, :, 1:4, 3:67]
-    dtype = torch.float32
-    assert_accurate("qk_norm_rope", qkv, *arguments[1:], rope, text_len=4, eps=EPS, device=device, dtype=dtype)
+    """q: every other token of a longer buffer, heads out of more of them. k: heads before tokens, then one for all."""
+    (_, _, *affine), rope = make(2, 11, 3, 64, 4)
+    q = randn(2, 22, 6, 70).to(device)[:, ::2, 1:4, 3:67]
+    k = randn(2, 3, 11, 64, seed=7).to(device).transpose(1, 2)
+    one_head = randn(2, 11, 1, 64, seed=8).to(device).expand(-1, -1, 3, -1)
+    for keys in (k, one_head):
+        assert_accurate("qk_norm_rope", q, keys, *affine, rope, text_len=4, eps=EPS, device=device, dtype=torch.float32)
+
+
+def test_offsets_past_int32(device: torch.device) -> None:
+    """Head 2 begins 2**31 elements in: a 32-bit offset would read elsewhere. Only the pages touched take memory."""
+    if device.type == "cuda":
+        storage = torch.zeros(2**31 + 2**20, dtype=torch.float16, device=device)
+    else:
+        storage = torch.from_numpy(np.zeros(2**31 + 2**20, dtype=np.float16))
+    (q, k, *affine), rope = make(1, 5, 3, 64, 2)
+    far = storage.as_strided((1, 5, 3, 64), (320, 64, 2**30, 1))
+    for arguments in ((far.copy_(q), k), (q, far.copy_(k))):
+        arguments = [*(x.to(torch.float16) for x in arguments), *affine]
+        assert_accurate("qk_norm_rope", *arguments, rope, text_len=2, eps=EPS, device=device, dtype=torch.float16)
 
 
 def test_text_is_not_rotated(device: torch.device) -> None:
@@ -66,9 +81,10 @@ def test_text_is_not_rotated(device: torch.device) -> None:
 
 def test_extremes(device: torch.device) -> None:
     arguments, rope = make(2, 8, 2, 64, 3)
-    qkv = arguments[0]
-    qkv[0, 0], qkv[0, 1], qkv[1, 4] = 0, 5.25, 1e-10
-    qkv[1, 5, 0, 0, 3], qkv[1, 6, 1, 1, 2], qkv[0, 7, 1, 0, 9] = float("nan"), float("inf"), -float("inf")
+    q, k = arguments[:2]
+    for x in (q, k):
+        x[0, 0], x[0, 1], x[1, 4] = 0, 5.25, 1e-10
+    q[1, 5, 0, 3], k[1, 6, 1, 2], k[0, 7, 0, 9] = float("nan"), float("inf"), -float("inf")
     arguments = [argument.to(device) for argument in arguments]
     rope = tuple(t.to(device) for t in rope)
     got, want = (f(*arguments, rope, text_len=3, eps=EPS) for f in (qk_norm_rope, ops.qk_norm_rope))
@@ -78,22 +94,22 @@ def test_extremes(device: torch.device) -> None:
 def test_a_centred_projection_needs_no_mean(device: torch.device) -> None:
     """LayerNorm of a projection is RMSNorm of the projection whose rows are centred over each head."""
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(3 * 4 * 64, 32, generator=generator), torch.randn(3 * 4 * 64, generator=generator)
+    weight, bias = torch.randn(2 * 4 * 64, 32, generator=generator), torch.randn(2 * 4 * 64, generator=generator)
     x = torch.randn(2, 9, 32, generator=generator)
     arguments, rope = make(2, 9, 4, 64, 2)
 
     def centre(t: Tensor) -> Tensor:
-        heads = t.unflatten(0, (12, 64))
+        heads = t.unflatten(0, (8, 64))
         return (heads - heads.mean(1, keepdim=True)).flatten(0, 1)
 
-    affine = [a.to(device) for a in arguments[1:]]
+    affine = [a.to(device) for a in arguments[2:]]
     rope = tuple(t.to(device) for t in rope)
     whole, centred = (
-        torch.nn.functional.linear(x.double(), w.double(), b.double()).float().unflatten(-1, (3, 4, 64)).to(device)
+        torch.nn.functional.linear(x.double(), w.double(), b.double()).float().unflatten(-1, (2, 4, 64)).to(device)
         for w, b in ((weight, bias), (centre(weight), centre(bias)))
     )
-    want = ops.qk_norm_rope(whole.double(), *(a.double() for a in affine), rope, text_len=2, eps=EPS)
-    got = qk_norm_rope(centred, *affine, rope, text_len=2, eps=EPS, centred=True)
+    want = ops.qk_norm_rope(*whole.double().unbind(2), *(a.double() for a in affine), rope, text_len=2, eps=EPS)
+    got = qk_norm_rope(*centred.unbind(2), *affine, rope, text_len=2, eps=EPS, centred=True)
     for g, w in zip(got, want, strict=True):
         assert rel_rms(g, w) <= tolerances.KERNEL_FP32
 
@@ -105,7 +121,7 @@ def test_key_norms_serve_the_bounded_attention(dtype: torch.dtype, device: torch
     rope = tuple(t.to(device) for t in rope)
     q, k, norms = qk_norm_rope(*arguments, rope, text_len=4, eps=EPS, return_key_norms=True)
     assert rel_rms(norms, k.double().norm(dim=-1)) <= tolerances.KERNEL_FP32
-    v = arguments[0][:, :, 2]
+    v = randn(*q.shape, seed=9).to(device, dtype)
     online = attention(q, k, v, variant="pointer")
     bounded = attention(q, k, v, variant="pointer_bounded", key_norms=norms.amax(1))
     assert rel_rms(bounded, online) <= (1e-6 if dtype == torch.float32 else 5e-3)
@@ -114,10 +130,13 @@ def test_key_norms_serve_the_bounded_attention(dtype: torch.dtype, device: torch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv": torch.zeros(1, 6, 2, 2, 8)}, "qkv: got shape"),
-        ({"qkv": torch.zeros(1, 6, 3, 16)}, "qkv: got shape"),
-        ({"qkv": torch.zeros(1, 6, 3, 2, 8, dtype=torch.float64)}, "qkv: got dtype float64"),
-        ({"qkv": torch.zeros(1, 6, 3, 8, 2).transpose(3, 4)}, "qkv: got strides"),
+        ({"q": torch.zeros(1, 6, 16)}, "q: got shape"),
+        ({"q": torch.zeros(1, 6, 2, 8, dtype=torch.float64)}, "q: got dtype float64"),
+        ({"q": torch.zeros(1, 6, 8, 2).transpose(2, 3)}, "q: got strides"),
+        ({"k": torch.zeros(1, 7, 2, 8)}, "k: got shape"),
+        ({"k": torch.zeros(1, 6, 2, 8, dtype=torch.float16)}, "k: got dtype float16"),
+        ({"k": torch.zeros(1, 6, 8, 2).transpose(2, 3)}, "k: got strides"),
+        ({"k": torch.zeros(1, 6, 2, 8, device="meta")}, "k: got device meta"),
         ({"q_weight": torch.zeros(9)}, "q_weight: got shape"),
         ({"q_bias": torch.zeros(8, device="meta")}, "q_bias: got device meta"),
         ({"k_weight": torch.zeros(8, dtype=torch.int64)}, "k_weight: got dtype int64"),
@@ -131,7 +150,7 @@ def test_key_norms_serve_the_bounded_attention(dtype: torch.dtype, device: torch
 )
 def test_refusals(change: dict, message: str, device: torch.device) -> None:
     arguments = {
-        "qkv": torch.zeros(1, 6, 3, 2, 8),
+        **{name: torch.zeros(1, 6, 2, 8) for name in "qk"},
         **{name: torch.zeros(8) for name in ("q_weight", "q_bias", "k_weight", "k_bias")},
         "rope": (torch.zeros(4, 4), torch.zeros(4, 4)),
         "text_len": 2,
@@ -147,7 +166,7 @@ def test_refusals(change: dict, message: str, device: torch.device) -> None:
 
 
 def test_odd_heads_cannot_be_rotated(device: torch.device) -> None:
-    qkv, affine = torch.zeros(1, 2, 3, 1, 7, device=device), torch.zeros(7, device=device)
+    q, affine = torch.zeros(1, 2, 1, 7, device=device), torch.zeros(7, device=device)
     table = torch.zeros(2, 3, device=device)
-    with pytest.raises(ValueError, match="qkv: got head_dim 7 with rope, wanted an even one"):
-        qk_norm_rope(qkv, affine, affine, affine, affine, (table, table), text_len=0, eps=EPS)
+    with pytest.raises(ValueError, match="q: got head_dim 7 with rope, wanted an even one"):
+        qk_norm_rope(q, q, affine, affine, affine, affine, (table, table), text_len=0, eps=EPS)

@@ -52,10 +52,10 @@ def true_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v).flatten(2)
 
 
-def true_qk_norm_rope(qkv: Tensor, *affine: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+def true_qk_norm_rope(q: Tensor, k: Tensor, *affine: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
     out = []
-    for i in range(2):
-        x = layer_norm(qkv[:, :, i], *affine[2 * i : 2 * i + 2])
+    for x, weight, bias in ((q, *affine[:2]), (k, *affine[2:])):
+        x = layer_norm(x, weight, bias)
         if rope is not None:
             cos, sin = (table.double()[:, None] for table in rope)
             even, odd = x[:, TEXT:, :, 0::2], x[:, TEXT:, :, 1::2]
@@ -101,7 +101,7 @@ def case(name: str) -> Case:
         return ops.attention, true_attention, [randn(*heads) for _ in range(3)]
     if name in ("qk_norm", "qk_norm_rope"):
         rope = rope_tables() if name == "qk_norm_rope" else None
-        tensors = [randn(BATCH, TEXT + VIDEO, 3, HEADS, HEAD_DIM), *(randn(HEAD_DIM) for _ in range(4))]
+        tensors = [randn(*heads), randn(*heads), *(randn(HEAD_DIM) for _ in range(4))]
         return partial(ops.qk_norm_rope, rope=rope, **streams), partial(true_qk_norm_rope, rope=rope), tensors
     if name == "layer_norm_modulate":
         tensors = [randn(*tokens), randn(WIDTH), randn(WIDTH), randn(*modulation), randn(*modulation)]
@@ -209,11 +209,12 @@ def test_attention_takes_strided_views() -> None:
 
 
 def test_rotation_is_that_of_diffusers() -> None:
-    qkv = torch.randn(BATCH, TEXT + VIDEO, 3, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(4)
+    q, k = (torch.randn(BATCH, TEXT + VIDEO, HEADS, HEAD_DIM, generator=generator) for _ in range(2))
     one, zero = torch.ones(HEAD_DIM), torch.zeros(HEAD_DIM)
     affine = (one, zero, one, zero)
-    plain = ops.qk_norm_rope(qkv, *affine, None, text_len=TEXT, eps=EPS)
-    turned = ops.qk_norm_rope(qkv, *affine, rope_tables(), text_len=TEXT, eps=EPS)
+    plain = ops.qk_norm_rope(q, k, *affine, None, text_len=TEXT, eps=EPS)
+    turned = ops.qk_norm_rope(q, k, *affine, rope_tables(), text_len=TEXT, eps=EPS)
     tables = [t.repeat_interleave(2, dim=1) for t in rope_tables()]
     for before, after in zip(plain, turned, strict=True):
         assert torch.equal(before[:, :TEXT], after[:, :TEXT])

@@ -108,7 +108,7 @@ def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, ...]):
 
 def test_muon_solves_a_regression():
     torch.manual_seed(0)
-    model, x = nn.Linear(24, 72, bias=False), torch.randn(256, 24)  # three square matrices, as a merged Q, K, V is
+    model, x = nn.Linear(24, 72, bias=False), torch.randn(256, 24)
     target = F.linear(x, torch.randn(72, 24))
     optimizer = train_tiny.Muon(list(model.parameters()), lr=0.05)
     losses = []

@@ -8,11 +8,9 @@ import os
 import platform
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -605,25 +603,29 @@ def test_a_component_is_not_another(pristine: Path) -> None:
 # What loading costs.
 
 MEASURE = """
-import json, sys, torch
+import json, os, sys, torch
 from cogvid.weights import load_transformer
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 load_transformer(sys.argv[2])  # the imports and caches of a first call
+written = []
+def note(event, args):
+    if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        written.append(str(args[0]))
+sys.addaudithook(note)
 before = anonymous()
 model = load_transformer(sys.argv[1], dtype="bfloat16")
 loaded = anonymous() - before
-largest = max(p.untyped_storage().nbytes() for p in model.parameters())
 for parameter in model.parameters():  # reads every page
     parameter.view(torch.int16).amax()
-print(json.dumps({"loaded": loaded, "read": anonymous() - before,
+print(json.dumps({"loaded": loaded, "read": anonymous() - before, "written": written,
                   "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.proj_out.weight.dtype)}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_no_memory_that_cannot_be_dropped(pristine: Path, tmp_path: Path) -> None:
-    """0.6 B parameters: five layers of the width of 5B, in bfloat16."""
+    """0.6 B parameters: five layers of the width of 5B, in bfloat16. Nor is any file written."""
     config = dataclasses.replace(CONFIGS["cogvideox-5b"].transformer, num_layers=5)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in unmap_state_dict(Transformer(config)).items()}
@@ -635,11 +637,9 @@ def test_loading_takes_no_memory_that_cannot_be_dropped(pristine: Path, tmp_path
         for name, shape in shapes.items()
     }  # fmt: skip
     save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    size = sum(tensor.nbytes for tensor in state.values())
     del state
     write_json(tmp_path / "config.json", {"_class_name": "CogVideoXTransformer3DModel", **config.to_dict()})
 
-    left_before = set(Path(tempfile.gettempdir()).glob("cogvid-*"))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), str(pristine)],
         capture_output=True, text=True, timeout=300, check=False,
@@ -648,19 +648,10 @@ def test_loading_takes_no_memory_that_cannot_be_dropped(pristine: Path, tmp_path
     measured = json.loads(done.stdout)
     assert measured["dtype"] == "torch.bfloat16"
     assert 0.6e9 < measured["parameters"] < 0.7e9
-    assert measured["loaded"] < 0.1 * size, measured
-    assert measured["read"] < 0.1 * size, measured
-    assert set(Path(tempfile.gettempdir()).glob("cogvid-*")) <= left_before
-
-
-def test_a_full_disk_is_an_error_that_names_the_way_out(pristine: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match=r"where merged weights are kept; TMPDIR can name another place"):
-            load_transformer(pristine)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    smallest_matrix = config.hidden_size**2 * 2  # bytes: what copying one of them would take
+    assert measured["loaded"] < 0.2 * smallest_matrix, measured
+    assert measured["read"] < 0.2 * smallest_matrix, measured
+    assert measured["written"] == []
 
 
 def test_loaded_weights_can_be_written_without_touching_the_file(checkpoint: Path) -> None:
