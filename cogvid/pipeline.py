@@ -101,6 +101,7 @@ def load(
     versions.check()
     device = resolve_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     bundle, ops_name = resolve_ops(ops, device)
+    plan.check_choice("defaults", defaults, plan.DEFAULTS)  # before anything is fetched
     # Absolute, because a directory "tiny-i2v" would be taken for the shipped pack from here on.
     directory = find(
         os.fspath(source), revision=revision, local_files_only=local_files_only, variant=variant

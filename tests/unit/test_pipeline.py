@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import cogvid
 from cogvid import plan
-from cogvid.config import CONFIGS
+from cogvid.config import CONFIGS, SchedulerConfig
 from tests.pipelines import TEXT_LEN, picture, save_pipeline, tiny_pipeline
 
 QUICK: dict[str, Any] = {
@@ -64,7 +65,7 @@ def test_defaults_are_the_recommendation_of_the_authors(name: str) -> None:
     assert plan.untrained(CONFIGS[name], height, width, frames) == []
 
 
-def test_the_defaults_of_diffusers_in_settings(i2v: cogvid.Pipeline) -> None:
+def test_the_defaults_of_diffusers_in_settings(i2v: cogvid.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """That they give diffusers' videos is shown in tests/parity/test_defaults.py."""
     model = plan.read_model(i2v.source, defaults="diffusers")
     settings = plan.settle(model, task="image-to-video", scheduler="dpm")
@@ -73,8 +74,9 @@ def test_the_defaults_of_diffusers_in_settings(i2v: cogvid.Pipeline) -> None:
     assert plan.read_model(i2v.source).text_length == TEXT_LEN
     # What was trained stays what it was.
     assert plan.untrained(model, 64, 96, 49) == ["49 frames (recommended: 9; 8N + 1 up to 9)"]
+    monkeypatch.setattr("cogvid.hub._fetch", None)
     with pytest.raises(ValueError, match=r"^defaults: got 'none', wanted one of recommended, diffusers$"):
-        cogvid.load(i2v.source, device="cpu", defaults="none")
+        cogvid.load("zai-org/CogVideoX-2b", device="cpu", defaults="none")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,24 @@ def test_frames_are_legal_exactly_when_they_decode_to_themselves(num_frames: int
         for near in (below, above):
             plan.check_frames(vae, near)
         assert not any(n % 8 in (0, 1) for n in range(below + 1, above))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (
+            {"timestep_spacing": "leading", "steps_offset": 20},
+            "steps_offset: got 20, which with 50 steps begins at time",
+        ),
+        ({"snr_shift_scale": -1.0}, "scheduler: got betas and a shift that make a noise level below 0 or above 1"),
+        ({"prediction_type": "epsilon"}, "prediction_type: got 'epsilon' with a first step at timestep 999"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_schedule_that_cannot_be_run_is_refused_with_the_settings(scheduler: dict[str, Any], message: str) -> None:
+    model = dataclasses.replace(CONFIGS["cogvideox-5b"], scheduler=SchedulerConfig(**scheduler))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        plan.settle(model, task="text-to-video")
 
 
 def test_a_learned_table_of_positions_fixes_the_size() -> None:
