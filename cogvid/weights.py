@@ -359,7 +359,7 @@ def _map_file(path: Path) -> dict[str, Tensor]:
         if tensor.dtype not in DTYPES.values() and (name, tensor.dtype) != (_FLOAT64, torch.float64)
     ]
     if foreign:
-        listed = _listing("tensors", foreign, lambda item: f"{item[0]} is {item[1]}")
+        listed = _listing("tensors", foreign, lambda item: f"{item[0]} is {str(item[1]).removeprefix('torch.')}")
         raise ValueError(f"{path}: got {listed}, want weights in {', '.join(DTYPES)} alone")
     return state
 

@@ -419,7 +419,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda d: save_file(
             {k: v.to(torch.int8) for k, v in load_file(d / "vae" / WEIGHTS).items()}, d / "vae" / WEIGHTS
         ),
-        r"vae/diffusion_pytorch_model\.safetensors: got \d+ tensors \(.* is I8, .* is I8, .* is I8, and \d+ more\), "
+        r"vae/diffusion_pytorch_model\.safetensors: got \d+ tensors \(.* is int8, .* is int8, .* is int8, and \d+ more\), "
         r"want weights in float32, float16, bfloat16 alone$",
     ),
 }
