@@ -478,21 +478,6 @@ def test_one_tensor_that_is_no_weight_is_refused(checkpoint: Path, dtype: torch.
 # Variants.
 
 
-def rename_as_variant(directory: Path, variant: str, *, keep: bool = False) -> None:
-    """Give the weights of a directory the names that they have in a variant, as diffusers and transformers do."""
-    for path in directory.glob("*.safetensors*"):
-        if path.name.endswith(".json"):
-            new = path.name.replace(".index.json", f".index.{variant}.json")
-            index = json.loads(path.read_text())
-            index["weight_map"] = {k: f.replace("model-", f"model.{variant}-") for k, f in index["weight_map"].items()}
-            write_json(path.with_name(new), index)
-        else:
-            new = re.sub(r"(-\d+-of-\d+)?\.safetensors$", rf".{variant}\1.safetensors", path.name)
-            shutil.copy(path, path.with_name(new))
-        if not keep:
-            path.unlink()
-
-
 def test_a_variant_is_loaded_when_asked_for(checkpoint: Path) -> None:
     state = load_file(checkpoint / "vae" / WEIGHTS)
     other = {name: tensor + 1 for name, tensor in state.items()}
@@ -508,7 +493,8 @@ def test_a_variant_is_loaded_when_asked_for(checkpoint: Path) -> None:
 
 
 def test_a_part_without_the_variant_is_loaded_from_its_plain_files_and_said(checkpoint: Path) -> None:
-    rename_as_variant(checkpoint / "transformer", "fp16")
+    plain = checkpoint / "transformer" / WEIGHTS
+    plain.rename(plain.with_suffix(".fp16.safetensors"))
     with pytest.warns(
         UserWarning, match=r"^variant: got 'fp16', which vae, text_encoder of .* lack: their plain files are loaded$"
     ):
