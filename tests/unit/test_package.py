@@ -24,7 +24,8 @@ from cogvid.hub import PACKS, packs
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What git ignores, git itself, and what only an sdist has.
-NO_SOURCE = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()] + [".git", "PKG-INFO", "setup.cfg"]
+IGNORED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if not line.startswith("#")]
+NO_SOURCE = [*filter(None, IGNORED), ".git", "PKG-INFO", "setup.cfg"]
 
 
 @dataclass
