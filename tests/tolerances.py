@@ -16,6 +16,10 @@ PIPELINE_LATENTS = 4e-6  # rel rms of the final latents; rounding through whole 
 FRAMES_FP32 = 2e-6  # rel rms of frames in [0, 1] against diffusers; rounding through run and decoding (measured 5.1e-7)
 FRAMES_MAX_ABS = 1e-5  # the largest error of one value of them (measured 6.0e-6); 0.0026 of a level of uint8
 
+# Random configurations
+FUZZ_FP32 = 5e-6  # rel rms of every output against diffusers; models of any shape, some badly scaled (measured 4.7e-6)
+FUZZ_CHAOS = 8.0  # beyond it: our error over what an ulp in diffusers' weights makes of its own output (measured 4.4)
+
 # Operations
 OP_FP32 = 6e-7  # rel rms against the formula in fp64; a few ulps (measured 1.3e-7)
 OP_LOW_PRECISION = 1.01  # our error over that of rounding the exact result: fp32 inside shifts 1 in 1000 (measured 1.0)
