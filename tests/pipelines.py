@@ -27,9 +27,6 @@ SNR_SHIFT = {"2b": 3.0}  # 1.0 otherwise
 
 def tiny_pipeline(variant: str, seed: int = 0, **transformer: Any) -> tuple[Any, bytes]:
     """Build the diffusers pipeline of a variant of `tests.reference`, and its `spiece.model`."""
-    spiece = spiece_model()
-    pieces = SentencePieceProcessor(model_proto=spiece)
-    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
     scaling = {"scaling_factor": 0.7} if variant != "2b" else {}
     scheduler = CogVideoXDDIMScheduler(
         snr_shift_scale=SNR_SHIFT.get(variant, 1.0),
@@ -38,14 +35,27 @@ def tiny_pipeline(variant: str, seed: int = 0, **transformer: Any) -> tuple[Any,
         timestep_spacing="trailing",
     )
     vae = tiny_vae(seed, latent_channels=16, invert_scale_latents=variant.startswith("1.5"), **scaling)
+    pipeline_class = CogVideoXImageToVideoPipeline if variant.endswith("i2v") else CogVideoXPipeline
+    return assemble(pipeline_class, tiny_transformer(variant, seed, **transformer), vae, scheduler, seed)
+
+
+def assemble(
+    pipeline_class: type, transformer: Any, vae: Any, scheduler: Any, seed: int = 0, extra_ids: int = 0
+) -> tuple[Any, bytes]:
+    """Join the parts to a pipeline, with tiny text parts, and return it and its `spiece.model`; changes `vae`.
+
+    extra_ids: how many ids the tokenizer has beyond the rows of the encoder's embedding.
+    """
     # Less contrast: the pixels of the untouched model are clamped to black and white, and agree whatever was computed.
     vae.decoder.conv_out.conv.weight *= 0.15
-    pipeline_class = CogVideoXImageToVideoPipeline if variant.endswith("i2v") else CogVideoXPipeline
+    spiece = spiece_model()
+    pieces = SentencePieceProcessor(model_proto=spiece)
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
     pipe = pipeline_class(
-        tokenizer=T5Tokenizer(vocab=vocab, extra_ids=0),
+        tokenizer=T5Tokenizer(vocab=vocab, extra_ids=extra_ids),
         text_encoder=tiny_encoder(len(vocab), seed),
         vae=vae,
-        transformer=tiny_transformer(variant, seed, **transformer),
+        transformer=transformer,
         scheduler=scheduler,
     )
     pipe.set_progress_bar_config(disable=True)

@@ -1,12 +1,18 @@
-"""Builders of tiny reference models (the real diffusers classes with random weights) and the error measure."""
+"""Builders of tiny reference models (the real diffusers classes with random weights) and the measures of error."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor, nn
+
+from cogvid.transformer import OFS
+from tests.tolerances import FRAMES_FP32, FRAMES_MAX_ABS
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -80,9 +86,67 @@ def tiny_vae(seed: int = 0, **overrides: Any) -> AutoencoderKLCogVideoX:
     return perturb(AutoencoderKLCogVideoX(**{**config, **overrides}), seed).eval().requires_grad_(False)
 
 
+def reference_rope(reference: CogVideoXTransformer3DModel, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what the real pipeline would pass with such latents; its method reads only these of its object."""
+    if not reference.config["use_rotary_positional_embeddings"]:
+        return None
+    pipeline = SimpleNamespace(vae_scale_factor_spatial=8, transformer=reference)
+    frames, height, width = latents.shape[2:]
+    return CogVideoXPipeline._prepare_rotary_positional_embeddings(
+        pipeline, height * 8, width * 8, frames, latents.device
+    )
+
+
+def run_reference(
+    reference: CogVideoXTransformer3DModel, latents: Tensor, prompt_embeds: Tensor, timestep: Tensor
+) -> Tensor:
+    """Call diffusers' model, whose latents are `[B, T, C, h, w]`, as its pipelines do."""
+    (out,) = reference(
+        latents.transpose(1, 2),
+        prompt_embeds,
+        timestep,
+        ofs=latents.new_full((1,), OFS) if reference.config["ofs_embed_dim"] else None,
+        image_rotary_emb=reference_rope(reference, latents),
+        return_dict=False,
+    )
+    return out.transpose(1, 2)
+
+
 def rel_rms(actual: Tensor, expected: Tensor) -> float:
     """Return `rms(actual - expected) / rms(expected)`, computed in fp64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         raise ValueError(f"actual: got shape {tuple(actual.shape)}, want {tuple(expected.shape)}")
     return float((actual - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+
+
+def pooled_ratio(errors: Iterable[tuple[float, float]]) -> float:
+    """Return the rms of the first of each pair over that of the second.
+
+    For errors of low precision, ours and those of another: how many roundings went which way decides the ratio of one
+    pair (0.65 to 1.25 for one model), and of several it is a property of the two computations.
+    """
+    ours, theirs = torch.tensor(list(errors), dtype=torch.float64).pow(2).mean(0).sqrt().tolist()
+    return ours / theirs
+
+
+def assert_frames_equal(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Hold frames of any shape against diffusers' float32 frames in [0, 1] of the same run.
+
+    actual: float32 in [0, 1], which is held to an error; or uint8 levels, which must be those of `expected` wherever
+    such an error cannot carry it over a tie (a level and a half), and one off at most where it can.
+    """
+    assert actual.shape == expected.shape
+    exact = expected.astype(np.float64) * 255
+    # A clamped picture would agree whatever was computed.
+    assert ((exact > 0.5) & (exact < 254.5)).mean() > 0.9
+    if actual.dtype == np.uint8:
+        levels = actual.astype(np.float64)
+    else:
+        assert float(np.abs(actual - expected).max()) <= FRAMES_MAX_ABS
+        assert rel_rms(torch.from_numpy(actual), torch.from_numpy(expected)) <= FRAMES_FP32
+        levels = np.round(actual.astype(np.float64) * 255)
+    off = np.abs(levels - np.round(exact))
+    to_a_tie = np.abs(exact - np.floor(exact) - 0.5)
+    assert off.max() <= 1
+    assert off[to_a_tie > 255 * FRAMES_MAX_ABS].max(initial=0) == 0

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+from functools import cache
 from pathlib import Path
 
 import sentencepiece
@@ -14,6 +15,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from tests.reference import perturb
 
+TEXT_WIDTH = 40  # of the encoder, and of the text that the tiny transformers take
 RULES = ("nmt_nfkc", "identity")  # T5's own normalisation, and that of the shipped packs
 _WORDS = (
     "a red blue green circle circle. circles square triangle moves to the left right up down grows shrinks stays still"
@@ -22,6 +24,7 @@ _WORDS = (
 )
 
 
+@cache
 def spiece_model(rule: str = "nmt_nfkc") -> bytes:
     """Train a T5-like sentencepiece model."""
     draw, words, model = random.Random(0), _WORDS.split(), io.BytesIO()
@@ -53,7 +56,7 @@ def tiny_encoder(vocab_size: int, seed: int = 0) -> T5EncoderModel:
     """Build a T5 encoder with every parameter perturbed; its width is that of the tiny transformers' text."""
     config = T5Config(
         vocab_size=vocab_size,
-        d_model=40,
+        d_model=TEXT_WIDTH,
         d_kv=12,
         d_ff=56,
         num_layers=3,
@@ -67,10 +70,16 @@ def tiny_encoder(vocab_size: int, seed: int = 0) -> T5EncoderModel:
 
 
 def save_text_parts(
-    root: Path, *, rule: str = "nmt_nfkc", extra_ids: int = 100, dtype: torch.dtype = torch.float32, shard: str = "5GB"
+    root: Path,
+    *,
+    rule: str = "nmt_nfkc",
+    extra_ids: int = 100,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "5GB",
+    seed: int = 0,
 ) -> tuple[T5EncoderModel, T5Tokenizer]:
     """Write `text_encoder/` and `tokenizer/` with transformers and return what was written, the encoder in fp32."""
-    encoder = tiny_encoder(vocab_size=320)
+    encoder = tiny_encoder(vocab_size=320, seed=seed)
     encoder.to(dtype).save_pretrained(root / "text_encoder", max_shard_size=shard)
     spiece = train_tokenizer(root / "spiece", rule)
     tokenizer = T5Tokenizer.from_pretrained(spiece.parent, extra_ids=extra_ids)

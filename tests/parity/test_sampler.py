@@ -30,7 +30,7 @@ from cogvid.sampler import (
     make_schedule,
     velocity,
 )
-from tests.reference import rel_rms, tiny_transformer, tiny_vae
+from tests.reference import pooled_ratio, rel_rms, tiny_transformer, tiny_vae
 from tests.tolerances import ADD_NOISE_FP32, SAMPLER_FP32, SAMPLER_LOW_PRECISION
 
 SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
@@ -247,12 +247,15 @@ def test_video_to_video_tail(name: str, strength: float) -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_low_precision_is_closer_to_fp64_than_diffusers(name: str, dtype: torch.dtype) -> None:
     """The noise is drawn in the low dtype by all three, so only the arithmetic differs."""
-    x, schedule = noise().to(dtype), schedule_for(20, 1.0)
-    _, ours = run_ours(name, x, schedule, Generator().manual_seed(1))
-    _, theirs = run_diffusers(name, x, 20, 1.0, Generator().manual_seed(1))
-    truth = _fp64_loop(name, x, schedule)
-    assert ours.dtype == dtype
-    assert rel_rms(ours, truth) <= SAMPLER_LOW_PRECISION * rel_rms(theirs, truth)
+    schedule, errors = schedule_for(20, 1.0), []
+    for seed in range(8):
+        x = noise(seed=seed).to(dtype)
+        _, ours = run_ours(name, x, schedule, Generator().manual_seed(1))
+        _, theirs = run_diffusers(name, x, 20, 1.0, Generator().manual_seed(1))
+        truth = _fp64_loop(name, x, schedule)
+        assert ours.dtype == dtype
+        errors.append((rel_rms(ours, truth), rel_rms(theirs, truth)))
+    assert pooled_ratio(errors) <= SAMPLER_LOW_PRECISION
 
 
 def _fp64_loop(name: str, x: Tensor, schedule: Schedule) -> Tensor:

@@ -14,6 +14,7 @@ from PIL import Image
 from cogvid.image import load_image
 
 PICTURE = Image.new("RGB", (6, 4), (200, 30, 40))
+LATE = 20  # seconds; what should have been left by then would go on for ever, and a busy machine may take some
 
 
 def _png() -> bytes:
@@ -206,7 +207,7 @@ def test_slow_servers_are_left_at_the_deadline(server: str, path: str) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"was not received within 0\.4 seconds"):
         load_image(server + path, timeout=0.4)
-    assert time.monotonic() - start < 3  # on a busy machine; the server would go on for ever
+    assert time.monotonic() - start < LATE
     for thread in _download_threads():
         thread.join(5)
     assert _download_threads() == []  # nothing goes on behind the caller's back
@@ -240,7 +241,7 @@ def test_silent_tls_server_is_left_at_the_deadline() -> None:
         start = time.monotonic()
         with pytest.raises(ValueError, match=r"was not received within 0\.4 seconds"):
             load_image(f"https://127.0.0.1:{silent.getsockname()[1]}/a.png", timeout=0.4)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < LATE
 
 
 def test_plain_server_is_not_taken_for_https(server: str) -> None:
@@ -249,19 +250,20 @@ def test_plain_server_is_not_taken_for_https(server: str) -> None:
 
 
 def test_hosts_are_looked_up_within_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = threading.Event()
+    asked, answer = threading.Event(), threading.Event()
 
     def never(*_: object, **__: object) -> Callable[[], None]:
         asked.set()
-        time.sleep(1.5)
+        answer.wait(60)
         raise socket.gaierror(socket.EAI_AGAIN, "no answer")
 
     monkeypatch.setattr(socket, "getaddrinfo", never)
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"was not received within 0\.3 seconds"):
         load_image("http://pictures.invalid/a.png", timeout=0.3)
-    assert time.monotonic() - start < 1.2
+    assert time.monotonic() - start < LATE
     assert asked.is_set()
+    answer.set()
 
 
 def test_proxies_of_the_environment_are_used(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

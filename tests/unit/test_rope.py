@@ -75,6 +75,5 @@ def test_sincos_table_is_that_of_diffusers(grid: tuple[int, int, int], scales: t
     frames, height, width = grid
     theirs = get_3d_sincos_pos_embed(sum(WIDTHS), (width, height), frames, *scales).flatten(0, 1)
     ours = sincos_table(grid, WIDTHS, spatial_scale=scales[0], temporal_scale=scales[1])
-    # fp64 on both sides; the models use it rounded to fp32 or lower.
+    # fp64 on both sides. Rounded to fp32, as the models use it, equal bits would be luck: some value is near a tie.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-15)
-    assert torch.equal(ours.float(), theirs.float())

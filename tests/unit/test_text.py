@@ -16,7 +16,9 @@ from transformers import T5EncoderModel
 from cogvid.hub import PACKS
 from cogvid.ops import Ops, rms_norm
 from cogvid.text import Tokenizer, load_text_encoder, use_ops
+from tests.reference import rel_rms
 from tests.tiny_text import save_text_parts, train_tokenizer
+from tests.tolerances import TEXT_FP32
 from tiny_world import corpus
 
 PROMPTS = ["a red circle", ""]
@@ -78,7 +80,8 @@ def test_embedding_under_either_name(checkpoint: Path, tmp_path: Path) -> None:
         root = copy_of(checkpoint, tmp_path / str(names))
         save_file(stored | {name: shared.clone() for name in names}, root / "text_encoder" / "model.safetensors")
         encoder = load_text_encoder(root)
-        assert torch.equal(encoder(PROMPTS, 8), expected)
+        # Not bit for bit: matrices lie elsewhere in the file, and a BLAS may order its sums by their address.
+        assert rel_rms(encoder(PROMPTS, 8), expected) <= TEXT_FP32
         assert encoder.model.shared is encoder.model.encoder.embed_tokens
 
 
