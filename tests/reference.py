@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from torch import Tensor, nn
+from torch import nn
+
+from measure import rel_rms as rel_rms
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -78,11 +80,3 @@ def tiny_vae(seed: int = 0, **overrides: Any) -> AutoencoderKLCogVideoX:
         "sample_width": 96,
     }
     return perturb(AutoencoderKLCogVideoX(**{**config, **overrides}), seed).eval().requires_grad_(False)
-
-
-def rel_rms(actual: Tensor, expected: Tensor) -> float:
-    """Return `rms(actual - expected) / rms(expected)`, computed in fp64."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    if actual.shape != expected.shape:
-        raise ValueError(f"actual: got shape {tuple(actual.shape)}, want {tuple(expected.shape)}")
-    return float((actual - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
