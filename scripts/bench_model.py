@@ -1,100 +1,141 @@
 """Time cogvid against diffusers, side by side in one run, with the same random weights and inputs.
 
-    python scripts/bench_model.py --device cpu                         # reduced sizes of real widths
+    python scripts/bench_model.py --device cpu --model all --runs 3    # the README's table: all five models
     python scripts/bench_model.py --device cuda --model cogvideox-5b   # full size
     python scripts/bench_model.py --device cpu --size toy              # seconds; keeps this script from rotting
 
 Parts: `import` and `load` (each in fresh processes), `text` (T5 encoder), `step` (one transformer evaluation; on a
 GPU with the batch of two that guidance needs), `decode` (VAE). Providers take turns, so that a machine whose
-speed drifts cannot favour one. A provider whose output is wrong is reported and not timed.
+speed drifts cannot favour one. A provider whose output is wrong is reported and not timed. Without diffusers, ours is
+timed alone.
+
+diffusers runs at its best: from_pretrained with its defaults (with accelerate installed it makes no weights before it
+maps the file's), PyTorch's own choice of attention, position tables of the video's size; a step also with its fused
+Q, K and V, a decode also with convolutions in channels-last layout. Ratios are to the fastest of these.
 
 The floor of a step counts the multiply-adds of its linears and attention, that of a decode those of its
 convolutions (2 FLOP each, counted by `torch.utils.flop_counter`). The percentage is of the rate that a large matrix
-product reaches in the same run. The last line on stdout is one JSON object.
+product reaches in the same run. Memory is what a call adds at its peak; of a load, the anonymous memory that it leaves.
+A Markdown table comes at the end, and the last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
+import math
 import os
 import platform
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import measure
 from cogvid.config import CONFIGS, TransformerConfig, VAEConfig
 from cogvid.ops import Ops
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
-from cogvid.weights import map_transformer_state_dict, map_vae_state_dict
+from cogvid.weights import map_transformer_state_dict, map_vae_state_dict, save_transformer, save_vae
 
 MIB = 2**20
 # Relative RMS between two correct implementations stays far below these; a wrong one is orders above.
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 PARTS = ("import", "load", "text", "step", "decode")
+ALONE = "import alone"  # what has nothing of diffusers beside it
+OFFICIAL = {name.removeprefix("cogvideox").lstrip("-"): name for name, model in CONFIGS.items() if model.repo}
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+
+Row = dict[str, Any]
+Call = Callable[[], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One transformer evaluation. latents: T, h, w of one video. batch: videos. text_len: tokens."""
+
+    config: TransformerConfig
+    latents: tuple[int, int, int]
+    batch: int
+    text_len: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is run. latents: T, h, w of one video. batch: videos per transformer call. text_len: tokens."""
+    """What is run; `steps` and `loads` by what they are called in the table, `decodes` as T, h, w of the latents."""
 
-    transformer: TransformerConfig
+    steps: dict[str, Step]
+    loads: dict[str, TransformerConfig]
     vae: VAEConfig
+    decodes: tuple[tuple[int, int, int], ...]
     text: dict[str, int]
-    latents: tuple[int, int, int]
-    decode_latents: tuple[int, int, int]
-    batch: int
+    text_load: dict[str, int]
     text_len: int
     step_dtypes: tuple[torch.dtype, ...]
     decode_dtypes: tuple[torch.dtype, ...]
 
 
 T5_XXL = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24, "vocab_size": 32128}
+T5_NARROW = T5_XXL | {"d_model": 256, "num_heads": 4, "d_ff": 640}
+T5_TOY = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2, "vocab_size": 300}
 
 
-def make_size(name: str, model: str) -> Size:
-    config = CONFIGS[model]
+def make_size(name: str, models: list[str]) -> Size:
+    """Say what a size runs of models, which are keys of `OFFICIAL`."""
+    configs = {model: CONFIGS[OFFICIAL[model]] for model in models}
+    vae = configs[models[0]].vae
+    both = (torch.float32, BF16)
     if name == "full":
-        frames, height, width = config.num_frames, config.height, config.width
-        latents = ((frames - 1) // 4 + 1, height // 8, width // 8)
-        padded = latents[0] + latents[0] % (config.transformer.patch_size_t or 1)
-        dtype = (torch.bfloat16,)
-        text_len = config.transformer.max_text_seq_length
-        return Size(config.transformer, config.vae, T5_XXL, (padded, *latents[1:]), latents, 2, text_len, dtype, dtype)
+        latents = {model: ((c.num_frames - 1) // 4 + 1, c.height // 8, c.width // 8) for model, c in configs.items()}
+        steps = {
+            model: Step(c.transformer, _padded(c.transformer, latents[model]), 2, c.transformer.max_text_seq_length)
+            for model, c in configs.items()
+        }
+        loads = {model: c.transformer for model, c in configs.items()}
+        sizes = tuple(dict.fromkeys(latents.values()))
+        return Size(steps, loads, vae, sizes, T5_XXL, T5_XXL, 226, (BF16,), (BF16,))
     if name == "reduced":
-        transformer = dataclasses.replace(config.transformer, num_layers=6)
-        both = (torch.float32, torch.bfloat16)
+        video = (3, 24, 24)
+        steps = {model: _step(c.transformer, video, 226, num_layers=2) for model, c in configs.items()}
+        # All of the tensors, but narrow; and one as wide as it is, but short.
+        narrow: dict[str, Any] = {"num_attention_heads": 4, "text_embed_dim": 256}
+        loads = {model: dataclasses.replace(c.transformer, **narrow) for model, c in configs.items()}
+        if "5b" in configs:
+            loads["5b at its width"] = dataclasses.replace(configs["5b"].transformer, num_layers=6)
         text = T5_XXL | {"num_layers": 1, "vocab_size": 1000}
-        return Size(transformer, config.vae, text, (3, 32, 32), (5, 12, 18), 1, 226, (torch.bfloat16,), both)
-    transformer = dataclasses.replace(
-        config.transformer,
-        num_attention_heads=2,
-        num_layers=2,
-        text_embed_dim=32,
-        time_embed_dim=32,
-        ofs_embed_dim=32 if config.transformer.ofs_embed_dim else None,
-        max_text_seq_length=16,
-        sample_frames=9,
-        sample_height=8,
-        sample_width=8,
-    )
-    vae = dataclasses.replace(config.vae, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
-    text = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2, "vocab_size": 100}
-    latents = (4 if transformer.patch_size_t else 3, 8, 8)
-    return Size(transformer, vae, text, latents, (3, 8, 8), 1, 16, (torch.float32,), (torch.float32,))
+        return Size(steps, loads, vae, ((5, 8, 12),), text, T5_NARROW, 226, both, both)
+    tiny: dict[str, Any] = {"num_attention_heads": 2, "num_layers": 2, "text_embed_dim": 32, "time_embed_dim": 32}
+    tiny["max_text_seq_length"] = 16
+    steps = {model: _step(c.transformer, (3, 8, 8), 16, **tiny) for model, c in configs.items()}
+    loads = {model: step.config for model, step in steps.items()}
+    vae = dataclasses.replace(vae, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    return Size(steps, loads, vae, ((3, 8, 8),), T5_TOY, T5_TOY, 16, (torch.float32,), (torch.float32,))
+
+
+def _step(config: TransformerConfig, latents: tuple[int, int, int], text_len: int, **changes: Any) -> Step:
+    """Reduce a model; its position table gets the size of the video, else diffusers would make one in every step."""
+    frames, height, width = latents
+    if config.ofs_embed_dim and "time_embed_dim" in changes:
+        changes["ofs_embed_dim"] = changes["time_embed_dim"]
+    sample = {"sample_frames": 4 * frames - 3, "sample_height": height, "sample_width": width}
+    config = dataclasses.replace(config, **changes, **(sample if config.patch_size_t is None else {}))
+    return Step(config, _padded(config, latents), 1, text_len)
+
+
+def _padded(config: TransformerConfig, latents: tuple[int, int, int]) -> tuple[int, int, int]:
+    return latents[0] + latents[0] % (config.patch_size_t or 1), *latents[1:]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,122 +143,147 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--model", default="cogvideox-2b", choices=[n for n, c in CONFIGS.items() if c.repo])
+    parser.add_argument("--model", default="cogvideox-5b", choices=[*OFFICIAL.values(), "all"])
     parser.add_argument(
         "--size",
         choices=["full", "reduced", "toy"],
-        help="default: full on cuda, reduced (6 layers, small video) on cpu",
+        help="default: full on cuda, reduced (2 layers, small video) on cpu",
     )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--runs", type=int, default=5, help="timed turns of each provider")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile(max-autotune) of diffusers")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     args = parser.parse_args(argv)
-    size = make_size(args.size or ("full" if args.device == "cuda" else "reduced"), args.model)
+    if args.runs < 1:
+        parser.error(f"--runs: got {args.runs}, want at least 1")
+    names = [short for short, name in OFFICIAL.items() if args.model in (name, "all")]
+    size = make_size(args.size or ("full" if args.device == "cuda" else "reduced"), names)
     device = torch.device(args.device)
 
-    result: dict[str, Any] = {"header": header(device, args), "rows": []}
+    if measure.installed("accelerate") == "absent":
+        print(
+            "accelerate is absent: diffusers fills each model with random weights before it loads it", file=sys.stderr
+        )
+    command = " ".join(["python scripts/bench_model.py", *(sys.argv[1:] if argv is None else argv)])
+    result: Row = {"header": header(device, command), "rows": []}
     print("\n".join(f"{k}: {v}" for k, v in result["header"].items()))
     columns = ("median s", "p20", "p80", "peak MiB")
-    print(f"\n{'part':<22}{'provider':<22}" + "".join(f"{c:>10}" for c in columns) + f"{'ratio':>8}{'floor %':>9}")
+    print(f"\n{'part':<52}{'provider':<24}" + "".join(f"{c:>10}" for c in columns) + f"{'ratio':>8}{'floor %':>9}")
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    rate = matmul_rate(device, torch.bfloat16) if {"step", "decode"} & set(args.parts) else 0.0
+    rate = matmul_rate(device) if {"step", "decode"} & set(args.parts) else 0.0
     result["header"]["matmul_tflops"] = rate / 1e12
-    runners: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    runners: dict[str, Callable[[], Iterator[Row]]] = {
         "import": lambda: bench_import(args.runs),
         "load": lambda: bench_load(size, args.runs),
-        "text": lambda: bench_text(size, device, args),
-        "step": lambda: [row for d in size.step_dtypes for row in bench_step(size, device, d, rate, args)],
-        "decode": lambda: [row for d in size.decode_dtypes for row in bench_decode(size, device, d, rate, args)],
+        "text": lambda: bench_text(size, device, args.runs),
+        "step": lambda: bench_steps(size, device, rate, args),
+        "decode": lambda: bench_decodes(size, device, rate, args),
     }
+    start = time.perf_counter()
     for part in args.parts:
         for row in runners[part]():
             result["rows"].append(row)
             print(format_row(row), flush=True)
+    result["header"]["minutes"] = round((time.perf_counter() - start) / 60, 1)
+    print("\n" + "\n".join(table(result["rows"])) + f"\n\n{caption(result)}\n")
     line = json.dumps(result)
     if args.json:
         args.json.write_text(line + "\n")
     print(line)
 
 
-def header(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def header(device: torch.device, command: str) -> Row:
     """Say what a reader needs to judge the figures: machine, versions, commit, command."""
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
-    values = {
-        "command": " ".join(["python scripts/bench_model.py", *(sys.argv[1:] if args is not None else [])]),
-        "commit": commit.stdout.strip() or "unknown",
+    names = ("torch", "diffusers", "transformers", "accelerate", *(["triton"] if device.type == "cuda" else []))
+    return {
+        "command": command,
+        "commit": measure.commit(),
+        "date": date.today().isoformat(),
+        "machine": measure.machine(device),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
-        "attention": "scaled_dot_product_attention, backend chosen by PyTorch",
+        **{name: measure.installed(name) for name in names},
     }
-    if device.type == "cuda":
-        query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
-        smi = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        values["gpu"] = subprocess.run(smi, capture_output=True, text=True, check=False).stdout.strip()
-        values["triton"] = version("triton")
-    return values
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+def caption(result: Row) -> str:
+    values = result["header"]
+    packages = [f"{name} {values[name]}" for name in ("torch", "diffusers", "transformers", "accelerate")]
+    alone = [f"`{r['provider']}` {r['median']:.2g} s" for r in result["rows"] if r["part"] == ALONE]
+    return (
+        f"`{values['command']}` ({values['minutes']} minutes), commit {values['commit']}, {values['date']}, "
+        f"{values['machine']}, Python {values['python']}, {', '.join(packages)}."
+        + (f" Processes by themselves: {', '.join(alone)}." if alone else "")
+    )
 
 
-def format_row(row: dict[str, Any]) -> str:
+def table(rows: list[Row]) -> list[str]:
+    """Return the README's table: the fastest of diffusers' settings beside each provider of ours."""
+    lines = [
+        measure.markdown_row(["part", "diffusers s", "cogvid s", "ratio", "diffusers MiB", "cogvid MiB"]),
+        "|---|" + "--:|" * 5,
+    ]
+    timed = [row for row in rows if "median" in row]
+    for row in timed:
+        if row["part"] == ALONE or not is_ours(row["provider"]):
+            continue
+        others = [other for other in timed if other["part"] == row["part"] and not is_ours(other["provider"])]
+        best = min(others, key=lambda other: other["median"], default=None)
+        label = row["part"] + ("" if row["provider"] == "cogvid" else f": {row['provider']}")
+        cells = [label, seconds(best), seconds(row), "" if best is None else f"{row['ratio']:.2f}"]
+        lines.append(measure.markdown_row([*cells, mebibytes(best), mebibytes(row)]))
+    return lines
+
+
+def is_ours(provider: str) -> bool:
+    return provider.startswith("cogvid")
+
+
+def seconds(row: Row | None) -> str:
+    return "" if row is None else f"{row['median']:.3g}"
+
+
+def mebibytes(row: Row | None) -> str:
+    return "" if row is None or row["peak_mib"] is None else f"{row['peak_mib']:.3g}"
+
+
+def format_row(row: Row) -> str:
+    start = f"{row['part']:<52}{row['provider']:<24}"
     if "wrong" in row:
-        return f"{row['part']:<22}{row['provider']:<22}  wrong, not timed: relative RMS {row['wrong']:.2e}"
+        return f"{start}  wrong, not timed: relative RMS {row['wrong']:.2e}"
     floor = f"{row['floor_percent']:9.1f}" if "floor_percent" in row else ""
     peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-    return (
-        f"{row['part']:<22}{row['provider']:<22}{row['median']:>10.4g}{row['p20']:>10.4g}{row['p80']:>10.4g}"
-        f"{peak:>10}{row['ratio']:>8.2f}{floor}"
-    )
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    return f"{start}{row['median']:>10.4g}{row['p20']:>10.4g}{row['p80']:>10.4g}{peak:>10}{ratio:>8}{floor}"
 
 
-def summarise(part: str, times: dict[str, list[float]], peaks: dict[str, float | None]) -> list[dict[str, Any]]:
-    """Turn seconds per provider into rows; `ratio` above 1 is faster than the first provider."""
-    base = statistics.median(next(iter(times.values())))
-    rows = []
-    for name, values in times.items():
-        ordered = sorted(values)
-        pick = [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8)]
-        median = statistics.median(values)
-        rows.append(
-            {
-                "part": part,
-                "provider": name,
-                "median": median,
-                "p20": pick[0],
-                "p80": pick[1],
-                "peak_mib": peaks[name],
-                "ratio": base / median,
-            }
-        )
-    return rows
+def summarise(part: str, times: dict[str, list[float]], peaks: dict[str, float | None]) -> list[Row]:
+    """Turn seconds per provider into rows; `ratio` above 1 is faster than the fastest that is not ours."""
+    spreads = {name: measure.spread(values) for name, values in times.items()}
+    base = min((spreads[name][0] for name in times if not is_ours(name)), default=None)
+    return [
+        {
+            "part": part,
+            "provider": name,
+            "median": median,
+            "p20": low,
+            "p80": high,
+            "peak_mib": peaks[name],
+            "ratio": base and base / median,
+        }
+        for name, (median, low, high) in spreads.items()
+    ]
 
 
-def bench_calls(
-    part: str, calls: dict[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype, runs: int
-) -> list[dict[str, Any]]:
+def bench_calls(part: str, calls: dict[str, Call], device: torch.device, dtype: torch.dtype, runs: int) -> list[Row]:
     """Check every provider against the first, then time them in turns and note the memory that a call adds."""
-    wrong: list[dict[str, Any]] = []
+    wrong: list[Row] = []
     peaks: dict[str, float | None] = {}
     reference = None
     for name in list(calls):
         value, peaks[name] = with_peak_memory(calls[name], device)
-        if reference is None:
-            reference = value.float()
-            continue
-        difference = ((value.float() - reference).square().mean() / reference.square().mean()).sqrt().item()
+        reference = value.float() if reference is None else reference
+        difference = measure.rel_rms(value, reference)
         if not difference <= MAX_DIFFERENCE[dtype]:
             wrong.append({"part": part, "provider": name, "wrong": difference})
             del calls[name]
@@ -238,7 +304,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def with_peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float | None]:
+def with_peak_memory(call: Call, device: torch.device) -> tuple[Tensor, float | None]:
     """Warm `call` up, then return its value and the MiB that it added at its peak; None where nothing tells."""
     call()
     gc.collect()
@@ -249,26 +315,17 @@ def with_peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[
         value = call()
         torch.cuda.synchronize(device)
         return value, (torch.cuda.max_memory_allocated(device) - before) / MIB
-    clear = Path("/proc/self/clear_refs")
-    if not clear.exists():
+    before = measure.status_mib("VmRSS")
+    if before is None or not measure.reset_peak():
         return call(), None
-    clear.write_text("5")  # resets the peak resident size, VmHWM (Linux)
-    before = status_mib("VmRSS")
     value = call()
-    return value, status_mib("VmHWM") - before
+    return value, (measure.status_mib("VmHWM") or before) - before
 
 
-def status_mib(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a large matrix product: the practical limit that percentages refer to."""
+def matmul_rate(device: torch.device) -> float:
+    """Measure the FLOP/s of a large bf16 matrix product: the practical limit that percentages refer to."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=BF16) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         synchronize(device)
@@ -279,7 +336,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def add_floor(rows: list[dict[str, Any]], call: Callable[[], Tensor], rate: float) -> list[dict[str, Any]]:
+def add_floor(rows: list[Row], call: Call, rate: float) -> list[Row]:
     with FlopCounterMode(display=False) as counter:
         call()
     for row in rows:
@@ -291,26 +348,17 @@ def add_floor(rows: list[dict[str, Any]], call: Callable[[], Tensor], rate: floa
 
 def our_ops(device: torch.device) -> dict[str, Ops]:
     """The providers of ours: Triton on a GPU, or in its interpreter where TRITON_INTERPRET=1 asked for that."""
-    ops = {"cogvid torch": Ops.torch()}
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        ops["cogvid triton"] = Ops.triton()
-    return ops
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return {"cogvid": Ops.torch()}
+    return {"cogvid torch": Ops.torch(), "cogvid triton": Ops.triton()}
 
 
-def build(make: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """Make a module in its dtype on its device, with random weights that keep activations near unit size."""
-    torch.set_default_dtype(dtype)
+def has_diffusers() -> bool:
     try:
-        with device:
-            module = make().eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            parameter.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.02)
-    return module
+        import diffusers  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def assign(module_type: Any, config: Any, ops: Ops, state: dict[str, Tensor]) -> Any:
@@ -320,161 +368,236 @@ def assign(module_type: Any, config: Any, ops: Ops, state: dict[str, Tensor]) ->
     return ours.eval()
 
 
-def diffusers_transformer(config: TransformerConfig) -> torch.nn.Module:
-    from diffusers import CogVideoXTransformer3DModel
-
-    values = config.to_dict()
-    values.pop("qk_norm_eps")  # a constant there
-    return CogVideoXTransformer3DModel(**values)
-
-
-def diffusers_vae(config: VAEConfig) -> torch.nn.Module:
-    from diffusers import AutoencoderKLCogVideoX
-
-    count = len(config.block_out_channels)
-    blocks: dict[str, Any] = {
-        f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * count for way in ("down", "up")
-    }
-    return AutoencoderKLCogVideoX(**config.to_dict(), **blocks)
-
-
-def rotary_table(config: TransformerConfig, latents: tuple[int, int, int], device: torch.device) -> Any:
-    """The table that diffusers' pipelines hand to their transformer, which ours makes inside."""
-    if not config.use_rotary_positional_embeddings:
-        return None
-    from diffusers import CogVideoXPipeline
-
-    transformer = type("Transformer", (), {"config": type("Config", (), config.to_dict())})
-    pipe: Any = type("Pipeline", (), {"vae_scale_factor_spatial": 8, "transformer": transformer})
-    frames, height, width = latents
-    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height * 8, width * 8, frames, device)
+def bench_steps(size: Size, device: torch.device, rate: float, args: argparse.Namespace) -> Iterator[Row]:
+    for model, step in size.steps.items():
+        for dtype in size.step_dtypes:
+            layers, heads = step.config.num_layers, step.config.num_attention_heads
+            label = f"step of {model}, {layers} layers of {heads} heads, {measure.SHORT[dtype]}"
+            yield from bench_step(label, step, device, dtype, rate, args)
 
 
 def bench_step(
-    size: Size, device: torch.device, dtype: torch.dtype, rate: float, args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    config = size.transformer
-    reference = build(lambda: diffusers_transformer(config), device, dtype)
-    x = torch.randn(size.batch, config.in_channels, *size.latents, device=device, dtype=dtype)
-    text = torch.randn(size.batch, size.text_len, config.text_embed_dim, device=device, dtype=dtype)
-    timestep = torch.full((size.batch,), 500, device=device)
-    theirs: dict[str, Any] = {
-        "hidden_states": x.transpose(1, 2),
-        "encoder_hidden_states": text,
-        "timestep": timestep,
-        "image_rotary_emb": rotary_table(config, size.latents, device),
-        "ofs": torch.full((1,), 2.0, device=device, dtype=dtype) if config.ofs_embed_dim else None,
-        "return_dict": False,
-    }
-    calls: dict[str, Callable[[], Tensor]] = {"diffusers": lambda: reference(**theirs)[0].transpose(1, 2)}
-    if args.compile:
-        compiled = torch.compile(reference, mode="max-autotune-no-cudagraphs")
-        calls["diffusers compiled"] = lambda: compiled(**theirs)[0].transpose(1, 2)
-    state = map_transformer_state_dict(dict(reference.state_dict()), config)
+    label: str, step: Step, device: torch.device, dtype: torch.dtype, rate: float, args: argparse.Namespace
+) -> list[Row]:
+    config = step.config
+    x = torch.randn(step.batch, config.in_channels, *step.latents, device=device, dtype=dtype)
+    text = torch.randn(step.batch, step.text_len, config.text_embed_dim, device=device, dtype=dtype)
+    timestep = torch.full((step.batch,), 500, device=device)
+    calls: dict[str, Call] = {}
+    if has_diffusers():
+        reference = measure.build(lambda: measure.diffusers_transformer(config), device, dtype)
+        rotary = measure.rotary_table(config, step.latents, device)
+        plain = dict(reference.attn_processors)
+        reference.fuse_qkv_projections()
+        fused = dict(reference.attn_processors)
+
+        def theirs(processors: dict[str, Any], model: Any = reference) -> Tensor:
+            reference.set_attn_processor(dict(processors))
+            return measure.call_diffusers(model, x, text, timestep, rotary)
+
+        calls = {"diffusers": lambda: theirs(plain), "diffusers fused qkv": lambda: theirs(fused)}
+        if args.compile:
+            compiled = torch.compile(reference, mode="max-autotune-no-cudagraphs")
+            calls["diffusers compiled"] = lambda: theirs(plain, compiled)
+        stored = {k: v for k, v in reference.state_dict().items() if ".to_qkv." not in k}
+        state = map_transformer_state_dict(stored, config)
+    else:
+        state = measure.build(lambda: Transformer(config), device, dtype).state_dict()
     for name, ops in our_ops(device).items():
         ours = assign(Transformer, config, ops, state)
         calls[name] = lambda ours=ours: ours(x, text, timestep)
-    first = calls["diffusers"]
-    rows = bench_calls(f"step {short(dtype)}", calls, device, dtype, args.runs)
-    return add_floor(rows, first, rate)
+    first = next(iter(calls.values()))
+    return add_floor(bench_calls(label, calls, device, dtype, args.runs), first, rate)
+
+
+def bench_decodes(size: Size, device: torch.device, rate: float, args: argparse.Namespace) -> Iterator[Row]:
+    for latents in size.decodes:
+        for dtype in size.decode_dtypes:
+            yield from bench_decode(size.vae, latents, device, dtype, rate, args.runs)
 
 
 def bench_decode(
-    size: Size, device: torch.device, dtype: torch.dtype, rate: float, args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    reference: Any = build(lambda: diffusers_vae(size.vae), device, dtype)
-    z = torch.randn(1, size.vae.latent_channels, *size.decode_latents, device=device, dtype=dtype)
-    calls: dict[str, Callable[[], Tensor]] = {"diffusers": lambda: reference.decode(z, return_dict=False)[0]}
-    state = map_vae_state_dict(dict(reference.state_dict()), size.vae)
+    config: VAEConfig, latents: tuple[int, int, int], device: torch.device, dtype: torch.dtype, rate: float, runs: int
+) -> list[Row]:
+    frames, height, width = latents
+    label = f"decode, {4 * frames - 3 * (frames % 2)} frames {8 * height}x{8 * width}, {measure.SHORT[dtype]}"
+    z = torch.randn(1, config.latent_channels, *latents, device=device, dtype=dtype)
+    calls: dict[str, Call] = {}
+    if has_diffusers():
+        reference: Any = measure.build(lambda: measure.diffusers_vae(config), device, dtype)
+        state = map_vae_state_dict(dict(reference.state_dict()), config)
+        channels_last: Any = copy.deepcopy(reference)
+        for module in channels_last.modules():
+            if isinstance(module, nn.Conv3d):
+                cast(Any, module).to(memory_format=torch.channels_last_3d)
+        calls["diffusers"] = lambda: reference.decode(z, return_dict=False)[0]
+        calls["diffusers channels-last"] = lambda: channels_last.decode(z, return_dict=False)[0]
+    else:
+        state = measure.build(lambda: VAE(config), device, dtype).state_dict()
     for name, ops in our_ops(device).items():
-        ours = assign(VAE, size.vae, ops, state)
+        ours = assign(VAE, config, ops, state)
         calls[name] = lambda ours=ours: ours.decode(z)
-    first = calls["diffusers"]
-    rows = bench_calls(f"decode {short(dtype)}", calls, device, dtype, args.runs)
-    return add_floor(rows, first, rate)
+    first = next(iter(calls.values()))
+    return add_floor(bench_calls(label, calls, device, dtype, runs), first, rate)
 
 
-def bench_text(size: Size, device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
-    from transformers import T5Config, T5EncoderModel
-
+def bench_text(size: Size, device: torch.device, runs: int) -> Iterator[Row]:
     from cogvid.text import use_ops
 
-    dtype = torch.bfloat16
-    values: dict[str, Any] = {**size.text, "feed_forward_proj": "gated-gelu"}
-    reference: Any = build(lambda: T5EncoderModel(T5Config(**values)), device, dtype)
+    reference = measure.build(lambda: t5(size.text), device, BF16)
     ids = torch.randint(size.text["vocab_size"], (1, size.text_len), device=device)
-    calls: dict[str, Callable[[], Tensor]] = {"transformers": lambda: reference(ids)[0]}
+    calls: dict[str, Call] = {"transformers": lambda: reference(ids)[0]}
     for name, ops in our_ops(device).items():
         with torch.device("meta"):
-            ours: Any = T5EncoderModel(T5Config(**values))
+            ours: Any = t5(size.text)
         ours.load_state_dict(reference.state_dict(), assign=True)
         use_ops(ours.eval(), ops)
         calls[name] = lambda ours=ours: ours(ids)[0]
-    return bench_calls(f"text {short(dtype)}", calls, device, dtype, args.runs)
+    label = f"text, {size.text['num_layers']} layers of T5, {size.text_len} tokens, bf16"
+    yield from bench_calls(label, calls, device, BF16, runs)
 
 
-def bench_import(runs: int) -> list[dict[str, Any]]:
+def t5(values: dict[str, int]) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    options: dict[str, Any] = {**values, "feed_forward_proj": "gated-gelu"}
+    return T5EncoderModel(T5Config(**options))
+
+
+def bench_import(runs: int) -> Iterator[Row]:
     programs = {
-        "diffusers pipeline": "from diffusers import CogVideoXImageToVideoPipeline",
-        "torch": "import torch",
-        "cogvid": "import cogvid",
-        "cogvid pipeline": "import cogvid.pipeline",
-        "cogvid and T5": "import cogvid.pipeline; from transformers import T5EncoderModel",
-        "cogvid --help": "import sys; sys.argv = ['cogvid', '--help']; from cogvid.cli import main; sys.exit(main())",
+        "cogvid": "import cogvid.pipeline",
+        "cogvid with T5": "import cogvid.pipeline; from transformers import T5EncoderModel",
     }
-    return bench_processes("import", programs, runs)
+    if has_diffusers():  # whose pipelines take T5 with them
+        programs = {"diffusers": "from diffusers import CogVideoXImageToVideoPipeline"} | programs
+    alone = {
+        "import cogvid": "import cogvid",
+        "cogvid --help": "import sys; sys.argv = ['cogvid', '--help']; from cogvid.cli import main; sys.exit(main())",
+        "import torch": "import torch",
+    }
+    times, peaks = run_processes(programs | alone, runs)
+    yield from summarise("import of the pipeline", {name: times[name] for name in programs}, peaks)
+    yield from ({**row, "ratio": None} for name in alone for row in summarise(ALONE, {name: times[name]}, peaks))
 
 
-def bench_load(size: Size, runs: int) -> list[dict[str, Any]]:
-    """Load one bf16 transformer checkpoint; the peak is of anonymous memory, over what the imports took."""
-    with tempfile.TemporaryDirectory() as directory:
-        model: Any = build(lambda: diffusers_transformer(size.transformer), torch.device("cpu"), torch.bfloat16)
-        model.save_pretrained(directory)
-        size_mib = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
-        del model
-        programs = {
-            "diffusers": "import torch; from diffusers import CogVideoXTransformer3DModel as M\n"
-            f"load = lambda: M.from_pretrained({directory!r}, torch_dtype=torch.bfloat16)",
-            "cogvid": f"import cogvid\nimport cogvid.weights\nload = lambda: cogvid.load_transformer({directory!r})",
-        }
-        rows = bench_processes(
-            "load", {name: LOAD_PROGRAM.format(setup=setup) for name, setup in programs.items()}, runs
+def bench_load(size: Size, runs: int) -> Iterator[Row]:
+    """Load checkpoints of zeros in fresh processes; what is measured does not depend on their values."""
+    for name, config in size.loads.items():
+        label = f"load of {name}, {config.num_layers} layers of {config.num_attention_heads} heads, bf16"
+        yield from load_rows(
+            label, "transformer", lambda path, c=config: save_transformer(zeros(lambda: Transformer(c)), path), runs
         )
-    for row in rows:
-        row["weights_mib"] = size_mib
-    return rows
+    # As a pipeline loads it: stored in fp32, run in bf16.
+    yield from load_rows(
+        "load of the VAE, fp32 to bf16",
+        "vae",
+        lambda path: save_vae(zeros(lambda: VAE(size.vae)), path, torch.float32),
+        runs,
+    )
+    label = f"load of T5, {size.text_load['num_layers']} layers of {size.text_load['num_heads']} heads, bf16"
+    yield from load_rows(label, "text_encoder", lambda path: save_t5(size.text_load, path), runs)
 
 
+def zeros(make: Callable[[], Any]) -> Any:
+    with torch.device("meta"):
+        module = make().to(BF16)
+    module = module.to_empty(device="cpu")
+    for tensor in module.state_dict().values():
+        tensor.zero_()
+    return module
+
+
+def save_t5(values: dict[str, int], path: Path) -> None:
+    encoder = zeros(lambda: t5(values))
+    encoder.tie_weights()
+    encoder.save_pretrained(path)
+    shutil.copytree(measure.ROOT / "cogvid/packs/tiny-i2v/tokenizer", path.parent / "tokenizer")
+
+
+LOADERS = {  # component -> provider -> what is imported before the clock runs, and what is timed
+    "transformer": {
+        "diffusers": (
+            "import torch; from diffusers import CogVideoXTransformer3DModel as M",
+            "M.from_pretrained({path!r}, torch_dtype=torch.bfloat16)",
+        ),
+        "cogvid": ("import cogvid.weights", "cogvid.weights.load_transformer({path!r}, dtype='bfloat16')"),
+    },
+    "vae": {
+        "diffusers": (
+            "import torch; from diffusers import AutoencoderKLCogVideoX as M",
+            "M.from_pretrained({path!r}, torch_dtype=torch.bfloat16)",
+        ),
+        "cogvid": ("import cogvid.weights", "cogvid.weights.load_vae({path!r}, dtype='bfloat16')"),
+    },
+    "text_encoder": {
+        "transformers": (
+            "import torch; from transformers import T5EncoderModel as M, T5Tokenizer as T",
+            "M.from_pretrained({path!r}, dtype=torch.bfloat16), T.from_pretrained({root!r} + '/tokenizer')",
+        ),
+        "cogvid": (
+            "import cogvid.text; from transformers import T5EncoderModel",
+            "cogvid.text.load_text_encoder({root!r}, dtype='bfloat16')",
+        ),
+    },
+}
 # Prints the seconds of the load alone and the anonymous MiB that it holds afterwards.
 LOAD_PROGRAM = """
 import time
+import measure
 {setup}
-def anonymous():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
-before, start = anonymous(), time.perf_counter()
-model = load()
-print(time.perf_counter() - start, anonymous() - before)
+before, start = measure.status_mib("RssAnon"), time.perf_counter()
+model = {load}
+seconds = time.perf_counter() - start
+print(seconds, "nan" if before is None else measure.status_mib("RssAnon") - before)
 """
 
 
-def bench_processes(part: str, programs: dict[str, str], runs: int) -> list[dict[str, Any]]:
-    """Time Python programs, each in fresh processes, in turns; a program may print its own seconds and MiB."""
+def load_rows(label: str, component: str, save: Callable[[Path], None], runs: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root) / component
+        save(path)
+        gc.collect()
+        programs = {
+            provider: LOAD_PROGRAM.format(setup=setup, load=load.format(path=str(path), root=root))
+            for provider, (setup, load) in LOADERS[component].items()
+            if provider != "diffusers" or has_diffusers()
+        }
+        rows = summarise(label, *run_processes(programs, runs, own_figures=True))
+        weights = sum(file.stat().st_size for file in path.glob("*.safetensors")) / MIB
+    return [row | {"weights_mib": weights} for row in rows]
+
+
+def run_processes(
+    programs: dict[str, str], runs: int, own_figures: bool = False
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Time Python programs, each in fresh processes, in turns.
+
+    own_figures: they print the seconds to be counted and the MiB; else a process is timed from outside.
+    """
     times: dict[str, list[float]] = {name: [] for name in programs}
     peaks: dict[str, float | None] = dict.fromkeys(programs)
-    for turn in range(runs + 1):
+    given = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([*([given] if given else []), str(Path(__file__).parent), *measure.PATHS])
+    for turn in range(runs if own_figures else runs + 1):
         for name, program in programs.items():
             start = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-            seconds = time.perf_counter() - start
-            if part == "load":
-                seconds, peaks[name] = map(float, done.stdout.split()[-2:])
-            if turn:  # the first warms the page cache
-                times[name].append(seconds)
-    return summarise(part, times, peaks)
-
-
-def short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+            done = subprocess.run(
+                [sys.executable, "-c", program],
+                env=os.environ | {"PYTHONPATH": path},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            elapsed = time.perf_counter() - start
+            if done.returncode:
+                raise RuntimeError(f"{name}: exit status {done.returncode}\n{done.stderr[-3000:]}")
+            if own_figures:
+                elapsed, mib = map(float, done.stdout.split()[-2:])
+                peaks[name] = None if math.isnan(mib) else mib
+            if turn or own_figures:  # the first turn warms the page cache
+                times[name].append(elapsed)
+    return times, peaks
 
 
 if __name__ == "__main__":

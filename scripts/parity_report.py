@@ -11,29 +11,24 @@ from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the builders of tiny reference models live beside the tests
-
-import cogvid  # noqa: E402
-from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig  # noqa: E402
-from cogvid.sampler import SAMPLERS, make_schedule  # noqa: E402
-from cogvid.transformer import Transformer  # noqa: E402
-from cogvid.vae import VAE  # noqa: E402
-from cogvid.weights import map_transformer_state_dict, map_vae_state_dict  # noqa: E402
-from tests.pipelines import SCHEDULERS, picture, save_pipeline, tiny_pipeline  # noqa: E402
-from tests.reference import TRANSFORMER_VARIANTS, rel_rms, tiny_transformer, tiny_vae  # noqa: E402
+import measure
+from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.pipeline import load
+from cogvid.sampler import SAMPLERS
+from cogvid.transformer import Transformer
+from cogvid.vae import VAE
+from cogvid.weights import map_transformer_state_dict, map_vae_state_dict
+from tests.pipelines import SCHEDULERS, picture, save_pipeline, tiny_pipeline
+from tests.reference import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
 
 Run = Callable[[torch.dtype], Tensor]  # the output of one side, computed in a dtype
 
@@ -74,10 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def provenance() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
-    return f"`python scripts/parity_report.py`, commit {commit}, {versions}, {platform.machine()} CPU."
+    versions = measure.versions("torch", "diffusers", "transformers")
+    return f"`python scripts/parity_report.py`, commit {measure.commit()}, {versions}, {platform.machine()} CPU."
 
 
 def rows() -> Iterator[Row]:
@@ -91,7 +84,8 @@ def rows() -> Iterator[Row]:
         yield compare("text encoder", "T5", *text_runs(Path(directory)))
     for name in SAMPLERS:
         for shift in (3.0, 1.0):
-            ours, theirs = sampler_runs(name, shift)
+            config = SchedulerConfig(snr_shift_scale=shift)
+            ours, theirs = measure.run_samplers(name, config, SCHEDULERS[name](**config.to_dict()))
             yield fp32_row("sampler " + name, f"SNR shift {shift:g}", ours, theirs)
     for variant in TRANSFORMER_VARIANTS:
         for name in SAMPLERS:
@@ -103,12 +97,15 @@ def rows() -> Iterator[Row]:
 def compare(module: str, variant: str, ours: Run, theirs: Run) -> Row:
     truth = theirs(torch.float64)
     row = fp32_row(module, variant, ours(torch.float32), theirs(torch.float32))
-    low = {"ours_bf16": rel_rms(ours(torch.bfloat16), truth), "theirs_bf16": rel_rms(theirs(torch.bfloat16), truth)}
+    low = {
+        "ours_bf16": measure.rel_rms(ours(torch.bfloat16), truth),
+        "theirs_bf16": measure.rel_rms(theirs(torch.bfloat16), truth),
+    }
     return Row(row.module, row.variant, row.rms, row.max_abs, **low)
 
 
 def fp32_row(module: str, variant: str, ours: Tensor, theirs: Tensor) -> Row:
-    return Row(module, variant, rel_rms(ours, theirs), (ours - theirs).abs().max().item())
+    return Row(module, variant, measure.rel_rms(ours, theirs), (ours - theirs).abs().max().item())
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -123,34 +120,15 @@ def transformer_runs(variant: str) -> tuple[Run, Run]:
     latents = randn(2, config.in_channels, 4, 8, 12, seed=1)
     text = randn(2, config.max_text_seq_length, config.text_embed_dim, seed=2)
     timestep = torch.tensor([999, 321])
-    rope = reference_rope(config, 4, 8, 12)
+    rope = measure.rotary_table(config, (4, 8, 12), torch.device("cpu"))
 
     def ours(dtype: torch.dtype) -> Tensor:
         return model.to(dtype)(latents.to(dtype), text.to(dtype), timestep)
 
     def theirs(dtype: torch.dtype) -> Tensor:
-        out = reference.to(dtype)(
-            latents.to(dtype).transpose(1, 2),
-            text.to(dtype),
-            timestep,
-            ofs=torch.full((1,), 2.0, dtype=dtype) if config.ofs_embed_dim else None,
-            image_rotary_emb=rope,
-            return_dict=False,
-        )[0]
-        return out.transpose(1, 2)
+        return measure.call_diffusers(reference.to(dtype), latents.to(dtype), text.to(dtype), timestep, rope)
 
     return ours, theirs
-
-
-def reference_rope(config: TransformerConfig, frames: int, height: int, width: int) -> tuple[Tensor, Tensor] | None:
-    """The table that a diffusers pipeline hands to its transformer, which ours makes inside; sizes in latents."""
-    if not config.use_rotary_positional_embeddings:
-        return None
-    from diffusers import CogVideoXPipeline
-
-    transformer: Any = type("Transformer", (), {"config": type("Config", (), config.to_dict())})
-    pipe: Any = type("Pipe", (), {"vae_scale_factor_spatial": 8, "transformer": transformer})
-    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height * 8, width * 8, frames, None)  # pyright: ignore
 
 
 def vae_runs(direction: str, frames: int) -> tuple[Run, Run]:
@@ -184,27 +162,6 @@ def text_runs(directory: Path) -> tuple[Run, Run]:
     return ours, theirs
 
 
-def sampler_runs(name: str, shift: float, steps: int = 20) -> tuple[Tensor, Tensor]:
-    """Run both on a made-up velocity, a smooth function of the state; 20 steps with the same generator."""
-    config = SchedulerConfig(snr_shift_scale=shift)
-    x = randn(1, 4, 3, 6, 8, seed=5).float()
-    schedule = make_schedule(config, steps)
-    ours = SAMPLERS[name](lambda s, _: s.sin(), x, schedule, generator=torch.Generator().manual_seed(6))
-
-    scheduler: Any = SCHEDULERS[name](**config.to_dict())
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(6)
-    state, previous = x.transpose(1, 2), None
-    for i, t in enumerate(scheduler.timesteps):
-        velocity = state.sin()
-        if name == "dpm":
-            last = scheduler.timesteps[i - 1] if i else None
-            state, previous = scheduler.step(velocity, previous, t, last, state, generator=generator, return_dict=False)
-        else:
-            state = scheduler.step(velocity, t, state, return_dict=False)[0]
-    return ours, state.transpose(1, 2)
-
-
 def pipeline_runs(variant: str, sampler: str, directory: Path, steps: int = 4) -> tuple[Tensor, Tensor]:
     """Run whole pipelines with dynamic guidance, 9 frames, and return the final latents."""
     pipe, spiece = tiny_pipeline(variant)
@@ -217,7 +174,7 @@ def pipeline_runs(variant: str, sampler: str, directory: Path, steps: int = 4) -
     text_len = pipe.transformer.config.max_text_seq_length
     generator = torch.Generator().manual_seed(7)
     theirs = pipe(prompt="a cat", generator=generator, max_sequence_length=text_len, **options).frames
-    own = cogvid.load(directory, device="cpu", dtype="float32")
+    own = load(directory, device="cpu", dtype="float32")
     ours = own("a cat", seed=7, scheduler=sampler, progress=False, **options).frames
     return ours, theirs
 

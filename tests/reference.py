@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransf
 from torch import Tensor, nn
 
 from cogvid.transformer import OFS
+from measure import rel_rms as rel_rms
 from tests.tolerances import FRAMES_FP32, FRAMES_MAX_ABS
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -110,14 +111,6 @@ def run_reference(
         return_dict=False,
     )
     return out.transpose(1, 2)
-
-
-def rel_rms(actual: Tensor, expected: Tensor) -> float:
-    """Return `rms(actual - expected) / rms(expected)`, computed in fp64."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    if actual.shape != expected.shape:
-        raise ValueError(f"actual: got shape {tuple(actual.shape)}, want {tuple(expected.shape)}")
-    return float((actual - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
 
 
 def pooled_ratio(errors: Iterable[tuple[float, float]]) -> float:

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import bench_kernels
+import bench_model
+import measure
 from cogvid import ops
 
 ROOT = Path(__file__).parents[2]
@@ -23,11 +25,11 @@ RIGHT_OPS = {
 }  # fmt: skip
 
 
-def run(script: str, *arguments: str) -> tuple[str, dict[str, Any]]:
+def run(script: str, *arguments: str, **environment: str) -> tuple[str, dict[str, Any]]:
     """Run a benchmark; return its output and the JSON of its last line."""
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -60,14 +62,97 @@ def test_bench_kernels_runs_to_its_end(tmp_path: Path) -> None:
     assert any("No module named" in row.get("reason", "") for row in rows)
 
 
-def test_bench_model_runs_to_its_end() -> None:
+def table(out: str) -> dict[str, list[str]]:
+    """Return the cells of the Markdown table by its first column."""
+    rows = [line.strip("|").split("|") for line in out.splitlines() if line.startswith("| ")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
+
+
+def test_bench_model_times_all_models_beside_diffusers() -> None:
     parts = ("text", "step", "decode")
-    _, result = run("bench_model.py", "--size", "toy", "--device", "cpu", "--runs", "1", "--parts", *parts)
-    assert result["rows"]
+    out, result = run(
+        *("bench_model.py", "--size", "toy", "--device", "cpu", "--model", "all", "--runs", "1", "--parts", *parts),
+        TRITON_INTERPRET="0",
+    )
     assert not [row for row in result["rows"] if "wrong" in row]
-    for part in parts:
-        providers = {row["provider"] for row in result["rows"] if row["part"].startswith(part)}
+    steps = [f"step of {model}, 2 layers of 2 heads, fp32" for model in bench_model.OFFICIAL]
+    assert len(steps) == 5
+    labels = ["text, 2 layers of T5, 16 tokens, bf16", *steps, "decode, 9 frames 64x64, fp32"]
+    found = table(out)
+    assert list(found) == ["part", *labels]
+    for label in labels:
+        theirs, ours, ratio = map(float, found[label][:3])
+        assert ratio == pytest.approx(theirs / ours, rel=0.02)
+        providers = {row["provider"]: row for row in result["rows"] if row["part"] == label}
+        assert max(row["ratio"] for name, row in providers.items() if name != "cogvid") == 1
+        expected = {"step": {"diffusers", "diffusers fused qkv"}, "decode": {"diffusers", "diffusers channels-last"}}
+        assert set(providers) == {"cogvid"} | expected.get(label.split()[0].strip(","), {"transformers"})
+
+
+def test_bench_model_times_the_kernels_too() -> None:
+    _, result = run("bench_model.py", "--size", "toy", "--device", "cpu", "--runs", "1", "--parts", "step", "decode")
+    for part in ("step", "decode"):
+        providers = {row["provider"] for row in result["rows"] if row["part"].startswith(part) and "median" in row}
         assert {"cogvid torch", "cogvid triton"} < providers, providers
+
+
+def test_bench_model_loads_in_fresh_processes() -> None:
+    _, result = run("bench_model.py", "--size", "toy", "--device", "cpu", "--runs", "1", "--parts", "load")
+    parts = {row["part"] for row in result["rows"]}
+    assert parts == {
+        "load of 5b, 2 layers of 2 heads, bf16",
+        "load of the VAE, fp32 to bf16",
+        "load of T5, 2 layers of 2 heads, bf16",
+    }
+    assert all(row["weights_mib"] > 0 and 0 < row["median"] < 60 for row in result["rows"])
+    assert {row["provider"] for row in result["rows"]} == {"diffusers", "transformers", "cogvid"}
+
+
+def test_bench_model_times_ours_where_diffusers_and_git_are_absent(tmp_path: Path) -> None:
+    (tmp_path / "diffusers.py").write_text("raise ImportError('no diffusers here')")
+    arguments = (
+        "bench_model.py",
+        "--size",
+        "toy",
+        "--device",
+        "cpu",
+        "--runs",
+        "1",
+        "--parts",
+        "import",
+        "step",
+        "decode",
+    )
+    out, result = run(*arguments, PYTHONPATH=str(tmp_path), PATH=str(tmp_path), TRITON_INTERPRET="0")
+    assert result["header"]["commit"] == "unknown"
+    assert {row["provider"] for row in result["rows"]} == {
+        "cogvid", "cogvid with T5", "import cogvid", "cogvid --help", "import torch",
+    }  # fmt: skip
+    cells = table(out)["step of 5b, 2 layers of 2 heads, fp32"]
+    assert cells[0] == cells[2] == cells[3] == ""
+    assert float(cells[1]) > 0
+    assert "`import cogvid` 0." in out
+
+
+def test_what_is_not_installed_is_absent() -> None:
+    assert measure.installed("torch") == torch.__version__
+    assert measure.installed("no-such-package") == "absent"
+
+
+def test_scripts_run_where_cogvid_is_not_installed() -> None:
+    """Without what an editable install adds to the interpreter, the checkout's own cogvid is found."""
+    program = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        f"sys.path = [p for p in sys.path if 'site-packages' in p or 'lib/python' in p] + [{str(ROOT / 'scripts')!r}]\n"
+        "import measure, cogvid, cogvid_kernels\n"
+        "print(cogvid.__file__, cogvid_kernels.__file__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd="/", env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(ROOT / "cogvid/__init__.py"), str(ROOT / "kernels/cogvid_kernels/__init__.py")]
 
 
 def test_help_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -419,8 +419,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda d: save_file(
             {k: v.to(torch.int8) for k, v in load_file(d / "vae" / WEIGHTS).items()}, d / "vae" / WEIGHTS
         ),
-        r"vae/diffusion_pytorch_model\.safetensors: got \d+ tensors \(.* is int8, .* is int8, .* is int8, and \d+ more\), "
-        r"want weights in float32, float16, bfloat16 alone$",
+        r"vae/diffusion_pytorch_model\.safetensors: got \d+ tensors \(.* is int8, .* is int8, .* is int8, and "
+        r"\d+ more\), want weights in float32, float16, bfloat16 alone$",
     ),
 }
 
