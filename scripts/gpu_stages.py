@@ -26,8 +26,8 @@ import bench_kernels
 import bench_model
 import cogvid
 import cogvid.vae
+import measure
 from bench_kernels import MAX_ERROR, Reference, time_in_turns
-from cogvid.config import CONFIGS
 from cogvid.ops import Ops
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
@@ -257,22 +257,20 @@ def parity(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG
             pipe = cogvid.load(name, device=device, dtype="float32", ops=ops)
             out = pipe("the red circle moves right", seed=1, progress=False, **options)
             frames[ops] = torch.from_numpy(out.frames)
-        return {"error": allowed(bench_kernels.relative_rms(frames["triton"][0], frames["torch"][0]), 1e-5)}
+        return {"error": allowed(measure.rel_rms(frames["triton"], frames["torch"]), 1e-5)}
 
     def transformer(name: str) -> dict[str, Any]:
-        size = bench_model.make_size("toy", name)
+        toy = bench_model.make_size("toy", [name]).steps[name]
         torch.manual_seed(0)
-        model = Transformer(size.transformer).to(device)
-        other = Transformer(size.transformer, Ops.triton()).to(device)
+        model = Transformer(toy.config).to(device)
+        other = Transformer(toy.config, Ops.triton()).to(device)
         other.load_state_dict(model.state_dict())
-        x = torch.randn(2, size.transformer.in_channels, *size.latents, device=device)
-        text = torch.randn(2, size.text_len, size.transformer.text_embed_dim, device=device)
-        t = torch.full((2,), 500, device=device)
-        return {"error": allowed(bench_kernels.relative_rms(other(x, text, t), model(x, text, t)), 1e-5)}
+        x, text, t = step_inputs(toy, device, torch.float32)
+        return {"error": allowed(measure.rel_rms(other(x, text, t), model(x, text, t)), 1e-5)}
 
     for name in ("tiny-i2v", "tiny-t2v"):
         recorder.measure(f"{name}, 2 steps", functools.partial(pack, name))
-    for name in [name for name, config in CONFIGS.items() if config.repo]:
+    for name in bench_model.OFFICIAL:
         recorder.measure(f"{name}, reduced, one step", functools.partial(transformer, name))
 
 
@@ -367,6 +365,13 @@ def memory_bound(recorder: Recorder, device: str, compile: bool) -> None:
             recorder.measure(f"{name} {case.label} rows {rows}, warps {warps}", run)
 
 
+def step_inputs(step: bench_model.Step, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Make random latents and text, and the timestep."""
+    x = torch.randn(step.batch, step.config.in_channels, *step.latents, device=device, dtype=dtype)
+    text = torch.randn(step.batch, step.text_len, step.config.text_embed_dim, device=device, dtype=dtype)
+    return x, text, torch.full((step.batch,), 500, device=device)
+
+
 class FixedOutput(torch.nn.Module):
     """A linear whose output was computed before."""
 
@@ -400,16 +405,13 @@ def step(recorder: Recorder, device: str, compile: bool) -> None:
     """One evaluation of the 5B transformer with the batch of two of guidance, at 49 frames of 480x720."""
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    size, target = bench_model.make_size(size_of(device), "cogvideox-5b"), torch.device(device)
-    dtype = BF16 if device == "cuda" else torch.float32
-    config = size.transformer
-    x = torch.randn(size.batch, config.in_channels, *size.latents, device=device, dtype=dtype)
-    text = torch.randn(size.batch, size.text_len, config.text_embed_dim, device=device, dtype=dtype)
-    t = torch.full((size.batch,), 500, device=device)
+    evaluation, target = bench_model.make_size(size_of(device), ["5b"]).steps["5b"], torch.device(device)
+    dtype, config = BF16 if device == "cuda" else torch.float32, evaluation.config
+    x, text, t = step_inputs(evaluation, device, dtype)
 
     @functools.cache
     def models() -> dict[str, Transformer]:
-        plain: Any = bench_model.build(lambda: Transformer(config), target, dtype)
+        plain: Any = measure.build(lambda: Transformer(config), target, dtype)
         kernels = bench_model.assign(Transformer, config, Ops.triton(), plain.state_dict())
         return {"torch": plain, "triton": kernels}
 
@@ -425,7 +427,7 @@ def step(recorder: Recorder, device: str, compile: bool) -> None:
     def time_one(make: Callable[[], Callable[[], Tensor]]) -> dict[str, Any]:
         call = make()
         want = models()["torch"](x, text, t)
-        error = allowed(bench_kernels.relative_rms(call(), want), bench_model.MAX_DIFFERENCE[dtype])
+        error = allowed(measure.rel_rms(call(), want), bench_model.MAX_DIFFERENCE[dtype])
         milliseconds = median_ms(call, device, 5 if device == "cuda" else 1)
         return {"error": error, "median_ms": milliseconds, "tflops": 1e-9 * work() / milliseconds}
 
@@ -442,11 +444,11 @@ def step(recorder: Recorder, device: str, compile: bool) -> None:
         return lambda: function(x, text, t)
 
     def diffusers() -> Callable[[], Tensor]:
-        model: Any = bench_model.build(lambda: bench_model.diffusers_transformer(config), target, dtype)
+        model: Any = measure.build(lambda: measure.diffusers_transformer(config), target, dtype)
         state = bench_model.map_transformer_state_dict(dict(model.state_dict()), config)
         models()["torch"].load_state_dict(state)  # the same weights on both sides
-        rope = bench_model.rotary_table(config, size.latents, target)
-        return lambda: model(x.transpose(1, 2), text, t, image_rotary_emb=rope, return_dict=False)[0].transpose(1, 2)
+        rope = measure.rotary_table(config, evaluation.latents, target)
+        return lambda: measure.call_diffusers(model, x, text, t, rope)
 
     for name, make in {
         "cogvid triton": lambda: lambda: models()["triton"](x, text, t),
@@ -463,13 +465,13 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
     """Decode 49 frames of 480x720, with several sizes of the pieces that a convolution takes at a time."""
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    size, target = bench_model.make_size(size_of(device), "cogvideox-5b"), torch.device(device)
+    size, target = bench_model.make_size(size_of(device), ["5b"]), torch.device(device)
     dtype = BF16 if device == "cuda" else torch.float32
-    z = torch.randn(1, size.vae.latent_channels, *size.decode_latents, device=device, dtype=dtype)
+    z = torch.randn(1, size.vae.latent_channels, *size.decodes[0], device=device, dtype=dtype)
 
     @functools.cache
     def models() -> dict[str, VAE]:
-        plain: Any = bench_model.build(lambda: VAE(size.vae), target, dtype)
+        plain: Any = measure.build(lambda: VAE(size.vae), target, dtype)
         return {"torch": plain, "triton": bench_model.assign(VAE, size.vae, Ops.triton(), plain.state_dict())}
 
     def decode(name: str, elements: int, graph: bool = False) -> dict[str, Any]:
@@ -478,7 +480,7 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
             call: Callable[[], Tensor] = functools.partial(models()[name].decode, z)
             call = graphed(call) if graph else call
             want = models()["torch"].decode(z)
-            error = allowed(bench_kernels.relative_rms(call(), want), bench_model.MAX_DIFFERENCE[dtype])
+            error = allowed(measure.rel_rms(call(), want), bench_model.MAX_DIFFERENCE[dtype])
             bench_kernels.free(target)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -489,12 +491,10 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
             cogvid.vae.CONV_ELEMENTS = kept
 
     def diffusers() -> dict[str, Any]:
-        model: Any = bench_model.build(lambda: bench_model.diffusers_vae(size.vae), target, dtype)
+        model: Any = measure.build(lambda: measure.diffusers_vae(size.vae), target, dtype)
         models()["torch"].load_state_dict(bench_model.map_vae_state_dict(dict(model.state_dict()), size.vae))
         want = models()["torch"].decode(z)
-        error = allowed(
-            bench_kernels.relative_rms(model.decode(z, return_dict=False)[0], want), bench_model.MAX_DIFFERENCE[dtype]
-        )
+        error = allowed(measure.rel_rms(model.decode(z, return_dict=False)[0], want), bench_model.MAX_DIFFERENCE[dtype])
         return {"error": error, "median_ms": median_ms(lambda: model.decode(z, return_dict=False)[0], device, 3)}
 
     powers = (22, 24, 26, 28, 30) if device == "cuda" else (10, 22)
