@@ -85,10 +85,11 @@ def generate(arguments: argparse.Namespace) -> None:
     cogvid.VideoWriter(**target)
     _try_writing(arguments.output)
     image = None if arguments.image is None else cogvid.load_image(arguments.image)
-    if arguments.model is None and not plan.starts_from_flat_shapes(image, video):
+    if arguments.model is None and task != "text-to-video":
+        # With words alone, the tokenizer names those that the model does not know.
         warnings.warn(
-            f"no --model is named, so {source} is taken, which knows flat shapes and a few words and has seen nothing "
-            f"like this picture; another is named like --model {plan.models_for(task)[0]}",
+            f"model: got none, so {source} is taken, which knows flat circles, squares and triangles and no photos; "
+            f"for others name one, such as --model {plan.models_for(task)[0]}",
             stacklevel=1,
         )
     try:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from cogvid.config import CONFIGS, ModelConfig, SchedulerConfig, VAEConfig
 from cogvid.hub import WEIGHTS, component_variants, find
-from cogvid.image import RESIZE_MODES, prepare_image, prepare_video
+from cogvid.image import RESIZE_MODES
 from cogvid.sampler import SAMPLERS, GuidanceMode, alphas_cumprod, timesteps
 from cogvid.transformer import LearnedPositions
 from cogvid.weights import (
@@ -213,22 +213,6 @@ def describe(
             "scheduler": model.scheduler.to_dict(),
         },
     }
-
-
-def starts_from_flat_shapes(image: Any, video: Any) -> bool:
-    """Tell whether a run may start from flat shapes, all that the shipped packs know, or from no picture at all.
-
-    A scene of their training differs from one pixel to the next at outlines only, in at most an eighth of 64x64 pixels;
-    a photo of that size does in half of them and more. image, video: as for `Pipeline`; of a video, the first frame.
-    """
-    if video is not None:
-        pixels = prepare_video(video[:1], 64, 64)[:, :, 0]
-    elif image is not None:
-        pixels = prepare_image(image, 64, 64)
-    else:
-        return True
-    down, right = pixels.diff(dim=-2)[..., 1:].abs(), pixels.diff(dim=-1)[..., 1:, :].abs()
-    return bool((down.maximum(right).amax(dim=1) > 1 / 16).float().mean() < 0.25)  # of a range of 2
 
 
 def check_task(model: ModelConfig, task: str) -> None:

@@ -6,4 +6,4 @@ output="$(realpath -m "${1:-outputs/demo.mp4}")"
 prompt="${2:-the red circle moves right}"
 . "$(dirname "$0")/install.sh"
 mkdir -p "$(dirname "$output")"
-.venv/bin/cogvid generate "$prompt" --image scripts/demo.png --output "$output" --seed 42
+.venv/bin/cogvid generate "$prompt" --image scripts/demo.png --model tiny-i2v --output "$output" --seed 42

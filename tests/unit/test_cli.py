@@ -246,17 +246,16 @@ def test_a_model_that_cannot_do_it_names_those_that_can(
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"), [("photo", "tiny-i2v"), ("clip", "tiny-t2v"), ("demo", ""), ("words", ""), ("named", "")]
+    ("given", "taken"), [("image", "tiny-i2v"), ("video", "tiny-t2v"), ("words", ""), ("named", "")]
 )
-def test_a_picture_unlike_any_that_the_default_model_knows_is_said(
+def test_a_picture_for_a_model_that_was_not_named_is_warned_of(
     given: str, taken: str, image: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip = tmp_path / "clip.mp4"
     cogvid.export_to_video([picture(64, 64, seed=i) for i in range(9)], clip)
     inputs = {
-        "photo": ["--image", image],
-        "clip": ["--video", clip],
-        "demo": ["--image", ROOT / "scripts" / "demo.png"],
+        "image": ["--image", image],
+        "video": ["--video", clip],
         "words": [],
         "named": ["--image", image, "--model", "tiny-i2v"],
     }[given]
@@ -265,20 +264,8 @@ def test_a_picture_unlike_any_that_the_default_model_knows_is_said(
     said = [line for line in capsys.readouterr().err.splitlines() if "--model" in line]
     assert len(said) == bool(taken)
     for line in said:
-        assert line.startswith(f"cogvid: warning: no --model is named, so {taken} is taken, which knows flat shapes")
+        assert line.startswith(f"cogvid: warning: model: got none, so {taken} is taken, which knows flat circles")
         assert f"--model {'zai-org/CogVideoX-5b-I2V' if taken == 'tiny-i2v' else 'zai-org/CogVideoX-2b'}" in line
-
-
-def test_every_scene_that_the_shipped_models_were_trained_on_shows_flat_shapes() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from tiny_world import render, sample_scenes
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    scenes = sample_scenes(200, torch.Generator().manual_seed(0))
-    pictures = ((render(scenes, frames=torch.tensor([0]))[:, :, 0] + 1) * 127.5).round().to(torch.uint8)
-    assert all(plan.starts_from_flat_shapes(Image.fromarray(p.permute(1, 2, 0).numpy()), None) for p in pictures)
-    assert not any(plan.starts_from_flat_shapes(picture(200, 300, seed=i), None) for i in range(5))
 
 
 def test_the_defaults_of_diffusers_are_one_option(t2v: Path, out: Path, refused: Refused) -> None:
