@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 
 import cogvid
-from cogvid import plan
 from cogvid.cli import main
 from cogvid.hub import find
 from cogvid.image import load_image
