@@ -315,11 +315,11 @@ def with_peak_memory(call: Call, device: torch.device) -> tuple[Tensor, float | 
         value = call()
         torch.cuda.synchronize(device)
         return value, (torch.cuda.max_memory_allocated(device) - before) / MIB
-    before = measure.status_mib("VmRSS")
-    if before is None or not measure.reset_peak():
+    if not measure.reset_peak():
         return call(), None
+    before = measure.status_mib("VmRSS") or 0
     value = call()
-    return value, (measure.status_mib("VmHWM") or before) - before
+    return value, (measure.status_mib("VmHWM") or 0) - before
 
 
 def matmul_rate(device: torch.device) -> float:

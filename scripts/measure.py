@@ -6,6 +6,8 @@ is imported only by the functions that need it.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -80,10 +82,15 @@ def status_mib(field: str) -> float | None:
 
 
 def reset_peak() -> bool:
-    """Let VmHWM, the peak of resident memory, begin anew; return whether that can be done here (Linux)."""
+    """Let VmHWM, the peak of resident memory, begin anew; return whether that can be done here (Linux).
+
+    What was freed goes back to the system first: kept by the allocator, it would hide what the next call takes.
+    """
+    gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError):  # another C library
         return False
     return True
 

@@ -134,6 +134,21 @@ def test_bench_model_times_ours_where_diffusers_and_git_are_absent(tmp_path: Pat
     assert "`import cogvid` 0." in out
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the peak")
+def test_memory_that_was_freed_before_does_not_hide_what_a_call_takes() -> None:
+    pins = []
+
+    def call() -> torch.Tensor:  # 64 MiB in small pieces and 64 in one
+        pieces = []
+        for _ in range(1024):
+            pieces.append(torch.ones(2**14))
+            pins.append(torch.ones(8))  # lies between them and stays, so that the allocator keeps what is freed
+        return torch.stack(pieces)
+
+    peaks = [bench_model.with_peak_memory(call, torch.device("cpu"))[1] for _ in range(2)]
+    assert all(peak is not None and 110 < peak < 200 for peak in peaks), peaks
+
+
 def test_what_is_not_installed_is_absent() -> None:
     assert measure.installed("torch") == torch.__version__
     assert measure.installed("no-such-package") == "absent"
