@@ -70,6 +70,13 @@ def test_bench_model_runs_to_its_end() -> None:
         assert {"cogvid torch", "cogvid triton"} < providers, providers
 
 
+def test_an_operator_costs_more_than_its_function(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_kernels.main(["--overhead"])
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["function, us"] < found["operator, us"]
+    assert found["operator with a gradient, us"] > found["function, us"]
+
+
 def test_help_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench_kernels.main(["--help"])
