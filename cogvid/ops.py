@@ -5,7 +5,8 @@ against them, benchmarks time them. `cogvid_kernels` has a public function of th
 
 Letters: B batch, L text tokens, S video tokens, N = L + S with the text first, D model width, hd head width.
 Tensors are in the model's dtype unless said otherwise. In fp16 and bf16 the arithmetic inside one operation is fp32
-(fp64 stays fp64) and the result is rounded once. Every operation here is differentiable.
+(fp64 stays fp64) and the result is rounded once. Every operation here is differentiable; of the kernels three are
+(gate_residual, linear_gelu, rms_norm), and the others raise in a backward pass.
 
 A model takes an `Ops`; `dataclasses.replace(Ops.torch(), attention=mine)` swaps one operation.
 """
@@ -148,7 +149,7 @@ class Ops:
 
     @staticmethod
     def triton() -> Ops:
-        """Return the Triton kernels.
+        """Return the Triton kernels: for inference. A backward pass through most of them raises.
 
         Raises:
             ImportError: Triton is missing or too old.

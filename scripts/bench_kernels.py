@@ -3,6 +3,7 @@
     python scripts/bench_kernels.py                                  # CUDA: real shapes, bf16
     python scripts/bench_kernels.py --ops attention --sweep          # attention over a range of lengths
     python scripts/bench_kernels.py --json kernels.json --plot kernels.png
+    python scripts/bench_kernels.py --overhead                       # of a registered operator over its function
     TRITON_INTERPRET=1 python scripts/bench_kernels.py --device cpu  # toy sizes in Triton's interpreter; proves nothing
 
 A provider is checked against `cogvid.ops` in fp32 (attention: fp64 on some rows); a wrong one is reported and not
@@ -15,6 +16,7 @@ data sheet. The last line on stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,11 +63,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sweep", action="store_true", help="also a range of sequence lengths")
     parser.add_argument("--compile", action="store_true", help="compiled providers on a CPU too (slow to start)")
     parser.add_argument("--runs", type=int, default=20, help="timed turns of each provider")
+    parser.add_argument("--overhead", action="store_true", help="only what calling through an operator costs the host")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bars against the limit")
     args = parser.parse_args(argv)
     if args.runs < 1:
         parser.error(f"--runs: got {args.runs}, wanted at least 1")
+    if args.overhead:
+        print(json.dumps(operator_overhead()))
+        return
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     size = args.size or ("full" if device.type == "cuda" else "toy")
 
@@ -86,6 +93,26 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot:
         plot(rows, values, args.plot)
     print(json.dumps(result))
+
+
+def operator_overhead(repeats: int = 41, calls: int = 1000) -> dict[str, Any]:
+    """Return the median microseconds of a function that allocates one output, called plainly and as an operator."""
+    from cogvid_kernels._operators import register
+
+    def _nothing(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ARG001 - the arguments of a small op
+        return torch.empty_like(x)
+
+    operator, weight = register(_nothing, _nothing), torch.zeros(8)
+    found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    for label, function, needs_grad in (
+        ("function", _nothing, False),
+        ("operator", operator, False),
+        ("operator with a gradient", operator, True),
+    ):
+        x = torch.zeros(1, 8, requires_grad=needs_grad)
+        times = timeit.repeat(functools.partial(function, x, weight, 1e-6), repeat=repeats, number=calls)
+        found[f"{label}, us"] = round(1e6 * statistics.median(times) / calls, 2)
+    return found
 
 
 def formulas(registry: dict[str, Op]) -> str:

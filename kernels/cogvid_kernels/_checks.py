@@ -1,4 +1,7 @@
-"""What every launcher checks once, at its boundary: a wrong argument is a ValueError that names it."""
+"""What every launcher checks once, at its boundary: a wrong argument is a ValueError that names it.
+
+Shapes, dtypes, devices and strides are also checked where there is no memory (FakeTensor, meta); addresses are not.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +21,7 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] = FLOATS,
     device: torch.device | None = None,
     contiguous: bool = False,
-    alignment: int = 1,
+    any_strides: bool = False,
 ) -> None:
     """Raise ValueError unless the tensor is what a kernel can take.
 
@@ -27,10 +30,8 @@ def check_tensor(
         shape: wanted sizes; None is any size above zero.
         device: wanted device; None is any.
         contiguous: want every stride packed; otherwise only the last stride must be 1.
-        alignment: wanted divisor in bytes of the address and of every stride but the last.
+        any_strides: the caller checks strides itself.
     """
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: got {type(tensor).__name__}, wanted a tensor")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name}: got dtype {_short(tensor.dtype)}, wanted {' or '.join(map(_short, dtypes))}")
     if shape is not None:
@@ -46,18 +47,29 @@ def check_tensor(
         raise ValueError(f"{name}: got device {tensor.device}, wanted {device}")
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name}: got strides {tensor.stride()}, wanted a contiguous tensor")
-    if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if not any_strides and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name}: got strides {tensor.stride()}, wanted a last stride of 1")
-    if not is_aligned(tensor, alignment):
-        raise ValueError(
-            f"{name}: got address {tensor.data_ptr():#x} and strides {tensor.stride()} of {tensor.element_size()}-byte"
-            f" elements, wanted all of them to be multiples of {alignment} bytes"
-        )
+
+
+def check_alignment(alignment: int | None = None, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless addresses and all strides but the last are multiples of `alignment` bytes.
+
+    alignment: None is the size of an element.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        size = tensor.element_size()
+        if not is_aligned(tensor, alignment or size):
+            raise ValueError(
+                f"{name}: got address {tensor.data_ptr():#x} and strides {tensor.stride()} of {size}-byte elements,"
+                f" wanted all of them to be multiples of {alignment or size} bytes"
+            )
 
 
 def check_runnable(name: str, tensor: Tensor, kernel: Any) -> None:
     """Raise ValueError where the kernel cannot reach the tensor: only Triton's interpreter runs on a CPU."""
-    if tensor.device.type != "cuda" and not is_interpreted(kernel):
+    if tensor.device.type not in ("cuda", "meta") and not is_interpreted(kernel):
         raise ValueError(f"{name}: got device {tensor.device}, wanted cuda (a CPU tensor needs TRITON_INTERPRET=1)")
 
 

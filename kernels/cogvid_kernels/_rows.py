@@ -20,19 +20,14 @@ def row_tile(width: int, arch: int) -> Tile:
 
 def check_rows(name: str, x: Tensor, ndim: int | None = None) -> None:
     """Raise ValueError unless x is `[..., D]` as the kernels take it."""
-    check_tensor(name, x, shape=None if ndim is None else (None,) * ndim, alignment=element_size(x))
+    check_tensor(name, x, shape=None if ndim is None else (None,) * ndim)
     if x.ndim == 0 or x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"{name}: got shape {list(x.shape)}, wanted a last size of at most {MAX_WIDTH}")
 
 
 def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise ValueError unless it is a tensor of that shape, in any of the dtypes: kernels widen it to fp32."""
-    check_tensor(name, parameter, shape=shape, dtypes=FLOATS, device=device, alignment=element_size(parameter))
-
-
-def element_size(x: object) -> int:
-    """Return the bytes of an element, 1 for what is no tensor (which the check then says)."""
-    return x.element_size() if isinstance(x, Tensor) else 1
+    check_tensor(name, parameter, shape=shape, dtypes=FLOATS, device=device)
 
 
 def as_rows(name: str, x: Tensor) -> tuple[int, int, int, int]:

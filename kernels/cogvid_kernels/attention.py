@@ -26,6 +26,7 @@ computed under the softmax of these).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_runnable, check_tensor, is_aligned, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_aligned, is_interpreted
 from cogvid_kernels._interpreter import dot, round_to
+from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._tiles import INTERPRETER, Tile, architecture, tile_for
 
 VARIANTS = (
@@ -409,26 +411,76 @@ def attention(
     Raises:
         ValueError: an argument is not as described, or the variant cannot take it; the message names it.
     """
+    want_tensors(q=q, k=k, v=v)
+    if key_norms is not None:
+        want_tensors(key_norms=key_norms)
+    # An operator takes numbers, not a Tile.
+    blocks = None if tile is None else [tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"], tile.num_warps, tile.num_stages]
+    out, lse = _operator(q, k, v, scale, variant, blocks, key_norms, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _outputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    variant: str | None,
+    blocks: Sequence[int] | None,  # noqa: ARG001 - the operator's arguments
+    key_norms: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
     _check(q, k, v, scale, key_norms)
+    _check_variant(variant, q, key_norms)
     check_runnable("q", q, _attention_kernel)
+    batch, num_queries, num_heads, head_dim = q.shape
+    out = torch.empty(batch, num_queries, num_heads * head_dim, dtype=q.dtype, device=q.device)
+    # An operator has the same outputs in every call; one that was not asked for is empty.
+    lse_shape = (batch, num_heads, num_queries) if return_lse else (0,)
+    return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    variant: str | None,
+    blocks: Sequence[int] | None,
+    key_norms: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, k, v, scale, variant, blocks, key_norms, return_lse)
+    check_alignment(q=q, k=k, v=v, key_norms=key_norms)
     arch = architecture(q)
     if variant is None:
         variant = default_variant(q, k, v, arch)
-    _check_variant(variant, q, k, v, key_norms, arch)
-    batch, num_queries, num_heads, head_dim = q.shape
-    if "bounded" in variant and key_norms is None:
-        key_norms = torch.zeros(batch, num_heads, dtype=torch.float32, device=q.device)
-        _key_norms_kernel[triton.cdiv(k.shape[1], 128), batch * num_heads](**_key_norms_arguments(k, key_norms))
-    out = torch.empty(batch, num_queries, num_heads * head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device) if return_lse else None
-    arguments = _attention_arguments(q, k, v, out, lse, key_norms, scale, variant, arch, tile)
-    programs = arguments["num_tiles"]
-    if arguments["PERSISTENT"] and q.is_cuda:
-        programs = min(programs, 2 * torch.cuda.get_device_properties(q.device).multi_processor_count)
-    elif arguments["PERSISTENT"]:
-        programs = min(programs, 3)  # the interpreter: few enough that each program takes several tiles
-    _attention_kernel[(programs,)](**arguments)
-    return out if lse is None else (out, lse)
+    if variant.startswith("tma"):
+        if arch not in (INTERPRETER, 90, 100):
+            raise ValueError(f"variant: got {variant!r} on compute capability {arch / 10}, wanted 9.0 or later for TMA")
+        check_alignment(16, q=q, k=k, v=v)
+    tile = None if blocks is None else _tile(*blocks)
+    with torch.cuda.device_of(q):
+        if "bounded" in variant and key_norms is None:
+            batch, num_keys, num_heads, _ = k.shape
+            key_norms = torch.zeros(batch, num_heads, dtype=torch.float32, device=q.device)
+            _key_norms_kernel[triton.cdiv(num_keys, 128), batch * num_heads](**_key_norms_arguments(k, key_norms))
+        written_lse = lse if return_lse else None
+        arguments = _attention_arguments(q, k, v, out, written_lse, key_norms, scale, variant, arch, tile)
+        programs = arguments["num_tiles"]
+        if arguments["PERSISTENT"] and q.is_cuda:
+            programs = min(programs, 2 * torch.cuda.get_device_properties(q.device).multi_processor_count)
+        elif arguments["PERSISTENT"]:
+            programs = min(programs, 3)  # the interpreter: few enough that each program takes several tiles
+        _attention_kernel[(programs,)](**arguments)
+    return out, lse
+
+
+_operator = register(_attention, _outputs)
+
+
+def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
 
 
 def default_variant(q: Tensor, k: Tensor, v: Tensor, arch: int) -> str:
@@ -462,18 +514,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, key_norms: Tens
         )
 
 
-def _check_variant(variant: str, q: Tensor, k: Tensor, v: Tensor, key_norms: Tensor | None, arch: int) -> None:
-    if variant not in VARIANTS:
+def _check_variant(variant: str | None, q: Tensor, key_norms: Tensor | None) -> None:
+    if variant not in (None, *VARIANTS):
         raise ValueError(f"variant: got {variant!r}, wanted one of {', '.join(VARIANTS)}")
-    if "bounded" not in variant and key_norms is not None:
+    if key_norms is not None and (variant is None or "bounded" not in variant):
         raise ValueError(f"key_norms: got a tensor with variant {variant!r}, wanted a bounded variant")
-    if variant.startswith("tma"):
-        if arch not in (INTERPRETER, 90, 100):
-            raise ValueError(f"variant: got {variant!r} on compute capability {arch / 10}, wanted 9.0 or later for TMA")
-        if q.element_size() != 2:
-            raise ValueError(f"variant: got {variant!r} with {q.dtype}, wanted bfloat16 or float16 for TMA")
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            check_tensor(name, tensor, alignment=16)
+    if variant is not None and variant.startswith("tma") and q.element_size() != 2:
+        raise ValueError(f"variant: got {variant!r} with {q.dtype}, wanted bfloat16 or float16 for TMA")
 
 
 def _attention_arguments(
@@ -502,9 +549,12 @@ def _attention_arguments(
             return x
         # Tokens next to channels, so that the block is a plain matrix; a descriptor's strides may have any order.
         heads_first = x.transpose(1, 2)
-        return TensorDescriptor(
-            heads_first, list(heads_first.shape), list(heads_first.stride()), [1, 1, block, block_d]
-        )
+        # The stride of an axis of size 1 is never used and may be any number; a descriptor wants 16 bytes of all.
+        strides = [
+            stride if size > 1 else 16 // x.element_size()
+            for size, stride in zip(heads_first.shape[:3], heads_first.stride()[:3], strict=True)
+        ]
+        return TensorDescriptor(heads_first, list(heads_first.shape), [*strides, 1], [1, 1, block, block_d])
 
     return {
         "q": source(q, block_m),

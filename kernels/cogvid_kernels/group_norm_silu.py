@@ -14,8 +14,8 @@ Bound by memory: x is read twice and written once. Three kernels:
   and only its column is looked up per pixel.
 
 Both contiguous `[B, C, T, H, W]` and channels-last memory are taken as they are: a tile is positions x channels with
-one stride each, and the compiler lays threads along whichever stride is 1. Offsets of programs are 64-bit, as one
-activation at full size passes 2**31 elements.
+one stride each, and the compiler lays threads along whichever stride is 1. Every index is 64-bit before it meets a
+stride, as one activation at full size passes 2**31 elements.
 
 Letters: B batch, C channels, T H W frames, height and width, P = T * H * W positions; t h w the latents' T H W.
 """
@@ -28,9 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import FLOATS, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
 from cogvid_kernels._interpreter import round_to
-from cogvid_kernels._rows import check_parameter, element_size
+from cogvid_kernels._operators import register, want_tensors
+from cogvid_kernels._rows import check_parameter
 from cogvid_kernels._tiles import architecture, tile_for
 
 # Runs of positions per sample: enough programs to fill the largest GPU several times, few enough to merge cheaply.
@@ -63,7 +64,7 @@ def _statistics_kernel(
     o_c = tl.arange(0, BLOCK_C)
     in_channels = (start_c + o_c < num_channels)[None, :]
     x_run = x + i_b * stride_b + start_c.to(tl.int64) * stride_c + start * stride_p
-    o_x = o_p[:, None] * stride_p + o_c[None, :] * stride_c
+    o_x = o_p.to(tl.int64)[:, None] * stride_p + o_c.to(tl.int64)[None, :] * stride_c
     count = (stop - start).to(tl.int32)
 
     b_first = tl.load(x_run + o_x, mask=(o_p < count)[:, None] & in_channels, other=0.0).to(tl.float32)
@@ -108,7 +109,7 @@ def _merge_kernel(
     b_sum = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     b_square = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for start in tl.range(0, num_splits, BLOCK_S):
-        o_split = start + o_s
+        o_split = (start + o_s).to(tl.int64)
         mask = (o_split < num_splits)[:, None] & (o_c < CHANNELS)[None, :]
         # The last run is shorter; runs past it count nothing.
         b_count = tl.maximum(tl.minimum(num_positions - o_split * span, span), 0).to(tl.float32)[:, None]
@@ -173,22 +174,23 @@ def _apply_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     if ROWS == 1:
         o_w += tl.arange(0, BLOCK_P)
+        in_frames = o_w < width
     else:
         # From here on the row is one number per pixel; otherwise it stays one number per program.
         o_w += tl.arange(0, ROWS * BLOCK_P) % BLOCK_P
         i_row += tl.arange(0, ROWS * BLOCK_P) // BLOCK_P
-    o_c = tl.arange(0, BLOCK_C)
-    in_channels = start_c + o_c < num_channels
-    mask = ((o_w < width) & (i_row < num_rows))[:, None] & in_channels[None, :]
+        in_frames = (o_w < width) & (i_row < num_rows)
+    o_c = start_c + tl.arange(0, BLOCK_C).to(tl.int64)
+    in_channels = o_c < num_channels
+    mask = in_frames[:, None] & in_channels[None, :]
 
-    base = i_b * stride_b + start_c.to(tl.int64) * stride_c
-    o_x = (i_row.to(tl.int64) * width * stride_p + o_w * stride_p)[:, None] + o_c[None, :] * stride_c
-    b_x = tl.load(x + base + o_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    o_group = i_b * num_groups + (start_c + o_c) // CHANNELS
+    o_x = i_b * stride_b + ((i_row.to(tl.int64) * width + o_w) * stride_p)[:, None] + (o_c * stride_c)[None, :]
+    b_x = tl.load(x + o_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    o_group = i_b * num_groups + o_c // CHANNELS
     b_mean = tl.load(group_means + o_group, mask=in_channels, other=0.0)
     b_gain = tl.load(group_inverses + o_group, mask=in_channels, other=0.0)
-    b_gain *= tl.load(weight + start_c + o_c, mask=in_channels, other=0.0).to(tl.float32)
-    b_bias = tl.load(bias + start_c + o_c, mask=in_channels, other=0.0).to(tl.float32)
+    b_gain *= tl.load(weight + o_c, mask=in_channels, other=0.0).to(tl.float32)
+    b_bias = tl.load(bias + o_c, mask=in_channels, other=0.0).to(tl.float32)
     # The mean goes first: bias - mean * gain would cancel where the mean is large.
     b_y = (b_x - b_mean[None, :]) * b_gain[None, :] + b_bias[None, :]
 
@@ -200,16 +202,18 @@ def _apply_kernel(
             latent_t = i_t * latent_frames // frames
         latent_h = i_row % height // UP_H
         latent_w = o_w // UP_W
-        row_scale = latent_t.to(tl.int64) * stride_scale_t + latent_h * stride_scale_h
-        row_shift = latent_t.to(tl.int64) * stride_shift_t + latent_h * stride_shift_h
-        o_scale = (row_scale + latent_w * stride_scale_w)[:, None] + (start_c + o_c)[None, :] * stride_scale_c
-        o_shift = (row_shift + latent_w * stride_shift_w)[:, None] + (start_c + o_c)[None, :] * stride_shift_c
+        # Only now, because a 64-bit division takes many instructions.
+        latent_t, latent_h, latent_w = latent_t.to(tl.int64), latent_h.to(tl.int64), latent_w.to(tl.int64)
+        row_scale = latent_t * stride_scale_t + latent_h * stride_scale_h
+        row_shift = latent_t * stride_shift_t + latent_h * stride_shift_h
+        o_scale = (row_scale + latent_w * stride_scale_w)[:, None] + (o_c * stride_scale_c)[None, :]
+        o_shift = (row_shift + latent_w * stride_shift_w)[:, None] + (o_c * stride_shift_c)[None, :]
         b_scale = tl.load(scale + i_b * stride_scale_b + o_scale, mask=mask, other=0.0).to(tl.float32)
         b_shift = tl.load(shift + i_b * stride_shift_b + o_shift, mask=mask, other=0.0).to(tl.float32)
         b_y = b_y * b_scale + b_shift
 
     b_y = b_y / (1 + tl.exp(-b_y))
-    tl.store(out + base + o_x, round_to(b_y, out.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(out + o_x, round_to(b_y, out.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
@@ -225,8 +229,8 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int,
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
-    _check(x, weight, bias, num_groups)
-    return _run(x, weight, bias, None, None, num_groups, eps)
+    want_tensors(x=x, weight=weight, bias=bias)
+    return _group_norm_silu_operator(x, weight, bias, num_groups, eps)
 
 
 def spatial_norm_silu(
@@ -249,20 +253,62 @@ def spatial_norm_silu(
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
+    want_tensors(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    return _spatial_norm_silu_operator(x, weight, bias, scale, shift, num_groups, eps)
+
+
+def _group_norm_silu_outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,  # noqa: ARG001 - the operator's arguments
+) -> Tensor:
+    _check(x, weight, bias, num_groups)
+    return torch.empty_like(x)
+
+
+def _group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    out = _group_norm_silu_outputs(x, weight, bias, num_groups, eps)
+    check_alignment(x=x, weight=weight, bias=bias)
+    _launch(x, out, weight, bias, None, None, num_groups, eps)
+    return out
+
+
+def _spatial_norm_silu_outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    num_groups: int,
+    eps: float,  # noqa: ARG001 - the operator's arguments
+) -> Tensor:
     _check(x, weight, bias, num_groups)
     for name, tensor in (("scale", scale), ("shift", shift)):
         _check_latent(name, tensor, x)
     if shift.shape != scale.shape:
         raise ValueError(f"shift: got shape {list(shift.shape)}, wanted that of scale, {list(scale.shape)}")
-    return _run(x, weight, bias, scale, shift, num_groups, eps)
+    return torch.empty_like(x)
+
+
+def _spatial_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, num_groups: int, eps: float
+) -> Tensor:
+    out = _spatial_norm_silu_outputs(x, weight, bias, scale, shift, num_groups, eps)
+    check_alignment(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    _launch(x, out, weight, bias, scale, shift, num_groups, eps)
+    return out
+
+
+_group_norm_silu_operator = register(_group_norm_silu, _group_norm_silu_outputs)
+_spatial_norm_silu_operator = register(_spatial_norm_silu, _spatial_norm_silu_outputs)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 5:
-        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: got {got}, wanted a tensor [B, C, T, H, W]")
-    # Its own check of strides: the last one need not be 1.
-    check_tensor("x", x.as_strided((x.numel(),), (1,)) if x.numel() else x, alignment=x.element_size())
+    if x.ndim != 5:
+        raise ValueError(f"x: got {list(x.shape)}, wanted a tensor [B, C, T, H, W]")
+    check_tensor("x", x, any_strides=True)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)):
         raise ValueError(f"x: got strides {x.stride()} of shape {list(x.shape)}, wanted contiguous or channels-last")
     channels = x.shape[1]
@@ -274,15 +320,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
 
 
 def _check_latent(name: str, latent: Tensor, x: Tensor) -> None:
-    if not isinstance(latent, Tensor) or latent.ndim != 5 or latent.shape[:2] != x.shape[:2] or latent.numel() == 0:
-        got = f"shape {list(latent.shape)}" if isinstance(latent, Tensor) else type(latent).__name__
-        raise ValueError(f"{name}: got {got}, wanted [{x.shape[0]}, {x.shape[1]}, t, h, w]")
-    if latent.dtype not in FLOATS:
-        raise ValueError(f"{name}: got dtype {latent.dtype}, wanted one of {', '.join(map(str, FLOATS))}")
-    if latent.device != x.device:
-        raise ValueError(f"{name}: got device {latent.device}, wanted {x.device}")
-    if latent.data_ptr() % element_size(latent):
-        raise ValueError(f"{name}: got address {latent.data_ptr():#x}, wanted a multiple of {element_size(latent)}")
+    shape = (*x.shape[:2], None, None, None)
+    check_tensor(name, latent, shape=shape, device=x.device, any_strides=True)
     frames, height, width = x.shape[2:]
     latent_frames, latent_height, latent_width = latent.shape[2:]
     least = 2 if _first_is_alone(frames) else 1
@@ -297,23 +336,33 @@ def _first_is_alone(frames: int) -> bool:
     return frames > 1 and frames % 2 == 1
 
 
-def _run(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int, eps: float
-) -> Tensor:
-    arch = architecture(x)
-    statistics = _statistics_arguments(x, arch)
-    splits, blocks = _statistics_grid(x, statistics)
-    means, squares = (torch.empty(x.shape[0], splits, x.shape[1], device=x.device) for _ in range(2))
-    _statistics_kernel[splits, blocks, x.shape[0]](means=means, squares=squares, **statistics)
-    group_means, group_inverses = (torch.empty(x.shape[0], num_groups, device=x.device) for _ in range(2))
-    _merge_kernel[num_groups, x.shape[0]](
-        **_merge_arguments(means, squares, group_means, group_inverses, x, statistics["span"], eps)
-    )
-    out = torch.empty_like(x)
-    apply = _apply_arguments(x, out, group_means, group_inverses, weight, bias, scale, shift, arch)
-    rows, pieces = triton.cdiv(apply["num_rows"], apply["ROWS"]), triton.cdiv(apply["width"], apply["BLOCK_P"])
-    _apply_kernel[rows * pieces, triton.cdiv(x.shape[1], apply["BLOCK_C"]), x.shape[0]](**apply)
-    return out
+def _launch(
+    x: Tensor,
+    out: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+) -> None:
+    arch, batch, channels = architecture(x), *x.shape[:2]
+
+    def buffer(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    with torch.cuda.device_of(x):
+        statistics = _statistics_arguments(x, arch)
+        splits, blocks = _statistics_grid(x, statistics)
+        means, squares = (buffer(batch, splits, channels) for _ in range(2))
+        _statistics_kernel[splits, blocks, batch](means=means, squares=squares, **statistics)
+        group_means, group_inverses = (buffer(batch, num_groups) for _ in range(2))
+        _merge_kernel[num_groups, batch](
+            **_merge_arguments(means, squares, group_means, group_inverses, x, statistics["span"], eps)
+        )
+        apply = _apply_arguments(x, out, group_means, group_inverses, weight, bias, scale, shift, arch)
+        rows, pieces = triton.cdiv(apply["num_rows"], apply["ROWS"]), triton.cdiv(apply["width"], apply["BLOCK_P"])
+        _apply_kernel[rows * pieces, triton.cdiv(channels, apply["BLOCK_C"]), batch](**apply)
 
 
 def _layout(x: Tensor) -> tuple[str, int, int]:
@@ -443,8 +492,8 @@ def compile_cases(arch: int) -> list[KernelCase]:
             *shape[:2], (shape[2] + 1) // 4 + 1, 60, 90, dtype=dtype, device="meta", memory_format=layout
         )
         statistics = _statistics_arguments(x, arch)
-        means = torch.empty(1, _statistics_grid(x, statistics)[0], shape[1], device="meta")
-        groups = torch.empty(1, 32, device="meta")
+        means = torch.empty(1, _statistics_grid(x, statistics)[0], shape[1], dtype=torch.float32, device="meta")
+        groups = torch.empty(1, 32, dtype=torch.float32, device="meta")
         affine = x.new_empty(shape[1])
         forms = {"group_norm_silu": (None, None), "spatial_norm_silu": (latent, latent)}
         cases.append(

@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
 from cogvid_kernels._interpreter import round_to
-from cogvid_kernels._rows import check_parameter, check_rows, element_size, row_tile
+from cogvid_kernels._operators import register, want_tensors
+from cogvid_kernels._rows import check_parameter, check_rows, row_tile
 from cogvid_kernels._tiles import architecture
 
 
@@ -114,14 +115,12 @@ def layer_norm_modulate(
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
-    _check(x, text_len, {"weight": weight, "bias": bias}, {"shift": shift, "scale": scale})
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(_arguments(x, None, None, weight, bias, shift, scale, None, out, text_len, eps, architecture(x)))
-    return out
+    want_tensors(x=x, weight=weight, bias=bias, shift=shift, scale=scale)
+    return _layer_norm_modulate_operator(x, weight, bias, shift, scale, text_len, eps)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tensor:
-    """Compute `x + gate * y`, forward only.
+    """Compute `x + gate * y`; differentiable.
 
     Args:
         x, y: `[B, N, D]`, as x of `layer_norm_modulate`; both of one dtype.
@@ -133,10 +132,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tenso
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
-    _check(x, text_len, {}, {"gate": gate}, y)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(_arguments(x, y, gate, None, None, None, None, out, None, text_len, 0.0, architecture(x)))
-    return out
+    want_tensors(x=x, y=y, gate=gate)
+    return _gate_residual_operator(x, y, gate, text_len)
 
 
 def gate_residual_norm_modulate(
@@ -151,15 +148,101 @@ def gate_residual_norm_modulate(
     text_len: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `gate_residual`, then `layer_norm_modulate` of its result, in one pass; return both.
+    """Compute `gate_residual`, then `layer_norm_modulate` of its result, in one pass; return both. Forward only.
 
     Arguments, results and errors are those of the two.
     """
+    want_tensors(x=x, y=y, gate=gate, weight=weight, bias=bias, shift=shift, scale=scale)
+    return _gate_residual_norm_modulate_operator(x, y, gate, weight, bias, shift, scale, text_len, eps)
+
+
+def _layer_norm_modulate_outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    text_len: int,
+    eps: float,  # noqa: ARG001 - the operator's arguments
+) -> Tensor:
+    _check(x, text_len, {"weight": weight, "bias": bias}, {"shift": shift, "scale": scale})
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _layer_norm_modulate(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, text_len: int, eps: float
+) -> Tensor:
+    out = _layer_norm_modulate_outputs(x, weight, bias, shift, scale, text_len, eps)
+    _launch(_arguments(x, None, None, weight, bias, shift, scale, None, out, text_len, eps, architecture(x)))
+    return out
+
+
+def _gate_residual_outputs(x: Tensor, y: Tensor, gate: Tensor, text_len: int) -> Tensor:
+    _check(x, text_len, {}, {"gate": gate}, y)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _gate_residual(x: Tensor, y: Tensor, gate: Tensor, text_len: int) -> Tensor:
+    out = _gate_residual_outputs(x, y, gate, text_len)
+    _launch(_arguments(x, y, gate, None, None, None, None, out, None, text_len, 0.0, architecture(x)))
+    return out
+
+
+def _gate_residual_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    _, y, gate, ctx.text_len = inputs
+    ctx.save_for_backward(y, gate)
+
+
+def _gate_residual_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    y, gate = ctx.saved_tensors
+    sizes = [ctx.text_len, y.shape[1] - ctx.text_len]
+    # Products in fp32, because gate may be of another dtype than y.
+    streams = list(zip(grad.float().split(sizes, 1), y.float().split(sizes, 1), gate.float().split(1, 1), strict=True))
+    grad_y = torch.cat([g * row for g, _, row in streams], dim=1)
+    grad_gate = torch.stack([(g * part).sum(1) for g, part, _ in streams], dim=1)
+    return grad, grad_y.to(y.dtype), grad_gate.to(gate.dtype), None
+
+
+def _gate_residual_norm_modulate_outputs(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    text_len: int,
+    eps: float,  # noqa: ARG001 - the operator's arguments
+) -> tuple[Tensor, Tensor]:
     _check(x, text_len, {"weight": weight, "bias": bias}, {"gate": gate, "shift": shift, "scale": scale}, y)
     out_sum, out_norm = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    arch = architecture(x)
-    _launch(_arguments(x, y, gate, weight, bias, shift, scale, out_sum, out_norm, text_len, eps, arch))
     return out_sum, out_norm
+
+
+def _gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    text_len: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    outputs = _gate_residual_norm_modulate_outputs(x, y, gate, weight, bias, shift, scale, text_len, eps)
+    _launch(_arguments(x, y, gate, weight, bias, shift, scale, *outputs, text_len, eps, architecture(x)))
+    return outputs
+
+
+_layer_norm_modulate_operator = register(_layer_norm_modulate, _layer_norm_modulate_outputs)
+_gate_residual_operator = register(
+    _gate_residual,
+    _gate_residual_outputs,
+    setup_context=_gate_residual_setup_context,
+    backward=_gate_residual_backward,
+)
+_gate_residual_norm_modulate_operator = register(_gate_residual_norm_modulate, _gate_residual_norm_modulate_outputs)
 
 
 def _check(
@@ -168,7 +251,7 @@ def _check(
     check_rows("x", x, ndim=3)
     batch, num_tokens, width = x.shape
     if y is not None:
-        check_tensor("y", y, shape=x.shape, dtypes=(x.dtype,), device=x.device, alignment=element_size(y))
+        check_tensor("y", y, shape=x.shape, dtypes=(x.dtype,), device=x.device)
     for name, parameter in affine.items():
         check_parameter(name, parameter, (width,), x.device)
     for name, parameter in modulation.items():
@@ -179,7 +262,10 @@ def _check(
 
 
 def _launch(arguments: dict[str, Any]) -> None:
-    _modulate_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
+    names = ("x", "y", "gate", "weight", "bias", "shift", "scale")
+    check_alignment(**{name: arguments[name] for name in names})
+    with torch.cuda.device_of(arguments["x"]):
+        _modulate_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
 
 
 def _arguments(

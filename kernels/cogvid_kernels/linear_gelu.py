@@ -1,4 +1,4 @@
-"""Linear and tanh-GELU, forward only: `gelu(x @ weight.T + bias)`, as in diffusers' `FeedForward("gelu-approximate")`.
+"""Linear and tanh-GELU: `gelu(x @ weight.T + bias)`, as in diffusers' `FeedForward("gelu-approximate")`.
 
 The product is cuBLAS's. On CUDA its bias and GELU run in the product's epilogue (cublasLt), on the fp32 sums: no pass
 over the wide activation and no rounding before the GELU. `torch._addmm_activation` is how PyTorch gives access to it;
@@ -14,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
 from cogvid_kernels._interpreter import round_to
-from cogvid_kernels._rows import element_size
+from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._tiles import architecture, tile_for
 
 VARIANTS = ("epilogue", "kernel")
@@ -47,7 +48,7 @@ def _bias_gelu_kernel(
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None = None) -> Tensor:
-    """Compute `gelu(x @ weight.T + bias)`, the tanh form; forward only.
+    """Compute `gelu(x @ weight.T + bias)`, the tanh form; differentiable (the product is computed again).
 
     Args:
         x: `[..., K]` fp32, bf16 or fp16, contiguous.
@@ -61,42 +62,55 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None 
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
-    check_tensor("x", x, contiguous=True, alignment=element_size(x))
+    want_tensors(x=x, weight=weight, bias=bias)
+    return _operator(x, weight, bias, variant)
+
+
+def _outputs(x: Tensor, weight: Tensor, bias: Tensor, variant: str | None) -> Tensor:
+    check_tensor("x", x, contiguous=True)
     if x.ndim == 0:
         raise ValueError("x: got shape [], wanted [..., K]")
-    check_tensor(
-        "weight",
-        weight,
-        shape=(None, x.shape[-1]),
-        dtypes=(x.dtype,),
-        device=x.device,
-        contiguous=True,
-        alignment=element_size(weight),
-    )
-    check_tensor(
-        "bias",
-        bias,
-        shape=weight.shape[:1],
-        dtypes=(x.dtype,),
-        device=x.device,
-        contiguous=True,
-        alignment=element_size(bias),
-    )
-    if variant is None:
-        variant = "epilogue" if x.is_cuda else "kernel"
-    if variant not in VARIANTS:
+    check_tensor("weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype,), device=x.device, contiguous=True)
+    check_tensor("bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), device=x.device, contiguous=True)
+    if variant not in (None, *VARIANTS):
         raise ValueError(f"variant: got {variant!r}, wanted one of {', '.join(VARIANTS)}")
-    shape = (*x.shape[:-1], weight.shape[0])
-    rows = x.view(-1, x.shape[-1])
-    if variant == "epilogue":
-        if not x.is_cuda:
-            raise ValueError(f"variant: got 'epilogue' on {x.device}, wanted cuda: elsewhere it is not the tanh form")
-        return torch._addmm_activation(bias, rows, weight.T, use_gelu=True).view(shape)
-    check_runnable("x", x, _bias_gelu_kernel)
-    out = torch.mm(rows, weight.T)
-    arguments = _arguments(out, bias, architecture(x))
-    _bias_gelu_kernel[triton.cdiv(out.numel(), arguments["BLOCK"]),](**arguments)
-    return out.view(shape)
+    if variant == "epilogue" and x.device.type not in ("cuda", "meta"):
+        raise ValueError(f"variant: got 'epilogue' on {x.device}, wanted cuda: elsewhere it is not the tanh form")
+    if not _takes_epilogue(x, variant):
+        check_runnable("x", x, _bias_gelu_kernel)
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+def _takes_epilogue(x: Tensor, variant: str | None) -> bool:
+    return variant == "epilogue" or (variant is None and x.is_cuda)
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, variant: str | None) -> Tensor:
+    out = _outputs(x, weight, bias, variant)
+    check_alignment(x=x, weight=weight, bias=bias)
+    rows, out_rows = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if _takes_epilogue(x, variant):
+        torch._addmm_activation(bias, rows, weight.T, use_gelu=True, out=out_rows)
+        return out
+    torch.mm(rows, weight.T, out=out_rows)
+    arguments = _arguments(out_rows, bias, architecture(x))
+    with torch.cuda.device_of(x):
+        _bias_gelu_kernel[triton.cdiv(out.numel(), arguments["BLOCK"]),](**arguments)
+    return out
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    x, weight, bias = ctx.saved_tensors
+    grad = torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias), approximate="tanh")
+    rows = grad.reshape(-1, grad.shape[-1])
+    return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0), None
+
+
+_operator = register(_linear_gelu, _outputs, setup_context=_setup_context, backward=_backward)
 
 
 def _arguments(out: Tensor, bias: Tensor, arch: int) -> dict[str, Any]:

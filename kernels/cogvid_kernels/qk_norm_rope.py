@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
 from cogvid_kernels._interpreter import round_to
-from cogvid_kernels._rows import check_parameter, check_rows, element_size, row_tile
+from cogvid_kernels._operators import register, want_tensors
+from cogvid_kernels._rows import check_parameter, check_rows, row_tile
 from cogvid_kernels._tiles import architecture
 
 
@@ -103,7 +104,7 @@ def _qk_norm_rope_kernel(
         o_pair = tl.arange(0, BLOCK_D // 2)
         half: tl.constexpr = HEAD_DIM // 2
         is_video = (in_rows & (o_n >= text_len))[:, None] & (o_pair < half)[None, :]
-        o_angle = (o_n - text_len)[:, None] * half + o_pair[None, :]
+        o_angle = (i_n - text_len)[:, None] * half + o_pair[None, :]
         # Text takes the angle zero, which changes no value.
         b_cos = tl.load(cos + o_angle, mask=is_video, other=1.0)
         b_sin = tl.load(sin + o_angle, mask=is_video, other=0.0)
@@ -150,18 +151,43 @@ def qk_norm_rope(
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
+    want_tensors(q=q, k=k, q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias)
+    if rope is None:
+        cos, sin = None, None
+    else:
+        cos, sin = rope
+        want_tensors(**{"rope[0]": cos, "rope[1]": sin})
+    affine = (q_weight, q_bias, k_weight, k_bias)
+    outputs = _operator(q, k, *affine, cos, sin, text_len, eps, centred, return_key_norms)
+    return outputs if return_key_norms else outputs[:2]
+
+
+def _outputs(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    text_len: int,
+    eps: float,  # noqa: ARG001 - the operator's arguments
+    centred: bool,  # noqa: ARG001
+    return_key_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     check_rows("q", q, ndim=4)
-    check_tensor("k", k, shape=q.shape, dtypes=(q.dtype,), device=q.device, alignment=element_size(k))
+    check_tensor("k", k, shape=q.shape, dtypes=(q.dtype,), device=q.device)
     num_tokens, head_dim = q.shape[1], q.shape[3]
     names = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     for name, parameter in names.items():
         check_parameter(name, parameter, (head_dim,), q.device)
     if not 0 <= text_len <= num_tokens:
         raise ValueError(f"text_len: got {text_len}, wanted 0 to {num_tokens}, the number of tokens")
-    if rope is not None:
+    if cos is not None and sin is not None:
         if head_dim % 2:
             raise ValueError(f"q: got head_dim {head_dim} with rope, wanted an even one")
-        for name, table in zip(("rope[0]", "rope[1]"), rope, strict=True):
+        for name, table in (("rope[0]", cos), ("rope[1]", sin)):
             if text_len < num_tokens:
                 check_tensor(
                     name,
@@ -170,22 +196,48 @@ def qk_norm_rope(
                     dtypes=(torch.float32,),
                     device=q.device,
                     contiguous=True,
-                    alignment=element_size(table),
                 )
     check_runnable("q", q, _qk_norm_rope_kernel)
     out_q, out_k = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    key_norms = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_key_norms else None
-    outputs = (out_q, out_k, key_norms)
-    arguments = _arguments(q, k, tuple(names.values()), rope, outputs, text_len, eps, centred, architecture(q))
-    _qk_norm_rope_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
-    return (out_q, out_k) if key_norms is None else (out_q, out_k, key_norms)
+    # An operator has the same outputs in every call; one that was not asked for is empty.
+    norms_shape = q.shape[:3] if return_key_norms else (0,)
+    return out_q, out_k, torch.empty(norms_shape, dtype=torch.float32, device=q.device)
+
+
+def _qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    text_len: int,
+    eps: float,
+    centred: bool,
+    return_key_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    affine = (q_weight, q_bias, k_weight, k_bias)
+    out_q, out_k, norms = _outputs(q, k, *affine, cos, sin, text_len, eps, centred, return_key_norms)
+    check_alignment(q=q, k=k, q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias)
+    check_alignment(**{"rope[0]": cos, "rope[1]": sin})
+    outputs = (out_q, out_k, norms if return_key_norms else None)
+    arguments = _arguments(q, k, affine, cos, sin, outputs, text_len, eps, centred, architecture(q))
+    with torch.cuda.device_of(q):
+        _qk_norm_rope_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
+    return out_q, out_k, norms
+
+
+_operator = register(_qk_norm_rope, _outputs)
 
 
 def _arguments(
     q: Tensor,
     k: Tensor,
     affine: tuple[Tensor, ...],
-    rope: tuple[Tensor, Tensor] | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     outputs: tuple[Tensor, Tensor, Tensor | None],
     text_len: int,
     eps: float,
@@ -197,8 +249,8 @@ def _arguments(
         "q": q,
         "k": k,
         **dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), affine, strict=True)),
-        "cos": None if rope is None else rope[0],
-        "sin": None if rope is None else rope[1],
+        "cos": cos,
+        "sin": sin,
         **dict(zip(("out_q", "out_k", "key_norms"), outputs, strict=True)),
         "stride_qb": q.stride(0),
         "stride_qn": q.stride(1),
@@ -213,7 +265,7 @@ def _arguments(
         "eps": eps,
         "HEAD_DIM": head_dim,
         "CENTRED": centred,
-        "ROTATE": rope is not None,
+        "ROTATE": cos is not None,
         "WRITE_NORMS": outputs[2] is not None,
         "INTERPRETED": is_interpreted(_qk_norm_rope_kernel),
         "enable_fp_fusion": True,
@@ -235,8 +287,8 @@ def compile_cases(arch: int) -> list[KernelCase]:
         angles = torch.empty(17550, 32, device="meta")
         affine = q.new_empty(64)
         key_norms = torch.empty(2, 17776, 48, device="meta") if norms else None
-        rope = (angles, angles) if rotate else None
-        arguments = _arguments(q, q, (affine,) * 4, rope, (q, q, key_norms), 226, 1e-6, centred, arch)
+        table = angles if rotate else None
+        arguments = _arguments(q, q, (affine,) * 4, table, table, (q, q, key_norms), 226, 1e-6, centred, arch)
         sass = ("LDG.E.128", "STG.E.128")
         cases.append(KernelCase(f"qk_norm_rope/{name}-hd64", _qk_norm_rope_kernel, arguments, sass))
     return cases

@@ -1,4 +1,4 @@
-"""RMSNorm over the last axis, forward only: `x / sqrt(mean(x^2) + eps) * weight`, statistics in fp32.
+"""RMSNorm over the last axis: `x / sqrt(mean(x^2) + eps) * weight`, statistics in fp32.
 
 Equal to transformers' `T5LayerNorm`. Bound by memory: one read and one write; a program takes one long row or several
 short ones.
@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_runnable, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, is_interpreted
 from cogvid_kernels._interpreter import round_to
+from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._rows import as_rows, check_parameter, check_rows, row_tile
 from cogvid_kernels._tiles import architecture
 
@@ -48,7 +49,7 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last axis, forward only.
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last axis; differentiable.
 
     Args:
         x: `[..., D]` fp32, bf16 or fp16, D at most 16384, last stride 1; the other axes must merge into at most two
@@ -61,13 +62,43 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
+    want_tensors(x=x, weight=weight)
+    return _operator(x, weight, eps)
+
+
+def _outputs(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ARG001 - the operator's arguments
     check_rows("x", x)
     check_parameter("weight", weight, (x.shape[-1],), x.device)
+    as_rows("x", x)
     check_runnable("x", x, _rms_norm_kernel)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = _outputs(x, weight, eps)
+    check_alignment(x=x, weight=weight)
     arguments = _arguments(x, weight, out, eps, architecture(x))
-    _rms_norm_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
+    with torch.cuda.device_of(x):
+        _rms_norm_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
     return out
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    """With n = x / rms(x): dn = grad * weight, dx = (dn - n * mean(n * dn)) / rms(x), dweight = sum(grad * n)."""
+    x, weight = ctx.saved_tensors
+    wide, grad = x.float(), grad.float()
+    inverse = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+    normed, grad_normed = wide * inverse, grad * weight.float()
+    grad_x = (grad_normed - normed * (normed * grad_normed).mean(-1, keepdim=True)) * inverse
+    return grad_x.to(x.dtype), (grad * normed).flatten(0, -2).sum(0).to(weight.dtype), None
+
+
+_operator = register(_rms_norm, _outputs, setup_context=_setup_context, backward=_backward)
 
 
 def _arguments(x: Tensor, weight: Tensor, out: Tensor, eps: float, arch: int) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def test_folded_scale_in_fp64() -> None:
         ({"scale": math.nan}, "scale: got nan"),
         ({"variant": "fastest"}, "variant: got 'fastest', wanted one of pointer"),
         ({"variant": "tma"}, "variant: got 'tma' with torch.float32"),
-        ({"key_norms": torch.ones(1, 2)}, "key_norms: got a tensor with variant 'pointer'"),
+        ({"key_norms": torch.ones(1, 2)}, "key_norms: got a tensor with variant None"),
         ({"key_norms": torch.ones(2), "variant": "pointer_bounded"}, r"key_norms: got shape \[2\], wanted \[1, 2\]"),
     ],
 )
@@ -278,6 +278,15 @@ def test_tma_wants_alignment(device: torch.device) -> None:
     q, k, v = make_qkv(1, 9, 2, 60, torch.bfloat16, device).unbind(2)
     with pytest.raises(ValueError, match=r"q: got address .* multiples of 16 bytes"):
         attention(q, k, v, variant="tma")
+
+
+def test_tma_takes_axes_of_one_with_any_stride(device: torch.device) -> None:
+    """The stride of an axis of size 1 says nothing; a descriptor wants even that to be a multiple of 16 bytes."""
+    q, k, v = (x.contiguous() for x in make_qkv(1, 9, 1, 64, torch.bfloat16, device).unbind(2))
+    odd = [x.as_strided(x.shape, (3, 64, 5, 1)) for x in (q, k, v)]
+    assert torch.equal(attention(*odd, variant="tma"), attention(q, k, v, variant="tma"))
+    one_token = [x[:, :1].as_strided((1, 1, 1, 64), (3, 7, 5, 1)) for x in (q, k, v)]
+    assert_accurate(attention(*one_token, variant="tma"), *one_token)
 
 
 def test_wide_heads_are_refused(device: torch.device) -> None:

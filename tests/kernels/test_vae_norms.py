@@ -1,11 +1,15 @@
 """The VAE's norms against `cogvid.ops` and fp64: layouts, odd frame counts, statistics that cancel, refusals."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from cogvid import ops
 from cogvid_kernels import group_norm_silu, spatial_norm_silu
+from cogvid_kernels._tiles import INTERPRETER, TILES, Tile
 from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials, randn
 from tests.reference import rel_rms
 
@@ -68,6 +72,79 @@ def test_latents_of_any_strides(device: torch.device) -> None:
     shift = randn(2, 16, 6, 6, 10, seed=9)[:, ::2, ::2, ::2, ::2].to(device)
     arguments = [x, weight, bias, scale, shift]
     assert_accurate("spatial_norm_silu", *arguments, num_groups=2, eps=EPS, device=device, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_layout
+def test_tiles_of_a_gpu(
+    layout: torch.memory_format, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU takes one row of pixels a program, the interpreter many; here it takes one too."""
+    for (operation, _), tiles in TILES.items():
+        if operation.startswith("group_norm"):
+            monkeypatch.setitem(tiles, INTERPRETER, tiles[90])
+    assert TILES["group_norm/apply", "contiguous"][INTERPRETER].blocks["ROWS"] == 1
+    arguments = make((2, 24, 5, 6, 10), (3, 3, 5), layout)
+    options = {"num_groups": 4, "eps": EPS, "device": device, "dtype": dtype}
+    assert_accurate("group_norm_silu", *arguments[:3], **options)
+    assert_accurate("spatial_norm_silu", *arguments, **options)
+
+
+def far_apart(x: Tensor, stride_c: int, stride_p: int, file: Path) -> Tensor:
+    """Return x `[1, C, T, H, W]` with such strides, in a sparse file: only the pages touched take room."""
+    _, channels, frames, height, width = x.shape
+    size = (channels - 1) * stride_c + (frames * height * width - 1) * stride_p + 1
+    storage = torch.from_file(str(file), shared=True, size=size, dtype=torch.float16)
+    strides = (0, stride_c, height * width * stride_p, width * stride_p, stride_p)
+    return storage.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot reach a file")
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("spatial", [False, True], ids=["group", "spatial"])
+@pytest.mark.parametrize(
+    ("stride_c", "stride_p"), [(1, 2**29), (2**30 + 1, 1), (2**30 + 1, 2**28)], ids=["positions", "channels", "both"]
+)
+def test_offsets_past_int32(
+    stride_c: int, stride_p: int, spatial: bool, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor small enough for a test has such strides and a layout that is taken: the kernels are launched here."""
+    kernels = importlib.import_module("cogvid_kernels.group_norm_silu")
+    x, weight, bias, *latents = make((1, 4, 1, 2, 4), (1, 1, 2), torch.contiguous_format)
+    x = x.half()
+    scale, shift = None, None
+    if spatial:
+        files = (tmp_path / "scale", tmp_path / "shift")
+        scale, shift = (far_apart(t.half(), 2**30 + 3, 2**30 + 1, file) for t, file in zip(latents, files, strict=True))
+        want = ops.spatial_norm_silu(x.double(), weight, bias, scale, shift, num_groups=2, eps=EPS)
+    else:
+        want = ops.group_norm_silu(x.double(), weight, bias, num_groups=2, eps=EPS)
+    far = far_apart(x, stride_c, stride_p, tmp_path / "x")
+    strides = {"stride_c": stride_c, "stride_p": stride_p}
+    tile = Tile({"BLOCK_P": 4, "BLOCK_C": 4, "ROWS": rows})
+    monkeypatch.setitem(TILES["group_norm/apply", "contiguous"], INTERPRETER, tile)
+
+    statistics = kernels._statistics_arguments(x, INTERPRETER) | strides | {"x": far}
+    means, squares = (torch.full((1, 1, 4), torch.nan) for _ in range(2))
+    kernels._statistics_kernel[1, 1, 1](means=means, squares=squares, **statistics)
+    groups = [torch.full((1, 2), torch.nan) for _ in range(2)]
+    merge = kernels._merge_arguments(means, squares, *groups, x, statistics["span"], EPS)
+    kernels._merge_kernel[2, 1](**merge)
+    apply = kernels._apply_arguments(x, x, *groups, weight, bias, scale, shift, INTERPRETER)
+    programs = -(-apply["num_rows"] // rows) * -(-apply["width"] // 4)
+    kernels._apply_kernel[programs, 1, 1](**apply | strides | {"x": far, "out": far})
+    assert rel_rms(far, want) <= 1e-3  # one rounding to fp16
+
+
+def test_statistics_are_fp32_whatever_the_default(device: torch.device) -> None:
+    x, weight, bias, *_ = (t.to(device) for t in make((1, 8, 3, 24, 40), (1, 1, 1), torch.channels_last_3d))
+    want = group_norm_silu(x, weight, bias, num_groups=4, eps=EPS)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = group_norm_silu(x, weight, bias, num_groups=4, eps=EPS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
 
 
 @each_layout

@@ -170,6 +170,13 @@ def test_scripts_run_where_cogvid_is_not_installed() -> None:
     assert done.stdout.split() == [str(ROOT / "cogvid/__init__.py"), str(ROOT / "kernels/cogvid_kernels/__init__.py")]
 
 
+def test_an_operator_costs_more_than_its_function(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_kernels.main(["--overhead"])
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["function, us"] < found["operator, us"]
+    assert found["operator with a gradient, us"] > found["function, us"]
+
+
 def test_help_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench_kernels.main(["--help"])
