@@ -16,10 +16,7 @@ from av.codec.codec import UnknownCodecError
 import cogvid
 from cogvid import versions
 from cogvid.cli import main
-from cogvid.hub import find
-from cogvid.text import Tokenizer, load_text_encoder
 from cogvid.video import read_metadata
-from tests.checkpoints import write_json
 
 OLD = {
     "torch": "2.10.9+cu128",
@@ -119,20 +116,6 @@ def test_videos_are_not_begun_without_their_encoder(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("av.codec.Codec", codec)
     with pytest.raises(ImportError, match=r"^av: got a PyAV without the encoder libx264, want one with it$"):
         cogvid.VideoWriter(tmp_path / "out.mp4", 32, 32)
-
-
-def test_text_parts_and_the_hub_ask_for_their_own(install: Install, tmp_path: Path) -> None:
-    write_json(tmp_path / "model_index.json", {})
-    install("transformers", OLD["transformers"])
-    with pytest.raises(ImportError, match=r"^transformers: got"):
-        load_text_encoder(tmp_path)
-    install("sentencepiece", OLD["sentencepiece"])
-    for use in (lambda: load_text_encoder(tmp_path), lambda: Tokenizer(tmp_path / "spiece.model")):
-        with pytest.raises(ImportError, match=r"^sentencepiece: got"):
-            use()
-    install("huggingface_hub", OLD["huggingface_hub"])
-    with pytest.raises(ImportError, match=r"^huggingface_hub: got"):
-        find("someone/something", local_files_only=True)
 
 
 @pytest.mark.parametrize("got", ["3.5.1", "2.2.0+git1", None])
