@@ -123,7 +123,9 @@ def pooled_ratio(errors: Iterable[tuple[float, float]]) -> float:
     return ours / theirs
 
 
-def assert_frames_equal(actual: np.ndarray, expected: np.ndarray) -> None:
+def assert_frames_equal(
+    actual: np.ndarray, expected: np.ndarray, *, rms: float = FRAMES_FP32, max_abs: float = FRAMES_MAX_ABS
+) -> None:
     """Hold frames of any shape against diffusers' float32 frames in [0, 1] of the same run.
 
     actual: float32 in [0, 1], which is held to an error; or uint8 levels, which must be those of `expected` wherever
@@ -136,10 +138,10 @@ def assert_frames_equal(actual: np.ndarray, expected: np.ndarray) -> None:
     if actual.dtype == np.uint8:
         levels = actual.astype(np.float64)
     else:
-        assert float(np.abs(actual - expected).max()) <= FRAMES_MAX_ABS
-        assert rel_rms(torch.from_numpy(actual), torch.from_numpy(expected)) <= FRAMES_FP32
+        assert float(np.abs(actual - expected).max()) <= max_abs
+        assert rel_rms(torch.from_numpy(actual), torch.from_numpy(expected)) <= rms
         levels = np.round(actual.astype(np.float64) * 255)
     off = np.abs(levels - np.round(exact))
     to_a_tie = np.abs(exact - np.floor(exact) - 0.5)
     assert off.max() <= 1
-    assert off[to_a_tie > 255 * FRAMES_MAX_ABS].max(initial=0) == 0
+    assert off[to_a_tie > 255 * max_abs].max(initial=0) == 0

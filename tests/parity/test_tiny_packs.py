@@ -12,7 +12,7 @@ from PIL import Image
 import cogvid
 from cogvid.hub import find
 from tests.reference import assert_frames_equal, rel_rms
-from tests.tolerances import PACK_LATENTS
+from tests.tolerances import PACK_FRAMES_FP32, PACK_FRAMES_MAX_ABS, PACK_LATENTS
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.png"
 PROMPT = "the red circle moves right"
@@ -55,4 +55,4 @@ def test_pack_gives_the_same_video_in_diffusers(name: str, scheduler: str):
     assert error <= PACK_LATENTS, error
     a, b = run_ours("np"), run_theirs("np")
     assert a.shape == (1, 17, 64, 64, 3)
-    assert_frames_equal(a, b)
+    assert_frames_equal(a, b, rms=PACK_FRAMES_FP32, max_abs=PACK_FRAMES_MAX_ABS)
