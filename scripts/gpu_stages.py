@@ -78,31 +78,6 @@ def exact_arithmetic() -> None:
 
 
 @contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Let fresh tensors hold NaN (or the largest integer): an element left unwritten cannot pass by luck."""
-
-    def poison(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def poisoned(*args: Any, **options: Any) -> Tensor:
-            tensor = function(*args, **options)
-            if tensor.is_floating_point():
-                return tensor.fill_(float("nan"))
-            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
-
-        return poisoned
-
-    owners: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
-    owners += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
-    kept = [getattr(owner, name) for owner, name in owners]
-    try:
-        for (owner, name), function in zip(owners, kept, strict=True):
-            setattr(owner, name, poison(function))
-        yield
-    finally:
-        for (owner, name), function in zip(owners, kept, strict=True):
-            setattr(owner, name, function)
-
-
-@contextlib.contextmanager
 def tile_set(operation: str, shape_class: str, arch: int, tile: Tile) -> Iterator[None]:
     """Let the table of block sizes have another entry."""
     entries = _tiles.TILES[operation, shape_class]
@@ -201,7 +176,7 @@ def check_case(recorder: Recorder, op: Op, case: Case, dtype_name: str, device: 
         inputs, reference = prepared()
         run, post = build(inputs)
         try:
-            with poisoned_memory():
+            with measure.poisoned_memory():
                 result = run()
         except ValueError as refusal:  # what a variant cannot take, it says
             return {"note": f"refused: {refusal}"}

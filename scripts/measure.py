@@ -13,7 +13,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,31 @@ def rel_rms(actual: Tensor, expected: Tensor) -> float:
     if actual.shape != expected.shape:
         raise ValueError(f"actual: got shape {tuple(actual.shape)}, want {tuple(expected.shape)}")
     return float((actual - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Let fresh tensors hold NaN (or the largest integer): an element left unwritten cannot pass by luck."""
+
+    def poison(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: Any, **options: Any) -> Tensor:
+            tensor = function(*args, **options)
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+        return poisoned
+
+    owners: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
+    owners += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
+    kept = [getattr(owner, name) for owner, name in owners]
+    try:
+        for (owner, name), function in zip(owners, kept, strict=True):
+            setattr(owner, name, poison(function))
+        yield
+    finally:
+        for (owner, name), function in zip(owners, kept, strict=True):
+            setattr(owner, name, function)
 
 
 def markdown_row(cells: list[str]) -> str:

@@ -1,11 +1,12 @@
 """Kernel tests run on a GPU where there is one, otherwise in Triton's interpreter; fresh memory holds NaN."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+
+import measure
 
 # Whether a kernel is interpreted is decided when its module is imported, so before any test module of this directory.
 if not torch.cuda.is_available():
@@ -24,20 +25,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every torch.empty* return NaN (or the largest integer): an element left unwritten cannot pass by luck."""
-
-    def poison(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def poisoned(*args: object, **kwargs: object) -> Tensor:
-            tensor = function(*args, **kwargs)
-            if tensor.is_floating_point():
-                return tensor.fill_(float("nan"))
-            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
-
-        return poisoned
-
-    for owner, name in (
-        (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
-        (Tensor, "new_empty"), (Tensor, "new_empty_strided"),
-    ):  # fmt: skip
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+def poisoned_memory() -> Iterator[None]:
+    """An element left unwritten cannot pass by luck."""
+    with measure.poisoned_memory():
+        yield
