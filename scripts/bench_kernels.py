@@ -22,23 +22,19 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import timeit
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
-from cogvid import ops  # noqa: E402
-from kernel_registry import Case, Inputs, Op, find_providers, make_registry  # noqa: E402
+import measure
+from cogvid import ops
+from kernel_registry import Case, Inputs, Op, find_providers, make_registry
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Relative RMS against the reference. Several roundings in a row stay below; a wrong index or a lost row is far above.
@@ -61,7 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
     parser.add_argument("--providers", default="", metavar="TEXT", help="only providers whose name contains this")
     parser.add_argument("--sweep", action="store_true", help="also a range of sequence lengths")
-    parser.add_argument("--compile", action="store_true", help="compiled providers on a CPU too (slow to start)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile too (about ten minutes more); on unless given on cuda, off on cpu",
+    )
     parser.add_argument("--runs", type=int, default=20, help="timed turns of each provider")
     parser.add_argument("--overhead", action="store_true", help="only what calling through an operator costs the host")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(operator_overhead()))
         return
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    if args.compile is None:
+        args.compile = device.type == "cuda"
     size = args.size or ("full" if device.type == "cuda" else "toy")
 
     torch.manual_seed(0)
@@ -130,7 +132,7 @@ def bench_case(
     reference = Reference(op, inputs)
     rows: dict[str, dict[str, Any]] = {}
     runners: dict[str, Callable[[], Any]] = {}
-    for name, build in find_providers(op, device, args.compile).items():
+    for name, build in find_providers(op, args.compile).items():
         if args.providers not in name:
             continue
         row = rows[name] = {**common, "provider": name}
@@ -298,36 +300,18 @@ def measure_limits(device: torch.device, size: str) -> dict[str, float]:
 
 def header(device: torch.device, limits: dict[str, float]) -> dict[str, Any]:
     """Say what a reader needs to judge the figures."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
     values: dict[str, Any] = {
         "command": f"{interpreted}python scripts/bench_kernels.py {' '.join(sys.argv[1:])}".strip(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": measure.commit(),
+        "machine": measure.machine(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: installed(name) for name in ("triton", "diffusers", "transformers")},
+        **{name: measure.installed(name) for name in ("triton", "diffusers", "transformers")},
     }
     if device.type == "cuda":
-        query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-        smi = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        try:
-            found = subprocess.run(smi, capture_output=True, text=True, check=False).stdout.strip()
-        except FileNotFoundError:
-            found = "no nvidia-smi"
-        values |= {"gpu": torch.cuda.get_device_name(device), query: found, "cuda": torch.version.cuda}
-        values["cudnn"] = torch.backends.cudnn.version()
-    else:
-        values["cpu"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        values |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return values | {name: round(value, 3) for name, value in limits.items()}
-
-
-def installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def plot(rows: list[dict[str, Any]], values: dict[str, Any], path: Path) -> None:
@@ -349,7 +333,7 @@ def plot(rows: list[dict[str, Any]], values: dict[str, Any], path: Path) -> None
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=1)
     axes.set_xlabel("percent of the limit measured in the same run (copy, or bf16 matrix product)")
-    axes.set_title(f"{values.get('gpu', values.get('cpu'))}, torch {values['torch']}, commit {values['commit']}")
+    axes.set_title(f"{values['machine']}, torch {values['torch']}, commit {values['commit']}")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

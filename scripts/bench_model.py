@@ -541,8 +541,8 @@ LOADERS = {  # component -> provider -> what is imported before the clock runs, 
         ),
     },
 }
-# Prints the seconds of the load alone and the anonymous MiB that it holds afterwards. What the imports left to collect is
-# collected first: it takes 0.1 s, and by chance the load of one library would have to do it and that of the other not.
+# Prints the seconds of the load alone and the anonymous MiB that it holds afterwards. The garbage of the imports is
+# collected before: that takes 0.1 s, and by chance one library's load would trigger it and the other's not.
 LOAD_PROGRAM = """
 import gc, time
 import measure

@@ -151,7 +151,9 @@ def run_stages(args: argparse.Namespace, seconds: dict[str, float]) -> None:
     for name in seconds:
         share = left[name] / sum(left.values())
         del left[name]
-        print(f"stage {name}: {run_stage(args, name, time.time() + share * (end - time.time()))}", flush=True)
+        how = run_stage(args, name, time.time() + share * (end - time.time()))
+        append(args.out, {"stage": "stages", "key": name, "state": "done", "note": how})
+        print(f"stage {name}: {how}", flush=True)
 
 
 def run_stage(args: argparse.Namespace, name: str, deadline: float) -> str:

@@ -185,7 +185,7 @@ def check_case(recorder: Recorder, op: Op, case: Case, dtype_name: str, device: 
             raise ArithmeticError(f"error: got {error:.2e}, want at most {MAX_ERROR[dtype]:.1e}")
         return {"error": error}
 
-    for name, build in find_providers(op, device, False).items():
+    for name, build in find_providers(op, compiled=False).items():
         if name.startswith("ours"):
             recorder.measure(f"{op.name} {case.label} {dtype_name} {name}", functools.partial(check, build))
     prepared.cache_clear()

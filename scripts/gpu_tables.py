@@ -25,7 +25,7 @@ def markdown(lines: dict[tuple[str, str], Line]) -> str:
     header = lines.get(("limits", "header"), {})
     kept = {k: v for k, v in header.items() if v is not None and k not in ("stage", "key", "state", "seconds")}
     sessions = [line for (stage, _), line in lines.items() if stage == "session"]
-    parts = [f"### {header.get('gpu', header.get('cpu', 'unknown machine'))}\n"]
+    parts = [f"### {header.get('machine', 'unknown machine')}\n"]
     parts.append("\n".join(f"- {line['key']}: `{line['note']}`" for line in sessions))
     parts.append("\n".join(f"- {name}: {value}" for name, value in kept.items()) + "\n")
     amiss = [f"- {line['stage']}: {line['key']}: {line['reason']}" for line in lines.values() if "reason" in line]

@@ -57,16 +57,18 @@ class Op:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def find_providers(op: Op, device: torch.device, compile_on_cpu: bool) -> dict[str, Callable[[Inputs], Runner]]:
-    """List the op's providers: the plain op, the compiler, others' code, ours in every variant."""
-    compiled = device.type == "cuda" or compile_on_cpu
+def find_providers(op: Op, compiled: bool) -> dict[str, Callable[[Inputs], Runner]]:
+    """List the op's providers: the plain op, the compiler, others' code, ours in every variant.
+
+    compiled: run what goes through torch.compile; otherwise it says why it is not run.
+    """
 
     def plain(inputs: Inputs) -> Runner:
         return functools.partial(op.reference, **public(inputs)), same
 
     def through_compiler(inputs: Inputs) -> Runner:
         if not compiled:
-            raise RuntimeError("needs --compile on a CPU")
+            raise RuntimeError("needs --compile")
         function = torch.compile(op.reference, dynamic=False, mode="max-autotune-no-cudagraphs")
         return functools.partial(function, **public(inputs)), same
 

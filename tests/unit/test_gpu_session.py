@@ -30,8 +30,11 @@ def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+STAGES = ("limits", "step", "a", "hangs", "after")
+
+
 def states(out: Path) -> dict[str, str]:
-    return {f"{stage}/{key}": line["state"] for (stage, key), line in read_results(out).items() if stage != "session"}
+    return {f"{stage}/{key}": line["state"] for (stage, key), line in read_results(out).items() if stage in STAGES}
 
 
 def test_a_stage_that_is_killed_loses_one_result(tmp_path: Path) -> None:
@@ -55,7 +58,7 @@ def test_a_stage_that_is_killed_loses_one_result(tmp_path: Path) -> None:
     again = run(out, "--stages", "limits", "step", "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
     assert states(out) == first
-    assert len((out / RESULTS).read_text().splitlines()) == len(lines) + 1  # the new session's own line
+    assert len((out / RESULTS).read_text().splitlines()) == len(lines) + 3  # of the new session and its two stages
 
 
 @pytest.mark.slow
@@ -102,6 +105,8 @@ def test_a_stage_that_hangs_is_killed_and_the_next_one_runs(tmp_path: Path, monk
     run_stages(args, {"hangs": 1.0, "after": 1.0})
     assert time.monotonic() - begin < 30
     assert states(tmp_path) == {"hangs/one": "done", "hangs/two": "cut", "after/one": "done"}
+    ends = [line["note"] for (stage, _), line in read_results(tmp_path).items() if stage == "stages"]
+    assert ends == ["out of time, at two", "done"]
 
 
 def recorder(out: Path, seconds: float = 60, stage: str = "a") -> Recorder:
