@@ -119,8 +119,9 @@ class Transformer(nn.Module):
             temb = temb + self.ofs_embed(timestep.new_full((1,), OFS, dtype=torch.float32), latents.dtype)
         temb = F.silu(temb)  # every reader of temb wants its silu
 
+        pixel_frames = (latents.shape[2] - 1) * config.temporal_compression_ratio + 1
         learned = config.use_learned_positional_embeddings and (
-            grid == self._trained_grid() or learned_positions == "slice"
+            pixel_frames == config.sample_frames or learned_positions == "slice"
         )
         sincos, rope = self._tables(grid, latents, learned)
         x = self._embed(latents, prompt_embeds, sincos)  # [B, N, D]

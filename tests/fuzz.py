@@ -13,13 +13,6 @@ from typing import Any
 from tests.reference import TRANSFORMER_VARIANTS
 from tests.tiny_text import TEXT_WIDTH
 
-# What diffusers takes and cogvid does not, or not yet as diffusers does. Drawn as soon as it is not in here.
-UNSUPPORTED = frozenset(
-    {
-        "timestep_spacing", "prediction_type", "beta_schedule", "trained_betas", "set_alpha_to_one", "steps_offset",
-        "head_dim", "ofs_width", "vocabulary", "video_shared_by_prompts", "learned_sample_frames",
-    }
-)  # fmt: skip
 KINDS = ("transformer", "vae", "pipeline", "sampler", "pipeline", "transformer", "vae", "pipeline")
 ILLEGAL_EVERY = 15  # one case in so many is illegal: coprime to the number of kinds, so that all of them get some
 TASKS = {
@@ -64,9 +57,8 @@ class Illegal:
 
 
 class Draw(random.Random):
-    def setting(self, name: str, probability: float) -> bool:
-        """Say whether to draw something unusual of that name."""
-        return self.random() < probability and name not in UNSUPPORTED
+    def chance(self, probability: float) -> bool:
+        return self.random() < probability
 
 
 def draw_case(number: int) -> Case:
@@ -74,7 +66,7 @@ def draw_case(number: int) -> Case:
     case = Case(number, KINDS[number % len(KINDS)])
     {"transformer": _transformer, "vae": _vae, "sampler": _sampler, "pipeline": _pipeline}[case.kind](case, draw)
     if number % ILLEGAL_EVERY == ILLEGAL_EVERY - 1:
-        names = [name for name, illegal in ILLEGAL.items() if name not in UNSUPPORTED and illegal.fits(case)]
+        names = [name for name, illegal in ILLEGAL.items() if illegal.fits(case)]
         case.illegal = draw.choice(names)
         ILLEGAL[case.illegal].spoil(case, draw)
     return case
@@ -123,8 +115,6 @@ def _transformer_options(variant: str, draw: Draw) -> dict[str, Any]:
     if variant.startswith("1.5"):
         # Upstream cuts positions out of a table of this size.
         options |= {name: draw.randint(24, 40) for name in ("sample_height", "sample_width")}
-    if variant == "5b-i2v" and not draw.setting("learned_sample_frames", 1.0):
-        options["sample_frames"] = draw.choice([1, 5, 9, 13, 17])
     if variant == "1.5-5b-i2v":
         options["ofs_embed_dim"] = options["time_embed_dim"]
     return options
@@ -194,19 +184,19 @@ def _scheduler_options(draw: Draw) -> dict[str, Any]:
         "timestep_spacing": "trailing",
         "prediction_type": "v_prediction",
     }
-    if draw.setting("timestep_spacing", 0.4):
+    if draw.chance(0.4):
         options["timestep_spacing"] = draw.choice(["leading", "linspace"])
-    if draw.setting("prediction_type", 0.4):
+    if draw.chance(0.4):
         options["prediction_type"] = draw.choice(["epsilon", "sample"])
     if options["prediction_type"] == "epsilon":
         options["rescale_betas_zero_snr"] = False  # x0 from pure noise would be divided by zero
-    if draw.setting("beta_schedule", 0.3):
+    if draw.chance(0.3):
         options["beta_schedule"] = draw.choice(["linear", "squaredcos_cap_v2"])
-    if draw.setting("trained_betas", 0.1):
+    if draw.chance(0.1):
         options["trained_betas"] = [draw.uniform(1e-4, 2e-2) for _ in range(1000)]
-    if draw.setting("set_alpha_to_one", 0.2):
+    if draw.chance(0.2):
         options["set_alpha_to_one"] = False
-    if draw.setting("steps_offset", 0.2) and options["timestep_spacing"] == "leading":
+    if draw.chance(0.2) and options["timestep_spacing"] == "leading":
         options["steps_offset"] = 1
     return options
 
@@ -252,12 +242,10 @@ def _pipeline(case: Case, draw: Draw) -> None:
         "latents": task != "v2v" and draw.random() < 0.25,
         "strength": draw.uniform(0.3, 1.0),
         "output_type": draw.choice(["latent", "np", "pt"]),
-        "extra_ids": 100 if draw.setting("vocabulary", 0.3) else 0,
+        "extra_ids": 100 if draw.chance(0.3) else 0,
     }
     if task == "v2v":
         case.call["num_inference_steps"] = draw.randint(4, 6)
-        if case.call["generators"] == 1 and not draw.setting("video_shared_by_prompts", 1.0):
-            case.call |= {"generators": videos}
         if case.call["generators"] > 1 and patch_t > 1:
             # Upstream counts the clips of a batch for the frames of one.
             case.call |= {"prompts": 1, "videos_per_prompt": 1, "generators": 1}

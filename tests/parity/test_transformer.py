@@ -289,6 +289,15 @@ def test_wrong_dtype_raises() -> None:
         model(latents.bfloat16(), prompt_embeds, timestep)
 
 
+def test_learned_positions_are_for_the_configured_frame_count_to_the_frame() -> None:
+    """12 frames make as many latents as 9 do, but upstream asks for the 12 that no count of latents stands for."""
+    reference = tiny_transformer("5b-i2v", sample_frames=12)
+    model = ours_like(reference)
+    args = inputs(model, SIZES["trained"])
+    assert rel_rms(model(*args), run_reference(reference, *args)) < TRANSFORMER_FP32
+    assert rel_rms(model(*args, learned_positions="slice"), model(*args)) > 0.1
+
+
 def test_wrong_learned_positions_raise() -> None:
     model = ours_like(tiny_transformer("5b-i2v"))
     with pytest.raises(ValueError, match="learned_positions: got 'crop', want 'sincos' or 'slice'"):
