@@ -36,8 +36,9 @@ MID_BLOCK_LAYERS = 2
 # neither needs reordered copies of its input and output.
 LAYOUT = torch.channels_last_3d
 # Larger inputs of a convolution are worked off some frames at a time: without a second copy of all of it (for the past
-# frames, or enlarged), and with indices that stay far below 2**31. At 2**22 elements this costs no speed.
-CONV_ELEMENTS = 2**22
+# frames, or enlarged), and with indices that stay far below 2**31. On a CPU 2**22 elements cost no speed. A GPU needs
+# more work at a time (a frame of 480x720 is 2**25 elements); which number is best there was not measured.
+CONV_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 
 
 class VAE(nn.Module):
@@ -383,7 +384,8 @@ def _as_videos(images: Tensor, batch: int) -> Tensor:
 
 def _frames_at_once(x: Tensor, scale: int = 1) -> int:
     """Return how many frames of `x`, `scale` times enlarged, make up `CONV_ELEMENTS`; at least one."""
-    return max(CONV_ELEMENTS // (scale * x[:, :, 0].numel()), 1)
+    limit = CONV_ELEMENTS.get(x.device.type, CONV_ELEMENTS["cpu"])
+    return max(limit // (scale * x[:, :, 0].numel()), 1)
 
 
 def _check_video(name: str, x: Tensor, channels: int) -> None:

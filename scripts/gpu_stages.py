@@ -450,7 +450,8 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
         return {"torch": plain, "triton": bench_model.assign(VAE, size.vae, Ops.triton(), plain.state_dict())}
 
     def decode(name: str, elements: int, graph: bool = False) -> dict[str, Any]:
-        kept, cogvid.vae.CONV_ELEMENTS = cogvid.vae.CONV_ELEMENTS, elements
+        kept = cogvid.vae.CONV_ELEMENTS[device]
+        cogvid.vae.CONV_ELEMENTS[device] = elements
         try:
             call: Callable[[], Tensor] = functools.partial(models()[name].decode, z)
             call = graphed(call) if graph else call
@@ -463,7 +464,7 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
             peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
             return {"error": error, "median_ms": milliseconds, "peak_gib": peak}
         finally:
-            cogvid.vae.CONV_ELEMENTS = kept
+            cogvid.vae.CONV_ELEMENTS[device] = kept
 
     def diffusers() -> dict[str, Any]:
         model: Any = measure.build(lambda: measure.diffusers_vae(size.vae), target, dtype)

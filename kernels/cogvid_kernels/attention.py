@@ -469,7 +469,9 @@ def _attention(
         arguments = _attention_arguments(q, k, v, out, written_lse, key_norms, scale, variant, arch, tile)
         programs = arguments["num_tiles"]
         if arguments["PERSISTENT"] and q.is_cuda:
-            programs = min(programs, 2 * torch.cuda.get_device_properties(q.device).multi_processor_count)
+            # As many as run at once: the bounded form takes 138 registers of 256 threads, so only one fits.
+            at_once = 1 if arguments["BOUNDED"] else 2
+            programs = min(programs, at_once * torch.cuda.get_device_properties(q.device).multi_processor_count)
         elif arguments["PERSISTENT"]:
             programs = min(programs, 3)  # the interpreter: few enough that each program takes several tiles
         _attention_kernel[(programs,)](**arguments)

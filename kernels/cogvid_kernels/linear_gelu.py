@@ -53,7 +53,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None 
     Args:
         x: `[..., K]` fp32, bf16 or fp16, contiguous.
         weight: `[M, K]` contiguous, x's dtype.
-        bias: `[M]`, x's dtype.
+        bias: `[M]`, x's dtype. Under torch.autocast all three are converted to its dtype, as those of a linear are.
         variant: "epilogue" (CUDA alone) or "kernel"; None takes the epilogue on CUDA.
 
     Returns:
@@ -63,6 +63,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None 
         ValueError: an argument is not as described; the message names it.
     """
     want_tensors(x=x, weight=weight, bias=bias)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     return _operator(x, weight, bias, variant)
 
 

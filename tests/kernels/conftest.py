@@ -12,6 +12,9 @@ import measure
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What kernels are held against must be fp32 where it says fp32; cuDNN takes TF32 unless told otherwise.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
 # torch remembers at its first use which functions `with torch.device(...)` redirects. It must not remember the poisoned
 # ones below, or every later "meta" model of this process would be built in real memory.
 with torch.device("meta"):

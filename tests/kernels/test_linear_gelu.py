@@ -37,6 +37,13 @@ def test_extremes(device: torch.device) -> None:
     assert_same_specials([linear_gelu(x, weight, bias)], [ops.linear_gelu(x, weight, bias)])
 
 
+def test_autocast_converts_as_it_does_for_a_linear(device: torch.device) -> None:
+    x, weight, bias = (t.to(device) for t in make((6, 8), 16))
+    with torch.autocast(device.type, torch.bfloat16):
+        out = linear_gelu(x.bfloat16(), weight, bias)
+    assert torch.equal(out, linear_gelu(*(t.bfloat16() for t in (x, weight, bias))))
+
+
 def test_the_epilogue_is_refused_on_a_cpu() -> None:
     x, weight, bias = make((6, 8), 16)
     with pytest.raises(ValueError, match="variant: got 'epilogue' on cpu, wanted cuda"):
