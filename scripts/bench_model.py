@@ -386,7 +386,7 @@ def bench_step(
     calls: dict[str, Call] = {}
     if has_diffusers():
         reference = measure.build(lambda: measure.diffusers_transformer(config), device, dtype)
-        rotary = measure.rotary_table(config, step.latents, device)
+        rotary = measure.rotary_table(reference, x)
         plain = dict(reference.attn_processors)
         reference.fuse_qkv_projections()
         fused = dict(reference.attn_processors)

@@ -422,7 +422,7 @@ def step(recorder: Recorder, device: str, compile: bool) -> None:
         model: Any = measure.build(lambda: measure.diffusers_transformer(config), target, dtype)
         state = bench_model.map_transformer_state_dict(dict(model.state_dict()), config)
         models()["torch"].load_state_dict(state)  # the same weights on both sides
-        rope = measure.rotary_table(config, evaluation.latents, target)
+        rope = measure.rotary_table(model, x)
         return lambda: measure.call_diffusers(model, x, text, t, rope)
 
     for name, make in {

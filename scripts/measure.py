@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -189,18 +190,15 @@ def call_diffusers(
     return out.transpose(1, 2)
 
 
-def rotary_table(
-    config: TransformerConfig, latents: tuple[int, int, int], device: torch.device
-) -> tuple[Tensor, Tensor] | None:
-    """The table that diffusers' pipelines hand to their transformer, which ours makes inside; latents: T, h, w."""
-    if not config.use_rotary_positional_embeddings:
+def rotary_table(model: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The table that diffusers' pipelines hand to their transformer for `[B, C, T, h, w]`; ours makes it inside."""
+    if not model.config.use_rotary_positional_embeddings:
         return None
     from diffusers import CogVideoXPipeline
 
-    transformer = type("Transformer", (), {"config": type("Config", (), config.to_dict())})
-    pipe: Any = type("Pipeline", (), {"vae_scale_factor_spatial": 8, "transformer": transformer})
-    frames, height, width = latents
-    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height * 8, width * 8, frames, device)
+    pipe: Any = SimpleNamespace(vae_scale_factor_spatial=8, transformer=model)  # all that the method reads
+    frames, height, width = latents.shape[2:]
+    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height * 8, width * 8, frames, latents.device)
 
 
 def run_samplers(name: str, config: SchedulerConfig, scheduler: Any, steps: int = 20) -> tuple[Tensor, Tensor]:

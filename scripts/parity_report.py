@@ -27,8 +27,9 @@ from cogvid.sampler import SAMPLERS
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 from cogvid.weights import map_transformer_state_dict, map_vae_state_dict
-from tests.pipelines import SCHEDULERS, picture, save_pipeline, tiny_pipeline
+from tests.pipelines import picture, save_pipeline, tiny_pipeline
 from tests.reference import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
+from tests.schedulers import SCHEDULERS
 
 Run = Callable[[torch.dtype], Tensor]  # the output of one side, computed in a dtype
 
@@ -120,7 +121,7 @@ def transformer_runs(variant: str) -> tuple[Run, Run]:
     latents = randn(2, config.in_channels, 4, 8, 12, seed=1)
     text = randn(2, config.max_text_seq_length, config.text_embed_dim, seed=2)
     timestep = torch.tensor([999, 321])
-    rope = measure.rotary_table(config, (4, 8, 12), torch.device("cpu"))
+    rope = measure.rotary_table(reference, latents)
 
     def ours(dtype: torch.dtype) -> Tensor:
         return model.to(dtype)(latents.to(dtype), text.to(dtype), timestep)

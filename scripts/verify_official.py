@@ -432,7 +432,7 @@ def transformer_sides(job: Job, text: TextInputs) -> tuple[Side, Side]:
         from diffusers import CogVideoXTransformer3DModel
 
         model = _theirs(job, CogVideoXTransformer3DModel, "transformer", dtype)
-        rotary = measure.rotary_table(config, shape, job.device)
+        rotary = measure.rotary_table(model, latents)
         return {"transformer": measure.call_diffusers(model, latents.to(dtype), prompt(dtype), timestep, rotary)}
 
     return ours, theirs

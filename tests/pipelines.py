@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    CogVideoXImageToVideoPipeline,
-    CogVideoXPipeline,
-    CogVideoXVideoToVideoPipeline,
-)
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from transformers import T5Tokenizer
@@ -20,13 +13,17 @@ from transformers import T5Tokenizer
 from tests.reference import tiny_transformer, tiny_vae
 from tests.tiny_text import spiece_model, tiny_encoder
 
+if TYPE_CHECKING:
+    from diffusers import CogVideoXVideoToVideoPipeline
+
 TEXT_LEN = 10  # of `tiny_transformer`
-SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 SNR_SHIFT = {"2b": 3.0}  # 1.0 otherwise
 
 
 def tiny_pipeline(variant: str, seed: int = 0, **transformer: Any) -> tuple[Any, bytes]:
     """Build the diffusers pipeline of a variant of `tests.reference`, and its `spiece.model`."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
     scaling = {"scaling_factor": 0.7} if variant != "2b" else {}
     scheduler = CogVideoXDDIMScheduler(
         snr_shift_scale=SNR_SHIFT.get(variant, 1.0),
@@ -64,6 +61,8 @@ def assemble(
 
 def as_video_to_video(pipe: Any) -> CogVideoXVideoToVideoPipeline:
     """Give the parts of a text-to-video pipeline to the video-to-video one."""
+    from diffusers import CogVideoXVideoToVideoPipeline
+
     other = CogVideoXVideoToVideoPipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
     return other

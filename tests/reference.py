@@ -1,19 +1,22 @@
-"""Builders of tiny reference models (the real diffusers classes with random weights) and the measures of error."""
+"""Builders of tiny reference models (the real diffusers classes with random weights) and the measures of error.
+
+Only the builders need diffusers, so that where it is absent the tests without them run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
-from torch import Tensor, nn
+from torch import nn
 
-from cogvid.transformer import OFS
-from measure import rel_rms as rel_rms
+from measure import rel_rms
 from tests.tolerances import FRAMES_FP32, FRAMES_MAX_ABS
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -62,6 +65,8 @@ def perturb(module: Module, seed: int = 0, scale: float = 0.1) -> Module:
 
 def tiny_transformer(variant: str, seed: int = 0, **overrides: Any) -> CogVideoXTransformer3DModel:
     """Build the real diffusers transformer of one of `TRANSFORMER_VARIANTS`, tiny, every parameter perturbed."""
+    from diffusers import CogVideoXTransformer3DModel
+
     torch.manual_seed(seed)
     model = perturb(CogVideoXTransformer3DModel(**{**_TINY, **_VARIANTS[variant], **overrides}), seed)
     if model.config["use_learned_positional_embeddings"]:
@@ -73,6 +78,8 @@ def tiny_transformer(variant: str, seed: int = 0, **overrides: Any) -> CogVideoX
 
 def tiny_vae(seed: int = 0, **overrides: Any) -> AutoencoderKLCogVideoX:
     """Build the real diffusers VAE, tiny, every parameter perturbed."""
+    from diffusers import AutoencoderKLCogVideoX
+
     torch.manual_seed(seed)
     config: dict[str, Any] = {
         "block_out_channels": (8, 16, 16, 24),
@@ -85,32 +92,6 @@ def tiny_vae(seed: int = 0, **overrides: Any) -> AutoencoderKLCogVideoX:
         "sample_width": 96,
     }
     return perturb(AutoencoderKLCogVideoX(**{**config, **overrides}), seed).eval().requires_grad_(False)
-
-
-def reference_rope(reference: CogVideoXTransformer3DModel, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return what the real pipeline would pass with such latents; its method reads only these of its object."""
-    if not reference.config["use_rotary_positional_embeddings"]:
-        return None
-    pipeline = SimpleNamespace(vae_scale_factor_spatial=8, transformer=reference)
-    frames, height, width = latents.shape[2:]
-    return CogVideoXPipeline._prepare_rotary_positional_embeddings(
-        pipeline, height * 8, width * 8, frames, latents.device
-    )
-
-
-def run_reference(
-    reference: CogVideoXTransformer3DModel, latents: Tensor, prompt_embeds: Tensor, timestep: Tensor
-) -> Tensor:
-    """Call diffusers' model, whose latents are `[B, T, C, h, w]`, as its pipelines do."""
-    (out,) = reference(
-        latents.transpose(1, 2),
-        prompt_embeds,
-        timestep,
-        ofs=latents.new_full((1,), OFS) if reference.config["ofs_embed_dim"] else None,
-        image_rotary_emb=reference_rope(reference, latents),
-        return_dict=False,
-    )
-    return out.transpose(1, 2)
 
 
 def pooled_ratio(errors: Iterable[tuple[float, float]]) -> float:

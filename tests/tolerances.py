@@ -1,7 +1,7 @@
 """Every tolerance of the test suite: one line of reason and the largest measured value beside each.
 
-`rel rms` is `tests.reference.rel_rms`, `pooled` is `pooled_ratio`. fp32 on a CPU unless said otherwise; the largest
-measured is that of all rows of scripts/test_matrix.sh on an AMD EPYC with AVX-512.
+`rel rms` is `measure.rel_rms`, `pooled` is `tests.reference.pooled_ratio`. fp32 on a CPU unless said otherwise; the
+largest measured is that of all rows of scripts/test_matrix.sh on an AMD EPYC with AVX-512.
 """
 
 # Sampler and text

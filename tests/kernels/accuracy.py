@@ -8,8 +8,8 @@ from torch import Tensor
 
 import cogvid_kernels
 from cogvid import ops
+from measure import rel_rms
 from tests import tolerances
-from tests.reference import rel_rms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cogvid.ops import Ops
 from cogvid_kernels.attention import VARIANTS, attention
+from measure import rel_rms
 from tests import tolerances
-from tests.reference import rel_rms
 
 # The interpreter is NumPy, which warns of the overflows that these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

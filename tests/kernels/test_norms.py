@@ -6,9 +6,9 @@ from torch import Tensor
 
 import cogvid_kernels
 from cogvid import ops
+from measure import rel_rms
 from tests import tolerances
 from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials, randn
-from tests.reference import rel_rms
 
 # The interpreter is NumPy, which warns of the overflows that some of these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -16,9 +16,9 @@ from cogvid import ops
 from cogvid.config import TransformerConfig
 from cogvid.ops import Ops
 from cogvid.transformer import Transformer
+from measure import rel_rms
 from tests import tolerances
 from tests.kernels.accuracy import DTYPES, moved, randn, results
-from tests.reference import rel_rms
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

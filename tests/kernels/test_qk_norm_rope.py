@@ -7,9 +7,9 @@ from torch import Tensor
 
 from cogvid import ops
 from cogvid_kernels import attention, qk_norm_rope
+from measure import rel_rms
 from tests import tolerances
 from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials, randn
-from tests.reference import rel_rms
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

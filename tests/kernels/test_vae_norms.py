@@ -10,8 +10,8 @@ from torch import Tensor
 from cogvid import ops
 from cogvid_kernels import group_norm_silu, spatial_norm_silu
 from cogvid_kernels._tiles import INTERPRETER, TILES, Tile
+from measure import rel_rms
 from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials, randn
-from tests.reference import rel_rms
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 import cogvid
 from cogvid.hub import find
-from tests.pipelines import SCHEDULERS, as_video_to_video, picture, save_pipeline, tiny_pipeline
+from tests.pipelines import as_video_to_video, picture, save_pipeline, tiny_pipeline
+from tests.schedulers import SCHEDULERS
 
 SIZE = {"sample_height": 4, "sample_width": 6}  # 32x48 pixels, so that 50 steps take seconds
 # What diffusers' defaults need besides: room for 226 tokens where positions are added, and for 49 frames where they

@@ -20,9 +20,11 @@ from torch import Generator, Tensor, nn
 import cogvid
 from cogvid.config import SchedulerConfig
 from cogvid.sampler import SAMPLERS, add_noise, make_schedule
+from measure import call_diffusers, rel_rms, rotary_table
 from tests.fuzz import ILLEGAL, ILLEGAL_EVERY, KINDS, Case, draw_case
-from tests.pipelines import SCHEDULERS, assemble, picture, save_pipeline
-from tests.reference import rel_rms, run_reference, tiny_transformer, tiny_vae
+from tests.pipelines import assemble, picture, save_pipeline
+from tests.reference import tiny_transformer, tiny_vae
+from tests.schedulers import SCHEDULERS
 from tests.tiny_text import TEXT_WIDTH
 from tests.tolerances import FUZZ_CHAOS, FUZZ_FP32
 
@@ -143,7 +145,7 @@ def transformer(case: Case, directory: Path) -> Runs:
 
     def theirs(change: float) -> list[Tensor]:
         with changed([reference], change), torch.no_grad():
-            return [run_reference(reference, *args)]
+            return [call_diffusers(reference, *args, rotary_table(reference, args[0]))]
 
     return Runs(lambda: [cogvid.load_transformer(directory)(*args)], theirs)
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 import cogvid
+from measure import rel_rms
 from tests import tolerances
-from tests.pipelines import SCHEDULERS, TEXT_LEN, as_video_to_video, picture, save_pipeline, tiny_pipeline
-from tests.reference import TRANSFORMER_VARIANTS, assert_frames_equal, rel_rms
+from tests.pipelines import TEXT_LEN, as_video_to_video, picture, save_pipeline, tiny_pipeline
+from tests.reference import TRANSFORMER_VARIANTS, assert_frames_equal
+from tests.schedulers import SCHEDULERS
 
 SIZES = {"64x96": (64, 96), "96x48": (96, 48)}
 GUIDANCE: dict[str, dict[str, Any]] = {

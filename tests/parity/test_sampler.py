@@ -30,10 +30,11 @@ from cogvid.sampler import (
     make_schedule,
     velocity,
 )
-from tests.reference import pooled_ratio, rel_rms, tiny_transformer, tiny_vae
+from measure import rel_rms
+from tests.reference import pooled_ratio, tiny_transformer, tiny_vae
+from tests.schedulers import SCHEDULERS
 from tests.tolerances import ADD_NOISE_FP32, SAMPLER_FP32, SAMPLER_LOW_PRECISION
 
-SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 STEP_COUNTS = [1, 2, 5, 7, 20, 28, 50]  # 7 and 28 do not divide 1000 and end at t = 0
 SHIFTS = [1.0, 3.0]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from cogvid.config import TransformerConfig
 from cogvid.transformer import Transformer
 from cogvid.weights import map_transformer_state_dict
-from tests.reference import TRANSFORMER_VARIANTS, pooled_ratio, reference_rope, rel_rms, run_reference, tiny_transformer
+from measure import call_diffusers, rel_rms, rotary_table
+from tests.reference import TRANSFORMER_VARIANTS, pooled_ratio, tiny_transformer
 from tests.tolerances import (
     BATCH_FP32,
     BLOCK_FP32,
@@ -42,6 +43,10 @@ def ours_like(reference: CogVideoXTransformer3DModel) -> Transformer:
     model = Transformer(config).to(reference.dtype)
     model.load_state_dict(map_transformer_state_dict(reference.state_dict(), config), strict=True)
     return model.eval().requires_grad_(False)
+
+
+def run_reference(reference: CogVideoXTransformer3DModel, latents: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
+    return call_diffusers(reference, latents, text, timestep, rotary_table(reference, latents))
 
 
 def inputs(model: Transformer, size: Size, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +112,7 @@ def test_block(variant: str) -> None:
     reference = tiny_transformer(variant)
     model = ours_like(reference)
     latents, _, _ = inputs(model, SIZES["trained"])
-    rotary = reference_rope(reference, latents)
+    rotary = rotary_table(reference, latents)
     generator = torch.Generator().manual_seed(1)
     video_len = 3 * 4 * 6
     x = torch.randn(2, TEXT + video_len, model.config.hidden_size, generator=generator)

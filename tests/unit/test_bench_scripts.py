@@ -39,6 +39,7 @@ def run(script: str, *arguments: str, **environment: str) -> tuple[str, dict[str
 
 
 def test_bench_kernels_runs_to_its_end(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers")
     files = tmp_path / "out.json", tmp_path / "out.png"
     out, result = run(
         "bench_kernels.py", "--device", "cpu", "--runs", "1", "--json", str(files[0]), "--plot", str(files[1])
@@ -69,6 +70,7 @@ def table(out: str) -> dict[str, list[str]]:
 
 
 def test_bench_model_times_all_models_beside_diffusers() -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers")
     parts = ("text", "step", "decode")
     out, result = run(
         *("bench_model.py", "--size", "toy", "--device", "cpu", "--model", "all", "--runs", "1", "--parts", *parts),
@@ -90,6 +92,7 @@ def test_bench_model_times_all_models_beside_diffusers() -> None:
 
 
 def test_bench_model_times_the_kernels_too() -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers")
     _, result = run("bench_model.py", "--size", "toy", "--device", "cpu", "--runs", "1", "--parts", "step", "decode")
     for part in ("step", "decode"):
         providers = {row["provider"] for row in result["rows"] if row["part"].startswith(part) and "median" in row}
@@ -97,6 +100,7 @@ def test_bench_model_times_the_kernels_too() -> None:
 
 
 def test_bench_model_loads_in_fresh_processes() -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers")
     _, result = run("bench_model.py", "--size", "toy", "--device", "cpu", "--runs", "1", "--parts", "load")
     parts = {row["part"] for row in result["rows"]}
     assert parts == {

@@ -33,11 +33,13 @@ QUICK = ["--height", "32", "--width", "48", "--num-frames", "9", "--num-inferenc
 
 @pytest.fixture(scope="module")
 def t2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("diffusers", reason="needs diffusers")
     return save_pipeline(*tiny_pipeline("5b"), tmp_path_factory.mktemp("t2v"))
 
 
 @pytest.fixture(scope="module")
 def i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("diffusers", reason="needs diffusers")
     options = {"sample_height": 4, "sample_width": 6}
     return save_pipeline(*tiny_pipeline("5b-i2v", **options), tmp_path_factory.mktemp("i2v"))
 

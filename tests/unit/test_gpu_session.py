@@ -38,6 +38,7 @@ def states(out: Path) -> dict[str, str]:
 
 
 def test_a_stage_that_is_killed_loses_one_result(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers")
     out = tmp_path / "out"
     done = run(out, "--stages", "limits", "step", "--die-at", DIES_AT)
     assert done.returncode == 0, done.stdout + done.stderr

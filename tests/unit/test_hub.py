@@ -101,7 +101,7 @@ class Hub(BaseHTTPRequestHandler):
         files = self.repositories.get(repo, {})
         if not repo:
             pass
-        elif path.startswith(f"/api/models/{repo}/tree/{COMMIT}"):
+        elif path.startswith((f"/api/models/{repo}/tree/{COMMIT}", f"/api/models/{repo}/tree/main")):
             entries = [{"type": "file", "path": n, "size": len(b), "oid": digest(b)} for n, b in files.items()]
             body = json.dumps(entries).encode()
         elif path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):

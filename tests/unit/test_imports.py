@@ -109,6 +109,17 @@ def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_tests_can_be_collected_without_diffusers() -> None:
+    """Those in tests/parity are left out as a whole; the others ask for it where they need it."""
+    needing = {"tests/schedulers.py", "scripts/parity_report.py"}
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        if path.parent.name == "parity" or str(path.relative_to(ROOT)) in needing:
+            continue
+        at_top = {name for name, when_imported in imports(path) if when_imported}
+        assert "tests.schedulers" not in at_top, path
+        assert not [name for name in at_top if name.partition(".")[0] == "diffusers"], path
+
+
 def test_public_names_exist_and_are_lazy() -> None:
     for name in cogvid.__all__:
         assert getattr(cogvid, name) is not None

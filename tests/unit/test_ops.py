@@ -9,14 +9,13 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.nn import functional as F
 
 from cogvid import ops
 from cogvid.ops import Ops, resolve_ops
-from tests.reference import perturb, rel_rms
+from measure import rel_rms
+from tests.reference import perturb
 from tests.tolerances import OP_FP32, OP_LOW_PRECISION, SPATIAL_NORM_FP32
 
 BATCH, TEXT, VIDEO, HEADS, HEAD_DIM, WIDTH, EPS = 2, 5, 12, 3, 16, 48, 1e-6
@@ -209,6 +208,7 @@ def test_attention_takes_strided_views() -> None:
 
 
 def test_rotation_is_that_of_diffusers() -> None:
+    embeddings = pytest.importorskip("diffusers.models.embeddings", reason="needs diffusers")
     generator = torch.Generator().manual_seed(4)
     q, k = (torch.randn(BATCH, TEXT + VIDEO, HEADS, HEAD_DIM, generator=generator) for _ in range(2))
     one, zero = torch.ones(HEAD_DIM), torch.zeros(HEAD_DIM)
@@ -218,13 +218,16 @@ def test_rotation_is_that_of_diffusers() -> None:
     tables = [t.repeat_interleave(2, dim=1) for t in rope_tables()]
     for before, after in zip(plain, turned, strict=True):
         assert torch.equal(before[:, :TEXT], after[:, :TEXT])
-        theirs = apply_rotary_emb(before[:, TEXT:], tables, sequence_dim=1)
+        theirs = embeddings.apply_rotary_emb(before[:, TEXT:], tables, sequence_dim=1)
         assert rel_rms(after[:, TEXT:], theirs) < OP_FP32
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 8, 9, 17])
 def test_spatial_norm_is_that_of_diffusers(frames: int) -> None:
     """The 1x1x1 convolutions commute with the upsampling, so that ours convolve the small latent."""
+    pytest.importorskip("diffusers", reason="needs diffusers")
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
+
     torch.manual_seed(5)
     norm = perturb(CogVideoXSpatialNorm3D(f_channels=8, zq_channels=4, groups=4), 5)
     latent_frames = {1: 1, 2: 1, 4: 2, 5: 3, 8: 2, 9: 3, 17: 5}[frames]

@@ -2,6 +2,9 @@
 
 import re
 
+import pytest
+
+pytest.importorskip("diffusers", reason="needs diffusers")
 import parity_report
 
 NUMBER = r"\d\.\d+e[+-]\d+"

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
-from diffusers.models.embeddings import get_3d_sincos_pos_embed
 
 from cogvid.rope import Positions, index_positions, resize_crop_positions, rotary_table, sincos_table
 
@@ -27,6 +25,7 @@ def pipeline_rope(
     grid: tuple[int, int, int], patch_size_t: int | None, sample_height: int, sample_width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call the real pipeline's method, which reads nothing of its object but these."""
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
     config = SimpleNamespace(
         patch_size=2,
         patch_size_t=patch_size_t,
@@ -36,7 +35,7 @@ def pipeline_rope(
     )
     pipeline = SimpleNamespace(vae_scale_factor_spatial=8, transformer=SimpleNamespace(config=config))
     frames, height, width = grid
-    return CogVideoXPipeline._prepare_rotary_positional_embeddings(
+    return diffusers.CogVideoXPipeline._prepare_rotary_positional_embeddings(
         pipeline, height * 16, width * 16, frames * (patch_size_t or 1), torch.device("cpu")
     )
 
@@ -72,8 +71,9 @@ def test_resize_crop_counts_at_the_training_size() -> None:
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 @pytest.mark.parametrize("scales", [(1.875, 1.0), (1.0, 1.5)], ids=["2b", "other-scales"])
 def test_sincos_table_is_that_of_diffusers(grid: tuple[int, int, int], scales: tuple[float, float]) -> None:
+    embeddings = pytest.importorskip("diffusers.models.embeddings", reason="needs diffusers")
     frames, height, width = grid
-    theirs = get_3d_sincos_pos_embed(sum(WIDTHS), (width, height), frames, *scales).flatten(0, 1)
+    theirs = embeddings.get_3d_sincos_pos_embed(sum(WIDTHS), (width, height), frames, *scales).flatten(0, 1)
     ours = sincos_table(grid, WIDTHS, spatial_scale=scales[0], temporal_scale=scales[1])
     # fp64 on both sides. Rounded to fp32, as the models use it, equal bits would be luck: some value is near a tie.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-15)

@@ -16,7 +16,7 @@ from transformers import T5EncoderModel
 from cogvid.hub import PACKS
 from cogvid.ops import Ops, rms_norm
 from cogvid.text import Tokenizer, load_text_encoder, use_ops
-from tests.reference import rel_rms
+from measure import rel_rms
 from tests.tiny_text import save_text_parts, train_tokenizer
 from tests.tolerances import TEXT_FP32
 from tiny_world import corpus
@@ -157,7 +157,8 @@ def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
         load_text_encoder(root)
 
     for values, words in (
-        ({"num_heads": "x"}, r"config\.json: got .*'num_heads'.*, want a T5 encoder's config$"),
+        # The reason is transformers', or, where an older one does not look at types, torch's.
+        ({"num_heads": "x"}, r"config\.json: got .*('num_heads'|of type str).*, want a T5 encoder's config$"),
         ({"dense_act_fn": "nope"}, r"config\.json: got 'nope', want a T5 encoder's config$"),
         ({"d_kv": -1}, r"config\.json: got .*negative dimension.*, want a T5 encoder's config$"),
     ):
@@ -198,6 +199,8 @@ def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
     "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float64, torch.float8_e4m3fn]
 )
 def test_one_tensor_that_is_no_weight_is_refused(checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    if dtype == torch.complex64:
+        pytest.importorskip("safetensors", minversion="0.7")  # older ones write no complex numbers
     root, name = copy_of(checkpoint, tmp_path), "encoder.block.1.layer.0.layer_norm.weight"
     path = root / "text_encoder" / "model.safetensors"
     state = load_file(path)

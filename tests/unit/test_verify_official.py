@@ -41,6 +41,7 @@ def cells(out: str) -> dict[str, str]:
 
 def custom(directory: Path, variant: str) -> Path:
     """Write a tiny checkpoint with diffusers, in the dtypes of the official ones."""
+    pytest.importorskip("diffusers", reason="needs diffusers")
     pipe, spiece = tiny_pipeline(variant)
     pipe.transformer.to(torch.bfloat16)
     return save_pipeline(pipe, spiece, directory)
@@ -48,6 +49,7 @@ def custom(directory: Path, variant: str) -> Path:
 
 @pytest.mark.parametrize("pack", ["tiny-i2v", "tiny-t2v"])
 def test_shipped_packs_pass(pack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers")
     file = tmp_path / "found.json"
     assert verify_official.main([pack, "--device", "cpu", "--steps", "2", "--json", str(file)]) == 0
     row = cells(capsys.readouterr().out)
@@ -77,6 +79,8 @@ def test_every_kind_of_checkpoint_passes(variant: str, tmp_path: Path, capsys: p
 
 
 def test_an_unlike_weight_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers")
+
     def wrong(*args: Any, **options: Any) -> Any:
         vae = load_vae(*args, **options)
         next(p for name, p in vae.named_parameters() if name.endswith("conv_out.weight")).mul_(1.001)
@@ -160,6 +164,7 @@ def test_what_the_hub_is_asked_for_is_enough(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.slow
 def test_a_checkpoint_of_real_width_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two layers of 5B's width and the whole of the official VAE, random, as diffusers writes them."""
+    pytest.importorskip("diffusers", reason="needs diffusers")
     pipe, spiece = tiny_pipeline("5b", num_attention_heads=48, attention_head_dim=64, num_layers=2, time_embed_dim=512)
     torch.manual_seed(0)
     measure.randomise(pipe.transformer).to(torch.bfloat16)

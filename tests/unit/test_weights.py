@@ -463,6 +463,8 @@ FOREIGN = [
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
 @pytest.mark.parametrize("dtype", FOREIGN, ids=str)
 def test_one_tensor_that_is_no_weight_is_refused(checkpoint: Path, dtype: torch.dtype, sharded: bool) -> None:
+    if dtype == torch.complex64:
+        pytest.importorskip("safetensors", minversion="0.7")  # older ones write no complex numbers
     for part, name in (("transformer", FFN), ("vae", "decoder.conv_out.conv.bias")):
         state = load_file(checkpoint / part / WEIGHTS)
         save_file({**state, name: state[name].to(dtype)}, checkpoint / part / WEIGHTS)
