@@ -138,11 +138,11 @@ def _fetch(
     )
 
     components = list(components)
-    weighty = [part for part in components if part in WEIGHTS]
+    weighted = [part for part in components if part in WEIGHTS]
     files = ["model_index.json"]
     for part in components:
         files += [f"{part}/{name}" for name in (TOKENIZER_FILES if part == "tokenizer" else [CONFIG_FILES[part]])]
-    any_variant = [f"{part}/{WEIGHTS[part]}*.{end}" for part in weighty for end in ("safetensors", "json")]
+    any_variant = [f"{part}/{WEIGHTS[part]}*.{end}" for part in weighted for end in ("safetensors", "json")]
     where = repo + (f" at {revision}" if revision else "")
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
@@ -151,7 +151,7 @@ def _fetch(
                 file.filename: (file.file_size or 0) * file.will_download
                 for file in snapshot_download(repo, dry_run=True, allow_patterns=files + any_variant, **options)
             }
-            folders = {part: [n.partition("/")[2] for n in there if n.startswith(f"{part}/")] for part in weighty}
+            folders = {part: [n.partition("/")[2] for n in there if n.startswith(f"{part}/")] for part in weighted}
             chosen = _choose(folders, variant, where)
             files = [name for name in files if name in there]
             for part, names in folders.items():
@@ -161,7 +161,7 @@ def _fetch(
                 print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
         except DryRunError:  # no hub to be reached, or none wanted: it may all be in the local cache
             cache = Path(snapshot_download(repo, allow_patterns=files[:1], **options))
-            folders = {part: [path.name for path in (cache / part).glob("*")] for part in weighty}
+            folders = {part: [path.name for path in (cache / part).glob("*")] for part in weighted}
             for part, found in _choose(folders, variant, f"the local cache of {where}").items():
                 stem, infix = (WEIGHTS[part], "") if found is None else (f"{WEIGHTS[part]}.{found}", f".{found}")
                 files += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]

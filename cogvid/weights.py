@@ -376,7 +376,7 @@ def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype to run in: the one asked for or else the stored one, but on a CPU none that it crawls in.
+    """Return the dtype to run in: the one asked for or else the stored one; on a CPU, not one that is very slow there.
 
     float16 is never run on a CPU, but in bfloat16, or float32 where bfloat16 is slow too. A model stored in bfloat16
     is run in float32 where bfloat16 is slow; asked for by the caller, to save memory, it is run. A warning says each.

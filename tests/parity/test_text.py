@@ -157,7 +157,7 @@ def test_prompt_embeds_fp32(tmp_path: Path, shard: str, max_length: int) -> None
     assert rel_rms(ours, expected) <= TEXT_FP32
 
 
-# Filled rows: padding is one token again and again, whose rounding is a single throw of the dice.
+# Without padding, which repeats one token and so one rounding error.
 FILLED = [f"the {word} circle moves up and down, " * 3 for word in ("red", "blue", "green", "white", "small", "still")]
 
 
