@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import random
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvid import cli, plan, weights
+from cogvid import plan, weights
 from cogvid.config import CONFIGS, SchedulerConfig, TransformerConfig, VAEConfig
 from cogvid.hub import component_variants
 from cogvid.transformer import Transformer
@@ -31,8 +29,6 @@ from cogvid.weights import (
     load_transformer,
     load_vae,
     read_model_config,
-    resolve_device,
-    resolve_dtype,
     save_vae,
     unmap_state_dict,
 )
@@ -105,101 +101,6 @@ def test_a_scheduler_setting_that_is_not_named_is_the_default_of_the_class(check
         snr_shift_scale=2.0,
     )  # fmt: skip
     assert read_model_config(checkpoint).scheduler == found
-
-
-# Device and dtype.
-
-
-@pytest.mark.parametrize(
-    ("asked", "stored", "expected"),
-    [
-        ("float32", torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.float32, torch.bfloat16),
-        (None, torch.bfloat16, torch.bfloat16),
-    ],
-)
-def test_dtype_is_what_was_asked_for_or_stored(
-    monkeypatch: pytest.MonkeyPatch, asked: Any, stored: torch.dtype, expected: torch.dtype
-) -> None:
-    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resolve_dtype(asked, torch.device("cpu"), stored) is expected
-
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.mark.parametrize(("fast", "words"), [(True, "bfloat16 instead$"), (False, "float32 .*twice the memory$")])
-@pytest.mark.parametrize(("asked", "stored"), [("float16", torch.float32), (None, torch.float16)])
-def test_float16_is_not_run_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None, stored: torch.dtype, fast: bool, words: str
-) -> None:
-    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: fast)
-    with pytest.warns(UserWarning, match=rf"^float16 arithmetic is not run on a CPU: running in {words}"):
-        assert resolve_dtype(asked, CPU, stored) is (torch.bfloat16 if fast else torch.float32)
-    assert resolve_dtype(asked, GPU, stored) is torch.float16
-
-
-def test_bfloat16_that_nobody_asked_for_is_not_run_on_a_cpu_that_is_slow_at_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: False)
-    with pytest.warns(UserWarning, match=r"^bfloat16 is slow on this CPU.*running in float32.*twice the memory"):
-        assert resolve_dtype(None, CPU, torch.bfloat16) is torch.float32
-    for asked in ("bfloat16", torch.bfloat16):
-        weights._warn_of_slow_bfloat16.cache_clear()
-        with pytest.warns(UserWarning, match=r"^bfloat16 is slow on this CPU, .*; float32 is faster$"):
-            assert resolve_dtype(asked, CPU, torch.float32) is torch.bfloat16
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resolve_dtype(None, GPU, torch.bfloat16) is torch.bfloat16
-        assert resolve_dtype(None, CPU, torch.float32) is torch.float32
-
-
-def test_slowness_is_said_once_for_all_the_parts_of_a_model(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: False)
-    weights._warn_of_slow_bfloat16.cache_clear()
-    options = ["--num-inference-steps", "1", "--num-frames", "1", "--dtype", "bfloat16"]
-    assert cli.main(["generate", "the red circle moves right", "-o", str(tmp_path / "x.mp4"), *options]) == 0
-    assert capsys.readouterr().err.count("bfloat16 is slow on this CPU") == 1
-
-
-ASK = "import warnings; from cogvid.weights import _cpu_has_bfloat16; print(_cpu_has_bfloat16())"
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limit is of x86 instructions")
-def test_limits_of_the_environment_count_as_the_cpu() -> None:
-    for limit in ("SSE41", "AVX2"):
-        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
-        done = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout == "False\n"
-
-
-def test_a_pytorch_that_cannot_be_asked_is_taken_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert weights._cpu_has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    monkeypatch.setattr(torch.ops, "mkldnn", object())
-    assert weights._cpu_has_bfloat16() is False
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "int8", "", torch.float64, 16])
-def test_unknown_dtypes_are_refused_with_the_known_ones(pristine: Path, dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"^dtype: got .*, wanted float32, float16, bfloat16$"):
-        load_transformer(pristine, dtype=dtype)
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "meta", "cuda:99"])
-def test_unknown_devices_are_refused(pristine: Path, device: str) -> None:
-    with pytest.raises(ValueError, match=r"^device: got "):
-        load_vae(pristine, device=device)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^device: got 'cuda', but PyTorch sees 0 CUDA GPUs here$"):
-        resolve_device("cuda")
 
 
 # What is refused, and in which words: (what is done to a good checkpoint, what is said).
