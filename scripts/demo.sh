@@ -4,6 +4,6 @@
 set -euo pipefail
 output="$(realpath -m "${1:-outputs/demo.mp4}")"
 prompt="${2:-the red circle moves right}"
-. "$(dirname "$0")/install.sh"
+. "$(dirname "$0")/install.sh" ""  # an empty argument, or a sourced script would see those of this one
 mkdir -p "$(dirname "$output")"
 .venv/bin/cogvid generate "$prompt" --image scripts/demo.png --model tiny-i2v --output "$output" --seed 42
