@@ -4,7 +4,7 @@ A function and its file share a name: `cogvid_kernels.attention` is the function
 `from cogvid_kernels.attention import VARIANTS` reaches into the file.
 
 Each function is also an operator of torch, `torch.ops.cogvid_kernels.attention`, which FakeTensor, torch.compile and
-torch.export see through; that costs the host 21 to 27 us a call (kernels/RESULTS.md). gate_residual, linear_gelu and
+torch.export see through; that costs the host about 8 us a call (kernels/RESULTS.md). gate_residual, linear_gelu and
 rms_norm are differentiable; a backward pass through the others raises.
 """
 
