@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         "--defaults",
         default="recommended",
         metavar="WHOSE",
-        help="what is not said is as recommended by the model's authors, or as in diffusers",
+        help="of the options that are not given: recommended (by the model's authors) or diffusers",
     )
     make.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16")
     make.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16")

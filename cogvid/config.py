@@ -231,7 +231,7 @@ SCHEDULER_CLASS_DEFAULTS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model and what a call takes that does not say otherwise: in `CONFIGS`, what its authors recommend.
+    """A model and the defaults of a call; those in `CONFIGS` are what the model's authors recommend.
 
     repo: hub id of the official weights, or None for a shipped pack.
     height, width: pixels. num_frames: pixel frames. fps: of the written video.

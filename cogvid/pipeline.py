@@ -92,8 +92,8 @@ def load(
         device: None is CUDA where there is a GPU, else the CPU.
         dtype: "float32", "bfloat16" or "float16"; None is what the model's authors recommend.
         ops: "torch", "triton", "auto" (triton on CUDA, torch elsewhere), or an `Ops`.
-        defaults: what a call takes that does not say otherwise: "recommended" by the model's authors, or as in
-            "diffusers", so that a call ported from there gives the same video; see `plan.read_model`.
+        defaults: of a call's arguments: "recommended" by the model's authors, or those of "diffusers", so that a call
+            ported from there gives the same video; see `plan.read_model`.
         revision: branch, tag or commit of a hub id. local_files_only: take a hub id from the local cache.
         variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16"; a part that
             lacks it is loaded from its plain files, with a warning. It does not choose the dtype.

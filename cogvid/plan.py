@@ -145,11 +145,11 @@ def read_model(
     local_files_only: bool = False,
     variant: str | None = None,
 ) -> ModelConfig:
-    """Say which model a checkpoint is, and what a call takes that does not say otherwise.
+    """Say which model a checkpoint is, with the defaults of a call.
 
     The arguments are those of `cogvid.load`.
 
-    defaults: "recommended" by the model's authors, or those of "diffusers", whose three CogVideoX pipelines take the
+    defaults: "recommended" by the model's authors, or those of "diffusers": its three CogVideoX pipelines take the
         scheduler of `model_index.json`, 50 steps, constant guidance of 6, 226 text tokens, the size that the
         transformer's config names, and its frame count, or 49 for image-to-video.
     """

@@ -378,8 +378,8 @@ def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
     """Return the dtype to run in: the one asked for or else the stored one; on a CPU, not one that is very slow there.
 
-    float16 is never run on a CPU, but in bfloat16, or float32 where bfloat16 is slow too. A model stored in bfloat16
-    is run in float32 where bfloat16 is slow; asked for by the caller, to save memory, it is run. A warning says each.
+    On a CPU, float16 becomes bfloat16, or float32 where bfloat16 is slow too. Where it is slow, a model stored in
+    bfloat16 becomes float32, but bfloat16 that the caller asked for, to save memory, is kept. Each is warned of.
     """
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else stored if dtype is None else dtype
     if chosen is None or chosen not in DTYPES.values():
