@@ -10,32 +10,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cogvid.config import CONFIGS as CONFIGS
+    from cogvid.guidance import GUIDANCE as GUIDANCE
     from cogvid.image import load_image as load_image
+    from cogvid.load import load_transformer as load_transformer
+    from cogvid.load import load_vae as load_vae
+    from cogvid.ops import BlockContext as BlockContext
     from cogvid.ops import Ops as Ops
     from cogvid.pipeline import Output as Output
     from cogvid.pipeline import Pipeline as Pipeline
     from cogvid.pipeline import load as load
-    from cogvid.sampler import SAMPLERS as SAMPLERS
+    from cogvid.samplers import SAMPLERS as SAMPLERS
     from cogvid.video import VideoWriter as VideoWriter
     from cogvid.video import export_to_video as export_to_video
     from cogvid.video import read_video as read_video
-    from cogvid.weights import load_transformer as load_transformer
-    from cogvid.weights import load_vae as load_vae
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "BlockContext": "ops",
     "CONFIGS": "config",
+    "GUIDANCE": "guidance",
     "Ops": "ops",
     "Output": "pipeline",
     "Pipeline": "pipeline",
-    "SAMPLERS": "sampler",
+    "SAMPLERS": "samplers",
     "VideoWriter": "video",
     "export_to_video": "video",
     "load": "pipeline",
     "load_image": "image",
-    "load_transformer": "weights",
-    "load_vae": "weights",
+    "load_transformer": "load",
+    "load_vae": "load",
     "read_video": "video",
 }
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import cogvid
+from cogvid import settings
 
 USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 1, 130
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
@@ -50,82 +50,43 @@ def generate(arguments: argparse.Namespace) -> None:
     from cogvid import versions
 
     versions.check()
-    from tqdm import tqdm
+    from cogvid.checkpoint import read_checkpoint
+    from cogvid.files import DTYPES
+    from cogvid.generate import DEFAULT_MODELS, prepare, run
+    from cogvid.load import Placement, resolve_device, resolve_dtype
+    from cogvid.ops import resolve_ops
+    from cogvid.pipeline import load_checkpoint
 
-    from cogvid import plan
-    from cogvid.pipeline import load
-
-    # All that can be refused is refused before a weight is read, the cheapest first.
-    task = plan.task_of(arguments.image, arguments.video)
-    source = arguments.model or ("tiny-i2v" if task == "image-to-video" else "tiny-t2v")
-    origin = {name: getattr(arguments, name) for name in ("revision", "local_files_only", "variant")}
-    model = plan.read_model(source, defaults=arguments.defaults, **origin)
-    video = None if arguments.video is None else cogvid.read_video(arguments.video, arguments.num_frames)[0]
-    options = {
-        "height": arguments.height,
-        "width": arguments.width,
-        "num_frames": len(video) if video is not None and arguments.num_frames is None else arguments.num_frames,
-        "num_inference_steps": arguments.num_inference_steps,
-        "guidance_scale": arguments.guidance_scale,
-        "use_dynamic_cfg": arguments.dynamic_cfg,
-        "scheduler": arguments.scheduler,
-        "strength": arguments.strength,
-        "resize": arguments.resize,
-        "image_latent_scale": arguments.image_latent_scale,
-    }
-    settings = plan.settle(model, task=task, **options)
-    if arguments.seed is not None:
-        plan.check_seed(arguments.seed, 1)
-    target = {
-        "path": arguments.output,
-        "height": settings.height,
-        "width": settings.width,
-        "fps": model.fps if arguments.fps is None else arguments.fps,
-    }
-    cogvid.VideoWriter(**target)
-    _try_writing(arguments.output)
-    image = None if arguments.image is None else cogvid.load_image(arguments.image)
+    task = settings.task_of(arguments.image, arguments.video)
+    source = arguments.model or DEFAULT_MODELS[task]
+    checkpoint = read_checkpoint(source, defaults=arguments.defaults, **_origin(arguments))
+    inputs = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
+    given = {name: getattr(arguments, name) for name in inputs}
+    job = prepare(checkpoint.model, arguments.prompt, arguments.output, **given)
     if arguments.model is None and task != "text-to-video":
         # With words alone, the tokenizer names those that the model does not know.
         warnings.warn(
             f"model: got none, so {source} is taken, which knows flat circles, squares and triangles and no photos; "
-            f"for others name one, such as --model {plan.models_for(task)[0]}",
+            f"for others name one, such as --model {settings.models_for(task)[0]}",
             stacklevel=1,
         )
+    device = resolve_device(arguments.device)
     try:
-        run_in = {"device": arguments.device, "dtype": arguments.dtype, "ops": arguments.ops}
-        pipe = load(source, **run_in, defaults=arguments.defaults, **origin)
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
-            raise
-        raise ValueError(error) from error  # a device or kernels that were asked for and are not there
-
-    out = pipe(
-        arguments.prompt,
-        image=image,
-        video=video,
-        negative_prompt=arguments.negative_prompt,
-        seed=arguments.seed,
-        output_type="stream",
-        **options,
-    )
+        bundle, name = resolve_ops(arguments.ops, device)
+    except RuntimeError as error:  # kernels that were asked for and are not there
+        raise ValueError(error) from error
+    dtype = resolve_dtype(arguments.dtype, device, stored=DTYPES[checkpoint.model.dtype])
+    pipe = load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), arguments.qk_norm)
+    out = run(pipe, job)
     print(f"seed {out.seed}", file=sys.stderr)
-    with (
-        cogvid.VideoWriter(**target, metadata=out.provenance) as writer,
-        tqdm(total=settings.num_frames, desc="decode", unit="frame") as bar,
-    ):
-        for frames in out.frames[0]:
-            writer.write(frames)
-            bar.update(len(frames))
     print(arguments.output)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint is: the model, its recommended settings, and what its weights hold."""
-    from cogvid import plan
+    from cogvid.checkpoint import describe, read_checkpoint
 
-    origin = {name: getattr(arguments, name) for name in ("revision", "local_files_only", "variant")}
-    found = plan.describe(arguments.checkpoint, **origin)
+    found = describe(read_checkpoint(arguments.checkpoint, **_origin(arguments)))
     if arguments.json:
         print(json.dumps(found))
         return
@@ -144,6 +105,10 @@ def inspect(arguments: argparse.Namespace) -> None:
     ]
     for name, value in rows:
         print(f"{name:<14}{value}")
+
+
+def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("revision", "local_files_only", "variant")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,30 +130,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHOSE",
         help="of the options that are not given: recommended (by the model's authors) or diffusers",
     )
-    make.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16")
-    make.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16")
-    make.add_argument("--num-frames", type=int, metavar="N", help="8N or 8N + 1")
-    make.add_argument("--num-inference-steps", type=int, metavar="N", help="denoising steps, 1 to 1000")
-    make.add_argument(
-        "--guidance-scale", type=float, metavar="X", help="how much the prompt weighs; off at 1 and below"
-    )
-    make.add_argument(
-        "--dynamic-cfg", action=argparse.BooleanOptionalAction, help="vary the guidance; on with dpm, off with ddim"
-    )
-    make.add_argument("--scheduler", metavar="NAME", help="dpm or ddim")
-    make.add_argument("--strength", type=float, default=0.8, metavar="X", help="with --video: 0 keeps it, 1 ignores it")
-    make.add_argument("--resize", default="stretch", metavar="MODE", help="fit the image by stretch, crop or pad")
-    make.add_argument(
-        "--image-latent-scale",
-        default="diffusers",
-        metavar="MODE",
-        help="of 1.5 image latents, where upstream disagrees with itself: diffusers, none or multiply",
-    )
+    for name, option in settings.OPTIONS.items():
+        kind = option.metadata["kind"]
+        make.add_argument(
+            _flag(name), type=kind, default=option.default, metavar=_METAVARS[kind], help=option.metadata["help"]
+        )
     make.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
     make.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
     make.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if there is one")
     make.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's if not given")
     make.add_argument("--ops", default="auto", metavar="NAME", help="auto, torch or triton")
+    make.add_argument("--qk-norm", default="layer", metavar="NAME", help="of Q and K: layer, or rms (centred weights)")
 
     look = commands.add_parser("inspect", help="say what a checkpoint is", description=inspect.__doc__)
     look.set_defaults(run=inspect)
@@ -216,13 +168,8 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _try_writing(path: str) -> None:
-    """Raise unless a file can be made beside the output: permissions do not tell all, and hours may depend on it."""
-    try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, f"output {path!r} cannot be written: {error.strerror}") from error
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

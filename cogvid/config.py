@@ -1,17 +1,17 @@
-"""What each CogVideoX model is: architecture, schedule, recommended settings, and the dtype policy.
+"""What each CogVideoX model is: architecture, latent geometry, schedule, recommended settings; and the dtype policy.
 
-`CONFIGS` holds the five official models and the packs shipped with this library. A dataclass default
-is the value that most checkpoints share, so an entry below states only what is particular to it. The
-field names are those of the `config.json` files in the official layout, so `from_dict` reads them as they are.
+`CONFIGS` holds the five official models and the shipped packs. A dataclass default is the value that most checkpoints
+share, so an entry states only what differs. Fields are named as in the `config.json` files of the official layout, so
+`from_dict` reads those files as they are. Frames, latent sizes and patch grids are computed here and nowhere else.
 
 dtype policy, in one place:
 - weights and activations run in the dtype given to `load`;
 - always fp32 whatever that is: norm statistics, RoPE tables, modulation arithmetic, guidance, sampler arithmetic;
 - the noise schedule is fp64; pixels leave the VAE in its own dtype and are rounded, never truncated, to uint8;
-- fp16 arithmetic is never run on a CPU (ten times slower than bf16 there, and 5B overflows in it): bf16 takes its
-  place, or fp32 on a CPU that is slow at bf16 too;
+- fp16 is never run on a CPU (ten times slower than bf16 there, and 5B overflows in it): bf16 replaces it, or fp32 on a
+  CPU that is slow at bf16 too;
 - a bf16 model runs in fp32 on a CPU that is slow at bf16 (without AVX-512, decoding takes over ten times as long),
-  unless the caller asks for bf16. `weights.resolve_dtype` is the code; it warns of what it changes or knows to be slow.
+  unless the caller asks for bf16. `load.resolve_dtype` is the code, and warns of every change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ from typing import Any, NoReturn, Self
 
 Count = int  # 0 or more, where "int" below is 1 or more
 
-HEAD_DIM_SPLIT = (4, 6, 6)  # of 16ths of head_dim given to time, height, width by the 3-D tables: 16/24/24 of 64
+Grid = tuple[int, int, int]  # (frames, height, width) of the video tokens, in patches; width runs fastest
 
+HEAD_DIM_SPLIT = (4, 6, 6)  # sixteenths of head_dim for time, height and width in the 3-D tables: 16, 24 and 24 of 64
+LEARNED_POSITIONS = ("sincos", "slice")  # what 5B-I2V may add at another frame count; see `Transformer.forward`
+PREVIOUS_TIMESTEPS = ("diffusers", "next")  # where a step ends; see `schedule.make_schedule`
+TASKS: dict[str, tuple[str, ...]] = {  # what each task conditions the model on, beside the text
+    "text-to-video": (),
+    "image-to-video": ("image",),
+    "video-to-video": (),
+}
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a field -> in words, and the test of a value
     "bool": ("true or false", lambda v: isinstance(v, bool)),
@@ -52,7 +60,7 @@ def _checked(name: str, value: Any, kind: str) -> Any:
         value = int(value)  # upstream's own type for some of them is float
     words, fits = _KINDS[kind]
     if not fits(value):
-        raise ValueError(f"{name}: got {value!r}, wanted {words}")
+        raise ValueError(f"{name}: got {value!r}, want {words}")
     return value
 
 
@@ -130,9 +138,29 @@ class TransformerConfig(_JsonConfig):
         return self.num_attention_heads * self.attention_head_dim
 
     @property
-    def takes_image(self) -> bool:
-        """True when half of the input channels are image latents."""
-        return self.in_channels == 2 * self.out_channels
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns in a patch."""
+        return self.patch_size_t or 1, self.patch_size, self.patch_size
+
+    @property
+    def adds_positions(self) -> bool:
+        """True when a position table, sin-cos or learned, is added to the tokens."""
+        return self.use_learned_positional_embeddings or not self.use_rotary_positional_embeddings
+
+    @property
+    def trained_grid(self) -> Grid:
+        """The grid at the sample size."""
+        frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+        return frames, self.sample_height // self.patch_size, self.sample_width // self.patch_size
+
+    def grid(self, frames: int, height: int, width: int) -> Grid:
+        """The grid of latents of this size."""
+        time, rows, columns = self.patch
+        return frames // time, height // rows, width // columns
+
+    def is_sample_length(self, latent_frames: int) -> bool:
+        """True when clips of this length have `sample_frames` pixel frames."""
+        return (latent_frames - 1) * self.temporal_compression_ratio + 1 == self.sample_frames
 
 
 @dataclass(frozen=True)
@@ -167,6 +195,15 @@ class VAEConfig(_JsonConfig):
     def spatial_compression_ratio(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def latent_frames(self, num_frames: int) -> int:
+        """Return how many latent frames a clip of `num_frames` is encoded to."""
+        return (num_frames - 1) // self.temporal_compression_ratio + 1
+
+    def decoded_frames(self, latent_frames: int) -> int:
+        """Return how many pixel frames are decoded; the first latent frame of an odd number gives one."""
+        ratio = self.temporal_compression_ratio
+        return ratio * latent_frames - (ratio - 1) * (latent_frames % 2)
+
 
 @dataclass(frozen=True)
 class SchedulerConfig(_JsonConfig):
@@ -176,12 +213,12 @@ class SchedulerConfig(_JsonConfig):
     `SCHEDULER_CLASS_DEFAULTS` has.
 
     beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2", the last without `beta_start` and `beta_end`.
-    trained_betas: in place of all three. snr_shift_scale: as for SD3; 1 is none.
-    rescale_betas_zero_snr: no signal is left at the last level.
-    timestep_spacing: "leading", "linspace" or "trailing". steps_offset: added to the timesteps; only "leading" has it.
+    trained_betas: replace all three. snr_shift_scale: as for SD3; 1 is none.
+    rescale_betas_zero_snr: the last level is pure noise.
+    timestep_spacing: "leading", "linspace" or "trailing". steps_offset: added to the timesteps of "leading".
     prediction_type: what the network predicts, "epsilon" (the noise), "sample" or "v_prediction".
-    set_alpha_to_one: the last step lands on clean latents, else on level 0.
-    clip_sample, clip_sample_range, sample_max_value: without effect; diffusers' two samplers take them and never look.
+    set_alpha_to_one: the last step ends at clean latents, else at level 0.
+    clip_sample, clip_sample_range, sample_max_value: without effect, as in diffusers' two schedulers.
 
     Raises:
         ValueError: a choice is none of the above, a beta is negative, or `trained_betas` are too few.
@@ -230,16 +267,28 @@ SCHEDULER_CLASS_DEFAULTS = {
 
 
 @dataclass(frozen=True)
+class Condition:
+    """An input beside noise and text. Its latents take channels of their own.
+
+    name: of the call's argument. channels: how many latent channels it takes.
+    """
+
+    name: str
+    channels: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A model and the defaults of a call; those in `CONFIGS` are what the model's authors recommend.
+    """A model and the defaults of a call. The entries of `CONFIGS` have what the model's authors recommend.
 
     repo: hub id of the official weights, or None for a shipped pack.
     height, width: pixels. num_frames: pixel frames. fps: of the written video.
     max_frames: the longest clip that the model was trained on.
+    conditions: what the transformer takes on the channels behind the noisy latents, in this order.
     frame_multiple: the authors' frame counts are `frame_multiple * n + 1`; others that decode exactly run too.
-    dynamic_guidance: vary the guidance with dpm; with ddim it varies only where a call asks for it.
+    dynamic_guidance: with dpm, vary the guidance by default. With ddim it varies only if the call asks for it.
     max_sequence_length: text tokens; None is the transformer's `max_text_seq_length`.
-    recommended: the same model as its authors recommend it, where this one has other defaults.
+    recommended: the same model with its authors' defaults, where this one has others.
     """
 
     name: str
@@ -253,6 +302,7 @@ class ModelConfig:
     max_frames: int
     fps: int
     dtype: str
+    conditions: tuple[Condition, ...] = ()
     frame_multiple: int = 8
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
@@ -266,6 +316,24 @@ class ModelConfig:
         """Text tokens that prompts are padded or cut to."""
         return self.max_sequence_length or self.transformer.max_text_seq_length
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that this model can do."""
+        names = tuple(condition.name for condition in self.conditions)
+        return [task for task, needed in TASKS.items() if needed == names]
+
+    def padding(self, num_frames: int) -> int:
+        """Return how many latent frames fill up the temporal patches of 1.5; they lie in front and are cut off."""
+        return -self.vae.latent_frames(num_frames) % self.transformer.patch[0]
+
+    def latent_size(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+        """Return frames (padding included), height and width of the latents of a video, given in pixels."""
+        stride = self.vae.spatial_compression_ratio
+        frames = self.vae.latent_frames(num_frames) + self.padding(num_frames)
+        return frames, height // stride, width // stride
+
+
+FIRST_FRAME = Condition("image", channels=16)
 
 _TRANSFORMER_2B = TransformerConfig()
 _TRANSFORMER_5B = TransformerConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
@@ -327,7 +395,7 @@ CONFIGS: dict[str, ModelConfig] = {
         ModelConfig(
             "cogvideox-5b-i2v", "zai-org/CogVideoX-5b-I2V",
             dataclasses.replace(_TRANSFORMER_5B, in_channels=32, use_learned_positional_embeddings=True),
-            _VAE_5B, SchedulerConfig(snr_shift_scale=1.0), dtype="bfloat16", **_SIZE_10,
+            _VAE_5B, SchedulerConfig(snr_shift_scale=1.0), dtype="bfloat16", conditions=(FIRST_FRAME,), **_SIZE_10,
         ),
         ModelConfig(
             "cogvideox1.5-5b", "zai-org/CogVideoX1.5-5B", _TRANSFORMER_15, _VAE_15,
@@ -336,11 +404,11 @@ CONFIGS: dict[str, ModelConfig] = {
         ModelConfig(
             "cogvideox1.5-5b-i2v", "zai-org/CogVideoX1.5-5B-I2V",
             dataclasses.replace(_TRANSFORMER_15, in_channels=32, ofs_embed_dim=512), _VAE_15,
-            SchedulerConfig(snr_shift_scale=1.0), **_SIZE_15,
+            SchedulerConfig(snr_shift_scale=1.0), conditions=(FIRST_FRAME,), **_SIZE_15,
         ),
         ModelConfig(
             "tiny-i2v", None, dataclasses.replace(_TRANSFORMER_TINY, in_channels=32), _VAE_TINY,
-            SchedulerConfig(snr_shift_scale=1.0), guidance_scale=2.0, **_SIZE_TINY,
+            SchedulerConfig(snr_shift_scale=1.0), conditions=(FIRST_FRAME,), guidance_scale=2.0, **_SIZE_TINY,
         ),
         ModelConfig(
             "tiny-t2v", None, _TRANSFORMER_TINY, _VAE_TINY, SchedulerConfig(snr_shift_scale=1.0), guidance_scale=2.0,

@@ -1,12 +1,13 @@
-"""The operations that have a kernel: what each one computes, in plain PyTorch, and the bundle a model is given.
+"""The operations that have a kernel: what each one computes, in plain PyTorch, and the `Ops` bundle that a model runs.
 
-The functions of this file are the one reference: models run them where there is no kernel, kernel tests compare
-against them, benchmarks time them. `cogvid_kernels` has a public function of the same name and signature for each.
+The functions of this file are the one reference: models run them where there is no kernel, kernel tests compare with
+them, benchmarks time them. `cogvid_kernels` has a public function of the same name and signature for each (its
+attention takes no context).
 
 Letters: B batch, L text tokens, S video tokens, N = L + S with the text first, D model width, hd head width.
 Tensors are in the model's dtype unless said otherwise. In fp16 and bf16 the arithmetic inside one operation is fp32
-(fp64 stays fp64) and the result is rounded once. Every operation here is differentiable; of the kernels three are
-(gate_residual, linear_gelu, rms_norm), and the others raise in a backward pass.
+(fp64 stays fp64) and the result is rounded once. Every operation here is differentiable. Three of the kernels are
+(gate_residual, linear_gelu, rms_norm); the others raise in a backward pass.
 
 A model takes an `Ops`; `dataclasses.replace(Ops.torch(), attention=mine)` swaps one operation.
 """
@@ -18,19 +19,72 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as _nn_module
 
 from cogvid import versions
+from cogvid.config import Grid
 
-Rope = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, Tensor]  # cos and sin, each fp32 `[S, hd / 2]`: one angle per pair of neighbouring channels
+Branch = Literal["cond", "uncond", "both"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which tokens of the joint sequence a tensor holds: `start` to `stop - 1` of `total`."""
+
+    start: int
+    stop: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockContext:
+    """What a block is told beside its input. Attention and step caches get it too.
+
+    temb: `[B, time_embed_dim]`, the embedded timestep after its silu.
+    rope: the rotary table of the video tokens that are held; None for a model without one.
+    text_len: how many of the tokens held are text; they come first.
+    grid: the frames, height and width of the whole video, in patches.
+    shard: which tokens of the whole sequence are held.
+    layer: index of the block. step: index of the sampler's step; None outside a run.
+    branch: the rows of the batch. "cond" and "uncond" have the prompt or the negative prompt; in "both" the first half
+        is unconditional and the second half conditional.
+    """
+
+    temb: Tensor
+    rope: Rope | None
+    text_len: int
+    grid: Grid
+    shard: Shard
+    layer: int = 0
+    step: int | None = None
+    branch: Branch = "cond"
+
+    def at(self, layer: int) -> BlockContext:
+        """Return the context of another block."""
+        return dataclasses.replace(self, layer=layer)
+
+    def part(self, start: int, stop: int) -> BlockContext:
+        """Return the context of the tokens `start` to `stop - 1` of those held."""
+        rope, held = self.rope, self.shard
+        if rope is not None:
+            video = slice(max(start - self.text_len, 0), max(stop - self.text_len, 0))
+            rope = rope[0][video], rope[1][video]
+        return dataclasses.replace(
+            self,
+            rope=rope,
+            text_len=min(max(self.text_len - start, 0), stop - start),
+            shard=Shard(held.start + start, held.start + stop, held.total),
+        )
 
 
 class AttentionOp(Protocol):
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: BlockContext, /) -> Tensor:
         """Attend from every token to every token, without a mask: `softmax(q k^T / sqrt(hd)) v`.
 
         q, k, v: `[B, N, heads, hd]`, any strides as long as the last one is 1. Returns `[B, N, heads * hd]`.
@@ -51,12 +105,14 @@ class QKNormRopeOp(Protocol):
         *,
         text_len: int,
         eps: float,
+        centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """LayerNorm q and k over the head width, then rotate the video tokens.
 
         q, k: `[B, N, heads, hd]`, any strides as long as the last one is 1. q_weight, q_bias, k_weight, k_bias: `[hd]`.
-        rope: None, or cos and sin, each fp32 `[S, hd / 2]`: one angle per pair of neighbouring channels, for the
-        tokens from `text_len` on. Returns q and k, each `[B, N, heads, hd]`.
+        rope: None, or the table for the tokens from `text_len` on.
+        centred: every head of q and k has mean zero, because its projection was centred; the norm is then RMSNorm.
+        Returns q and k, each `[B, N, heads, hd]`.
         """
         ...
 
@@ -167,7 +223,41 @@ class Ops:
                 found[name] = getattr(kernels, name)
             except (AttributeError, ImportError) as error:
                 raise RuntimeError(f"op '{name}' of ops 'triton' cannot be imported: {error}") from error
-        return Ops(**found)
+        return Ops(**{**found, "attention": _without_context(found["attention"])})
+
+
+def _without_context(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> AttentionOp:
+    """Make an `AttentionOp` of a function that needs q, k and v alone."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:  # noqa: ARG001
+        return kernel(q, k, v)
+
+    return attention
+
+
+def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Say whether an operation may take a module's weights in place of a call of the module.
+
+    It may only if the module is exactly of `kind` and nothing changes what a call does: no hook, no `forward` of the
+    instance (offloading puts one there), no weight of a class of its own (quantised, sharded). Otherwise the module is
+    called, so that adapters, hooks and quantised layers take effect wherever they are put.
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        _nn_module._global_forward_hooks,
+        _nn_module._global_forward_pre_hooks,
+        _nn_module._global_backward_hooks,
+        _nn_module._global_backward_pre_hooks,
+    )
+    return (
+        type(module) is kind
+        and "forward" not in vars(module)
+        and not any(hooks)
+        and all(type(weight) is nn.Parameter for weight in module._parameters.values() if weight is not None)
+    )
 
 
 def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
@@ -190,14 +280,12 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
         bundle = Ops.triton()
         # Triton's own switch, which it reads when the kernels are imported.
         if torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError(
-                "ops 'triton': got device cpu, wanted cuda, or Triton's interpreter (TRITON_INTERPRET=1)"
-            )
+            raise RuntimeError("ops 'triton': got device cpu, want cuda, or Triton's interpreter (TRITON_INTERPRET=1)")
         return bundle, ops
     raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext | None = None) -> Tensor:  # noqa: ARG001
     """Compute `AttentionOp` with PyTorch's own attention, which picks the best implementation it has."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(2)
@@ -214,23 +302,39 @@ def qk_norm_rope(
     *,
     text_len: int,
     eps: float,
+    centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `QKNormRopeOp`: the q and k half of diffusers' `CogVideoXAttnProcessor2_0`."""
     return (
-        _norm_rotate(q, q_weight, q_bias, rope, text_len, eps),
-        _norm_rotate(k, k_weight, k_bias, rope, text_len, eps),
+        _norm_rotate(q, q_weight, q_bias, rope, text_len, eps, centred),
+        _norm_rotate(k, k_weight, k_bias, rope, text_len, eps, centred),
     )
 
 
-def _norm_rotate(x: Tensor, weight: Tensor, bias: Tensor, rope: Rope | None, text_len: int, eps: float) -> Tensor:
-    if rope is None:
+def _norm_rotate(
+    x: Tensor, weight: Tensor, bias: Tensor, rope: Rope | None, text_len: int, eps: float, centred: bool
+) -> Tensor:
+    if rope is None and not centred:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)  # fp32 inside, whatever the dtype
     wide = _wide_dtype(x)
-    out = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    weight, bias = weight.to(wide), bias.to(wide)
+    if centred:
+        out = F.rms_norm(x.to(wide), x.shape[-1:], weight, eps) + bias
+    else:
+        out = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
+    return (out if rope is None else _rotate_(out, rope, text_len)).to(x.dtype)
+
+
+def rotate(x: Tensor, rope: Rope | None, *, text_len: int) -> Tensor:
+    """Rotate the video tokens of `[B, N, heads, hd]`: the part of `QKNormRopeOp` after the norm."""
+    return x if rope is None else _rotate_(x.to(_wide_dtype(x), copy=True), rope, text_len).to(x.dtype)
+
+
+def _rotate_(x: Tensor, rope: Rope, text_len: int) -> Tensor:
     # A pair of neighbouring channels is one complex number, and the rotation one product, written in place.
-    cos, sin = (table.to(wide) for table in rope)
-    torch.view_as_complex(out[:, text_len:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
-    return out.to(x.dtype)
+    cos, sin = (table.to(x.dtype) for table in rope)
+    torch.view_as_complex(x[:, text_len:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
+    return x
 
 
 def layer_norm_modulate(
@@ -251,6 +355,17 @@ def layer_norm_modulate(
         for row, stream in enumerate((sample[:text_len], sample[text_len:]))
     ]
     return torch.cat(streams).view(x.shape)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, text_len: int) -> Tensor:
+    """Compute `x * (1 + scale) + shift`: the part of `LayerNormModulateOp` after the norm, same shapes."""
+    wide = _wide_dtype(x)
+    streams = (x[:, :text_len], x[:, text_len:])
+    parts = [
+        torch.addcmul(shift[:, i : i + 1].to(wide), part.to(wide), 1 + scale[:, i : i + 1].to(wide))
+        for i, part in enumerate(streams)
+    ]
+    return torch.cat(parts, dim=1).to(x.dtype)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tensor:

@@ -1,8 +1,8 @@
 """From a prompt, and an image or a video, to a video: encode -> latents -> sample -> decode.
 
-Each stage is a function that stands alone; `Pipeline` only orders them. Must equal diffusers' `CogVideoXPipeline`,
-`CogVideoXImageToVideoPipeline` and `CogVideoXVideoToVideoPipeline`: the same generator, consumed in the same order,
-gives the same video.
+Each stage is a function that can be used alone; `Pipeline` puts them in order. Must equal diffusers'
+`CogVideoXPipeline`, `CogVideoXImageToVideoPipeline` and `CogVideoXVideoToVideoPipeline`: the same generator, consumed
+in the same order, gives the same video.
 
 Letters: `B` videos (prompts x videos per prompt), `F` pixel and `T` latent frames, `H W` pixels, `h w` latents,
 `L E` text tokens and their width. Inside, latents are `[B, C, T, h, w]`; at the boundary (`latents=`, the callback,
@@ -11,6 +11,7 @@ Letters: `B` videos (prompts x videos per prompt), `F` pixel and `T` latent fram
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import secrets
@@ -25,35 +26,46 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 import cogvid
-from cogvid import plan, versions
+from cogvid import versions
+from cogvid.checkpoint import Checkpoint, read_checkpoint
 from cogvid.config import ModelConfig, VAEConfig
-from cogvid.hub import component_variants, find
+from cogvid.files import DTYPES, load_state
+from cogvid.guidance import guidance_schedule
+from cogvid.hub import COMPONENTS, WEIGHTS
 from cogvid.image import prepare_image, prepare_video
-from cogvid.ops import Ops, resolve_ops
-from cogvid.plan import ImageLatentScale, PreviousTimestep, Settings
-from cogvid.sampler import (
-    SAMPLERS,
-    GuidanceMode,
-    OnStep,
-    Schedule,
-    add_noise,
-    draw_noise,
-    guidance_schedule,
-    guide,
-    make_schedule,
+from cogvid.load import (
+    QK_NORMS,
+    Placement,
+    make_text_encoder,
+    make_transformer,
+    make_vae,
+    resolve_device,
+    resolve_dtype,
 )
-from cogvid.text import TextEncoder, load_text_encoder
-from cogvid.transformer import LearnedPositions, StepCache, Transformer
+from cogvid.ops import Branch, Ops, resolve_ops
+from cogvid.samplers import Generators, OnStep, State, Step, draw_noise
+from cogvid.samplers import sample as run_sampler
+from cogvid.schedule import Schedule, add_noise, make_schedule
+from cogvid.settings import (
+    Settings,
+    check_choice,
+    check_int,
+    check_seed,
+    outside_training,
+    resolve_settings,
+    takes_options,
+    task_of,
+)
+from cogvid.text import TextEncoder
+from cogvid.transformer import StepCache, Transformer
 from cogvid.vae import VAE
 from cogvid.video import denormalize, to_uint8
-from cogvid.weights import DTYPES, load_transformer, load_vae, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent", "stream")
 
-Generators = Generator | Sequence[Generator]
 Callback = Callable[["Pipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -85,6 +97,7 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     variant: str | None = None,
+    qk_norm: str = "layer",
 ) -> Pipeline:
     """Load a model: a shipped pack, a directory in the official layout, or a hub id, which is fetched.
 
@@ -92,77 +105,92 @@ def load(
         device: None is CUDA where there is a GPU, else the CPU.
         dtype: "float32", "bfloat16" or "float16"; None is what the model's authors recommend.
         ops: "torch", "triton", "auto" (triton on CUDA, torch elsewhere), or an `Ops`.
-        defaults: of a call's arguments: "recommended" by the model's authors, or those of "diffusers", so that a call
-            ported from there gives the same video; see `plan.read_model`.
+        defaults: of a call's options: "recommended" by the model's authors, or those of "diffusers", so that a call
+            ported from there gives the same video.
         revision: branch, tag or commit of a hub id. local_files_only: take a hub id from the local cache.
         variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16"; a part that
             lacks it is loaded from its plain files, with a warning. It does not choose the dtype.
+        qk_norm: "layer", which is exact, or "rms": the Q and K norms run as RMSNorm, see `make_transformer`.
     """
     versions.check()
-    device = resolve_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    check_choice("qk_norm", qk_norm, QK_NORMS)
+    device = resolve_device(device)
     bundle, ops_name = resolve_ops(ops, device)
-    plan.check_choice("defaults", defaults, plan.DEFAULTS)  # before anything is fetched
-    # Absolute, because a directory "tiny-i2v" would be taken for the shipped pack from here on.
-    directory = find(
-        os.fspath(source), revision=revision, local_files_only=local_files_only, variant=variant
-    ).absolute()
-    variants = component_variants(directory, variant)
-    model = plan.read_model(str(directory), defaults=defaults, variant=variant)
-    # Decided here once, so that all three parts agree and what has to be said about it is said once.
-    dtype = resolve_dtype(dtype, device, stored=DTYPES[model.dtype])
+    checkpoint = read_checkpoint(
+        source, defaults=defaults, revision=revision, local_files_only=local_files_only, variant=variant
+    )
+    # Decided once, so that all three parts agree and a warning is given once.
+    dtype = resolve_dtype(dtype, device, stored=DTYPES[checkpoint.model.dtype])
+    return load_checkpoint(checkpoint, Placement(device, dtype, bundle, ops_name), qk_norm)
+
+
+def load_checkpoint(checkpoint: Checkpoint, placement: Placement, qk_norm: str = "layer") -> Pipeline:
+    """Load all parts of a checkpoint that was found, to where they run."""
+    directory = checkpoint.directory
+    states = {
+        part: load_state(directory / part, basename, checkpoint.variants[part]) for part, basename in WEIGHTS.items()
+    }
+    model, folders = checkpoint.model, {part: directory / part for part in COMPONENTS}
     return Pipeline(
-        model,
-        transformer=load_transformer(
-            directory, device=device, dtype=dtype, ops=bundle, variant=variants["transformer"]
+        checkpoint,
+        placement,
+        transformer=make_transformer(
+            model.transformer, states["transformer"], placement, folders["transformer"], qk_norm
         ),
-        vae=load_vae(directory, device=device, dtype=dtype, ops=bundle, variant=variants["vae"]),
-        text_encoder=load_text_encoder(
-            directory, device=device, dtype=dtype, ops=bundle, variant=variants["text_encoder"]
+        vae=make_vae(model.vae, states["vae"], placement, folders["vae"]),
+        text_encoder=make_text_encoder(
+            folders["text_encoder"], folders["tokenizer"], states["text_encoder"], placement
         ),
-        ops=ops_name,
-        source=os.fspath(source),
-        revision=revision,
-        variant=variant,
+        qk_norm=qk_norm,
     )
 
 
 class Pipeline:
     """Generate videos with one loaded model; `cogvid.load` makes it.
 
-    ops: the name of the ops that the model runs on. source, revision, variant: what was loaded. All four are for the
-    provenance only.
+    checkpoint: what was loaded. placement: where its parts run. qk_norm: as for `load`.
     """
 
     def __init__(
         self,
-        model: ModelConfig,
+        checkpoint: Checkpoint,
+        placement: Placement,
         *,
         transformer: Transformer,
         vae: VAE,
         text_encoder: TextEncoder,
-        ops: str,
-        source: str,
-        revision: str | None = None,
-        variant: str | None = None,
+        qk_norm: str = "layer",
     ) -> None:
-        self.model = model
+        self.checkpoint = checkpoint
+        self.model = checkpoint.model
+        self.placement = placement
         self.transformer = transformer
         self.vae = vae
         self.text_encoder = text_encoder
-        self.ops = ops
-        self.source = source
-        self.revision = revision
-        self.variant = variant
+        self.qk_norm = qk_norm
 
     @property
     def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        return self.placement.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
+        return self.placement.dtype
+
+    @property
+    def ops(self) -> str:
+        """The name of the operations that run: "torch", "triton" or "custom"; `set_ops` changes them."""
+        return self.placement.ops_name
+
+    def set_ops(self, ops: str | Ops) -> None:
+        """Run these operations from now on, in the transformer, the VAE and the text encoder; `ops` as for `load`."""
+        bundle, name = resolve_ops(ops, self.device)
+        for part in (self.transformer, self.vae, self.text_encoder):
+            part.set_ops(bundle)
+        self.placement = dataclasses.replace(self.placement, ops=bundle, ops_name=name)
 
     @torch.no_grad()
+    @takes_options
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -170,14 +198,6 @@ class Pipeline:
         image: Any = None,
         video: Any = None,
         negative_prompt: str | Sequence[str] = "",
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        use_dynamic_cfg: bool | GuidanceMode | None = None,
-        scheduler: str | None = None,
-        strength: float = 0.8,
         num_videos_per_prompt: int = 1,
         seed: int | None = None,
         generator: Generators | None = None,
@@ -187,63 +207,35 @@ class Pipeline:
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
         step_cache: StepCache | None = None,
-        resize: str = "stretch",
-        image_latent_scale: ImageLatentScale = "diffusers",
-        previous_timestep: PreviousTimestep = "diffusers",
-        learned_positions: LearnedPositions = "sincos",
         progress: bool = True,
+        **options: Any,
     ) -> Output:
-        """Generate videos. What is None is the default of `self.model`: see `defaults` of `load`.
+        """Generate videos. An option that is None has the default of `self.model`: see `defaults` of `load`.
 
         Args:
             prompt: one or several; each becomes `num_videos_per_prompt` videos, which lie together in the batch.
             image: the first frame, anything that `load_image` takes, or a list with one per prompt.
             video: PIL images or uint8 `[F, H, W, 3]`, shared by all prompts; the first `num_frames` frames are used.
-            negative_prompt: what to steer away from, for all prompts or one for each; unused without guidance.
-            height, width: pixels. num_frames: pixel frames, 8N or 8N + 1.
-            guidance_scale: classifier-free guidance, off at 1 and below.
-            use_dynamic_cfg: None is on with dpm and off with ddim, and off with diffusers' defaults; or a mode of
-                `sampler.guidance_schedule` by name.
-            scheduler: "dpm" or "ddim".
-            strength: (0, 1], how much of a video is noise at the start, and the share of the steps that are run.
-            seed: of the first video; the k-th one has seed + k. Each video has a CPU generator of its own, so that with
-                its seed alone it comes out the same, to rounding. Drawn if neither it nor `generator` is given.
+            negative_prompt: what to avoid, for all prompts or one for each; unused without guidance.
+            seed: of the first video; the k-th one has seed + k. Each video has a CPU generator of its own, so that its
+                seed alone gives the same video, to rounding. Drawn if neither it nor `generator` is given.
             generator: one for the whole batch, or a list with one per video, consumed as diffusers consumes it.
-            latents: `[B, T, C, h, w]` in place of the initial noise, or, for video-to-video, of the noised video.
-            prompt_embeds, negative_prompt_embeds: `[prompts, L, E]` in place of the prompts.
+            latents: `[B, T, C, h, w]` that replace the initial noise or, for video-to-video, the noised video.
+            prompt_embeds, negative_prompt_embeds: `[prompts, L, E]` that replace the prompts.
             output_type: see `Output`.
-            callback_on_step_end: called with (pipeline, step index, timestep, {"latents": fp32 `[B, T, C, h, w]`});
-                the latents of the dictionary that it may return replace the present ones.
-            step_cache: wraps the block loop of the transformer; a new one for each call.
-            resize: "stretch", "crop" or "pad"; see `prepare_image`.
-            image_latent_scale, previous_timestep, learned_positions: named choices where upstream is in
-                doubt; see `plan.Settings`.
+            callback_on_step_end: called with (pipeline, step index, timestep, {"latents": fp32 `[B, T, C, h, w]`}).
+                It may return a dictionary, whose latents replace the present ones.
+            step_cache: wraps the block loop of the transformer; make one for each call.
             progress: show a bar on stderr.
+            options: the fields of `Settings`.
         """
-        task = plan.task_of(image, video)
-        plan.check_choice("output_type", output_type, OUTPUT_TYPES)
-        plan.check_int("num_videos_per_prompt", num_videos_per_prompt, 1)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_int("num_videos_per_prompt", num_videos_per_prompt, 1)
         if video is not None:
-            plan.check_int("num_frames", len(video) if num_frames is None else num_frames, 1, len(video))
-            num_frames = len(video) if num_frames is None else num_frames
-        settings = plan.settle(
-            self.model,
-            task=task,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            use_dynamic_cfg=use_dynamic_cfg,
-            scheduler=scheduler,
-            strength=strength,
-            resize=resize,
-            image_latent_scale=image_latent_scale,
-            previous_timestep=previous_timestep,
-            learned_positions=learned_positions,
-        )
-        if departures := plan.untrained(self.model, settings.height, settings.width, settings.num_frames):
-            warnings.warn(f"{self.model.name} was not trained for {' and '.join(departures)}", stacklevel=3)
+            options["num_frames"] = frames_to_use(video, options.get("num_frames"))
+        settings = resolve_settings(self.model, task=task_of(image, video), **options)
+        if reasons := outside_training(self.model, settings.height, settings.width, settings.num_frames):
+            warnings.warn(f"{self.model.name} was not trained for {' and '.join(reasons)}", stacklevel=3)
         prompts = _prompts(prompt, prompt_embeds, self.model)
         negatives = None
         if settings.guided:
@@ -257,43 +249,29 @@ class Pipeline:
             schedule = schedule.tail(settings.strength)
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order decides the video.
-        image_latents = None
-        if image is not None:
-            image_latents = encode_image(self.vae, image, settings, batch, generator)
+        conditioning = self._condition({"image": image}, settings, batch, generator)
         if video is not None and latents is None:
-            x = noised_video(self.vae, video, settings, batch, generator, schedule, self.padding(settings))
+            padding = self.model.padding(settings.num_frames)
+            x = noised_video(self.vae, video, settings, batch, generator, schedule, padding, self.placement)
         else:
             x = initial_latents(self.latent_shape(settings, batch), generator, self.device, self.dtype, latents)
-        if image_latents is not None:
-            image_latents = _pad_end(image_latents, x.shape[2])
         embeds = encode_prompts(self.text_encoder, prompts, negatives, self.model.text_length)
         embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
         with tqdm(total=len(schedule), desc="denoise", unit="step", disable=not progress) as bar:
-
-            def on_step(i: int, t: int, state: Tensor) -> Tensor | None:
-                bar.update()
-                if callback_on_step_end is None:
-                    return None
-                returned = callback_on_step_end(self, i, t, {"latents": rearrange(state, "b c t h w -> b t c h w")})
-                if not returned or "latents" not in returned:
-                    return None
-                return rearrange(returned["latents"], "b t c h w -> b c t h w")
-
             x = sample(
                 self.transformer,
                 x,
                 embeds,
                 schedule,
                 settings,
-                image_latents=image_latents,
+                conditioning=conditioning,
                 generator=generator,
-                on_step=on_step,
+                on_step=self._reporter(bar, callback_on_step_end),
                 step_cache=step_cache,
             )
         if not torch.isfinite(x).all():
-            raise FloatingPointError(f"latents: not finite after sampling in {self.dtype}; wanted a wider dtype")
-        frames = self._frames(x, settings, output_type)
+            raise FloatingPointError(f"latents: got numbers that are not finite in {self.dtype}, want a wider dtype")
         tensors = {
             "generator": generator if seeds is None else None,
             "latents": latents,
@@ -309,23 +287,44 @@ class Pipeline:
             "given": [name for name, value in tensors.items() if value is not None],
             **self._provenance(settings, schedule),
         }
+        frames = self._frames(x, settings, output_type)
         return Output(frames=frames, seed=provenance["seed"], fps=self.model.fps, provenance=provenance)
-
-    def padding(self, settings: Settings) -> int:
-        """Return how many latent frames the temporal patches of a 1.5 model need on top; they are cut off in front."""
-        return -plan.latent_frames(self.model.vae, settings.num_frames) % (self.model.transformer.patch_size_t or 1)
 
     def latent_shape(self, settings: Settings, batch: int) -> tuple[int, int, int, int, int]:
         """Return `(B, T, C, h, w)` of the latents that the transformer sees, padding included."""
-        stride = self.model.vae.spatial_compression_ratio
-        frames = plan.latent_frames(self.model.vae, settings.num_frames) + self.padding(settings)
-        channels = self.model.transformer.out_channels
-        return batch, frames, channels, settings.height // stride, settings.width // stride
+        frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
+        return batch, frames, self.model.transformer.out_channels, height, width
+
+    def _condition(
+        self, inputs: dict[str, Any], settings: Settings, batch: int, generator: Generators
+    ) -> Tensor | None:
+        """Return what the model takes beside noise and text, `[B, C, T, h, w]`, in the order of its config."""
+        frames, _, _ = self.model.latent_size(settings.height, settings.width, settings.num_frames)
+        parts = [
+            CONDITION_ENCODERS[each.name](
+                self.vae, inputs[each.name], settings, batch, generator, frames, self.placement
+            )
+            for each in self.model.conditions
+        ]
+        return torch.cat(parts, dim=1) if parts else None
+
+    def _reporter(self, bar: tqdm, callback: Callback | None) -> OnStep:
+        def on_step(step: Step, x: Tensor, state: State) -> Tensor | None:  # noqa: ARG001 - the driver's signature
+            bar.update()
+            if callback is None:
+                return None
+            latents = rearrange(x, "b c t h w -> b t c h w")
+            returned = callback(self, step.index, step.timestep, {"latents": latents})
+            if not returned or "latents" not in returned:
+                return None
+            return rearrange(returned["latents"], "b t c h w -> b c t h w")
+
+        return on_step
 
     def _frames(self, x: Tensor, settings: Settings, output_type: str) -> Any:
         if output_type == "latent":
             return rearrange(x, "b c t h w -> b t c h w")
-        videos = [decode(self.vae, video) for video in x[:, :, self.padding(settings) :].split(1)]
+        videos = [decode(self.vae, video) for video in x[:, :, self.model.padding(settings.num_frames) :].split(1)]
         if output_type == "stream":
             return [(to_uint8(chunk).cpu() for chunk in video) for video in videos]
         if output_type in ("np", "pt"):
@@ -335,13 +334,14 @@ class Pipeline:
         return pixels if output_type == "uint8" else [_to_pil(video) for video in pixels]
 
     def _provenance(self, settings: Settings, schedule: Schedule) -> dict[str, Any]:
-        scales = guidance_schedule(settings.guidance_scale, schedule, settings.guidance_mode)
+        checkpoint = self.checkpoint
+        scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
         return {
             "model": self.model.name,
-            "source": self.source,
-            "revision": self.revision,
-            "variant": self.variant,
-            "defaults": "recommended" if self.model.recommended is None else "diffusers",
+            "source": checkpoint.source,
+            "revision": checkpoint.revision,
+            "variant": checkpoint.variant,
+            "defaults": checkpoint.defaults,
             "max_sequence_length": self.model.text_length,
             **settings.to_dict(),
             "timesteps": list(schedule.timesteps),
@@ -350,12 +350,20 @@ class Pipeline:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "ops": self.ops,
+            "qk_norm": self.qk_norm,
             "versions": {
                 "cogvid": cogvid.__version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
         }
+
+
+def frames_to_use(video: Any, num_frames: int | None) -> int:
+    """Return how many frames of a video are used: those asked for, which must be there, or all."""
+    num_frames = len(video) if num_frames is None else num_frames
+    check_int("num_frames", num_frames, 1, len(video))
+    return num_frames
 
 
 def encode_prompts(
@@ -374,20 +382,29 @@ def encode_prompts(
     return torch.cat([uncond.to(cond), cond])
 
 
-def encode_image(vae: VAE, image: Any, settings: Settings, batch: int, generator: Generators) -> Tensor:
-    """Encode the first frame to scaled latents `[B, C, 1, h, w]`, drawing one posterior sample per video.
+def encode_image(
+    vae: VAE, image: Any, settings: Settings, batch: int, generator: Generators, frames: int, placement: Placement
+) -> Tensor:
+    """Encode the first frame to scaled latents `[B, C, frames, h, w]`, zero after the first latent frame.
+
+    One posterior sample is drawn per video.
 
     image: anything that `load_image` takes, or a list whose length divides `batch`.
     """
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     if not images or batch % len(images):
-        raise ValueError(f"image: got a list of {len(images)}, wanted one, or one per prompt")
-    pixels = [prepare_image(each, settings.height, settings.width, settings.resize) for each in images]
-    z = _posterior_samples(vae, [each[:, :, None] for each in pixels], generator, batch)
-    return image_latent_factor(vae.config, settings.image_latent_scale) * z
+        raise ValueError(f"image: got a list of {len(images)}, want one, or one per prompt")
+    pixels = [prepare_image(each, settings.height, settings.width, settings.resize)[:, :, None] for each in images]
+    z = _posterior_samples(vae, pixels, generator, batch, placement)
+    z = image_latent_factor(vae.config, settings.image_latent_scale) * z
+    b, c, t, h, w = z.shape
+    return torch.cat([z, z.new_zeros(b, c, frames - t, h, w)], dim=2)
 
 
-def image_latent_factor(config: VAEConfig, choice: ImageLatentScale) -> float:
+CONDITION_ENCODERS = {"image": encode_image}  # by the name of a `Condition`
+
+
+def image_latent_factor(config: VAEConfig, choice: str) -> float:
     """Return what image latents are multiplied by; `choice` matters only for models with `invert_scale_latents`."""
     if not config.invert_scale_latents or choice == "multiply":
         return config.scaling_factor
@@ -403,6 +420,7 @@ def noised_video(
     generator: Generators,
     schedule: Schedule,
     padding: int,
+    placement: Placement,
 ) -> Tensor:
     """Encode a video and take it to the first timestep of the schedule: `[B, C, padding + T, h, w]`.
 
@@ -411,7 +429,7 @@ def noised_video(
     """
     pixels = prepare_video(video[: settings.num_frames], settings.height, settings.width, settings.resize)
     draws = 1 if isinstance(generator, Generator) else batch
-    z = vae.config.scaling_factor * _posterior_samples(vae, [pixels], generator, draws)
+    z = vae.config.scaling_factor * _posterior_samples(vae, [pixels], generator, draws, placement)
     z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2).expand(batch, -1, -1, -1, -1)
     b, c, t, h, w = z.shape
     return add_noise(z, initial_latents((b, t, c, h, w), generator, z.device, z.dtype), schedule.timesteps[0], schedule)
@@ -428,7 +446,7 @@ def initial_latents(
     if latents is None:
         latents = draw_noise(shape_btchw, generator, device, dtype)
     if tuple(latents.shape) != shape_btchw:
-        raise ValueError(f"latents: got shape {tuple(latents.shape)}, wanted [B, T, C, h, w] = {shape_btchw}")
+        raise ValueError(f"latents: got shape {tuple(latents.shape)}, want [B, T, C, h, w] = {shape_btchw}")
     return rearrange(latents.to(device, dtype), "b t c h w -> b c t h w")
 
 
@@ -439,35 +457,46 @@ def sample(
     schedule: Schedule,
     settings: Settings,
     *,
-    image_latents: Tensor | None = None,
+    conditioning: Tensor | None = None,
     generator: Generators | None = None,
     on_step: OnStep | None = None,
     step_cache: StepCache | None = None,
+    start: int = 0,
+    state: State | None = None,
 ) -> Tensor:
-    """Denoise `x` `[B, C, T, h, w]` with guidance; the result has the shape and the dtype of `x`.
+    """Denoise `x` `[B, C, T, h, w]` with guidance; the result has the shape of `x` and the transformer's dtype.
 
-    embeds: as `encode_prompts` returns them. image_latents: `[B, C, T, h, w]`, joined to `x` on the channels.
+    embeds: as `encode_prompts` returns them. conditioning: `[B, C, T, h, w]`, put behind `x` on the channels.
+    generator, on_step, start, state: see `samplers.sample`.
     """
-    timesteps = torch.tensor(schedule.timesteps, device=x.device)
-    scales = guidance_schedule(settings.guidance_scale, schedule, settings.guidance_mode)
+    batch = len(x)
 
-    def denoise(x: Tensor, i: int) -> Tensor:
-        inputs = x if image_latents is None else torch.cat([x, image_latents], dim=1)
-        if settings.guided:
-            inputs = torch.cat([inputs, inputs])
-        prediction = transformer(
+    def network(x: Tensor, index: int, timestep: int, branch: Branch) -> Tensor:
+        inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
+        text = embeds if branch == "both" else embeds[-batch:]
+        inputs = torch.cat([inputs, inputs]) if branch == "both" else inputs
+        return transformer(
             inputs,
-            embeds,
-            timesteps[i].expand(len(inputs)),
+            text,
+            torch.full((len(inputs),), timestep, device=x.device),
+            step=index,
+            branch=branch,
             step_cache=step_cache,
             learned_positions=settings.learned_positions,
         )
-        if not settings.guided:
-            return prediction.float()
-        uncond, cond = prediction.chunk(2)
-        return guide(uncond, cond, scales[i])
 
-    return SAMPLERS[settings.scheduler](denoise, x, schedule, generator=generator, on_step=on_step)
+    return run_sampler(
+        network,
+        x,
+        schedule,
+        sampler=settings.scheduler,
+        scales=guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg),
+        generator=generator,
+        dtype=transformer.dtype,
+        on_step=on_step,
+        start=start,
+        state=state,
+    )
 
 
 @torch.no_grad()
@@ -477,10 +506,11 @@ def decode(vae: VAE, latents: Tensor) -> Iterator[Tensor]:
         yield rearrange(denormalize(chunk[0]), "c f h w -> f h w c")
 
 
-def _posterior_samples(vae: VAE, pixels: list[Tensor], generator: Generators, count: int) -> Tensor:
+def _posterior_samples(
+    vae: VAE, pixels: list[Tensor], generator: Generators, count: int, placement: Placement
+) -> Tensor:
     """Encode each `[1, 3, F, H, W]` once, and draw `count` samples `[count, C, T, h, w]`, as many of each, in order."""
-    weight = next(vae.parameters())
-    posteriors = [vae.encode(each.to(weight.device, weight.dtype)) for each in pixels]
+    posteriors = [vae.encode(each.to(placement.device, placement.dtype)) for each in pixels]
     generators = [generator] * count if isinstance(generator, Generator) else generator
     return torch.cat([posteriors[i * len(pixels) // count].sample(generators[i]) for i in range(count)])
 
@@ -491,15 +521,9 @@ def _to_pil(pixels: Tensor) -> list[Image]:
     return [pil.fromarray(frame) for frame in pixels.cpu().numpy()]
 
 
-def _pad_end(latents: Tensor, frames: int) -> Tensor:
-    """Add zero frames behind, up to `frames`."""
-    b, c, t, h, w = latents.shape
-    return torch.cat([latents, latents.new_zeros(b, c, frames - t, h, w)], dim=2)
-
-
 def _prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, model: ModelConfig) -> list[str] | Tensor:
     if (prompt is None) == (embeds is None):
-        raise ValueError(f"prompt, prompt_embeds: got {'neither' if prompt is None else 'both'}, wanted one of them")
+        raise ValueError(f"prompt, prompt_embeds: got {'neither' if prompt is None else 'both'}, want one of them")
     if embeds is not None:
         width = model.transformer.text_embed_dim
         if embeds.ndim != 3 or embeds.shape[2] != width:
@@ -514,21 +538,21 @@ def _negatives(
     count = len(prompts)
     if embeds is not None:
         if prompt:
-            raise ValueError("negative_prompt, negative_prompt_embeds: got both, wanted one of them")
+            raise ValueError("negative_prompt, negative_prompt_embeds: got both, want one of them")
         length = prompts.shape[1] if isinstance(prompts, Tensor) else model.text_length
         if tuple(embeds.shape) != (shape := (count, length, model.transformer.text_embed_dim)):
             raise ValueError(f"negative_prompt_embeds: got shape {tuple(embeds.shape)}, want {shape} as the prompts'")
         return embeds
     prompts = _strings("negative_prompt", prompt)
     if len(prompts) not in (1, count):
-        raise ValueError(f"negative_prompt: got {len(prompts)}, wanted 1 or one per prompt, {count}")
+        raise ValueError(f"negative_prompt: got {len(prompts)}, want 1 or one per prompt, {count}")
     return prompts * (count // len(prompts))
 
 
 def _strings(name: str, prompt: object) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"{name}: got {prompt!r}, wanted a string or a list of strings")
+        raise ValueError(f"{name}: got {prompt!r}, want a string or a list of strings")
     return list(prompts)
 
 
@@ -536,12 +560,12 @@ def _generators(seed: int | None, generator: Generators | None, batch: int) -> t
     """Return the caller's generators, or else those of the seeds, one for each video, and the seeds."""
     if generator is not None:
         if seed is not None:
-            raise ValueError("seed, generator: got both, wanted one of them")
+            raise ValueError("seed, generator: got both, want one of them")
         if not isinstance(generator, Generator) and len(generator) != batch:
-            raise ValueError(f"generator: got a list of {len(generator)}, wanted one per video, {batch}")
+            raise ValueError(f"generator: got a list of {len(generator)}, want one per video, {batch}")
         return generator, None
     if seed is None:
         seed = secrets.randbelow(2**32)
-    plan.check_seed(seed, batch)
+    check_seed(seed, batch)
     seeds = [seed + k for k in range(batch)]
     return [Generator("cpu").manual_seed(each) for each in seeds], seeds

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int, int]
+from cogvid.config import Grid
+
 Positions = tuple[Tensor, Tensor, Tensor]
 
 THETA = 10000.0

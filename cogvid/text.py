@@ -10,20 +10,17 @@ marks. The ids here are sentencepiece's, with which T5 was trained.
 
 from __future__ import annotations
 
-import json
 import re
 import string
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cogvid.hub import TOKENIZER_FILES, WEIGHTS, component_directory
-from cogvid.ops import Ops, resolve_ops
-from cogvid.weights import load_state, resolve_device, resolve_dtype, stored_dtype
+from cogvid.ops import Ops
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 # What transformers splits words at. Python's own \s has four control characters more.
 _SPACES = "\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _WORD_START = "\u2581"  # sentencepiece's visible space
-_EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 _WORD_LIST = 1000  # pieces; a smaller vocabulary lists the words of a small world, and letters for whatever else
 
 
@@ -193,76 +189,3 @@ def use_ops(model: T5EncoderModel, ops: Ops) -> None:
         for name, child in module.named_children():
             if isinstance(child, T5LayerNorm):
                 setattr(module, name, _RMSNorm(child.weight, child.variance_epsilon, ops))
-
-
-def load_text_encoder(
-    model: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype | None = None,
-    ops: str | Ops = "auto",
-    variant: str | None = None,
-) -> TextEncoder:
-    """Load the T5 encoder and the tokenizer of a checkpoint, from its `text_encoder/` and `tokenizer/`.
-
-    Args:
-        model: as for `hub.find`.
-        dtype: float32, float16 or bfloat16; None is the stored one. With float16 the `wo` matrices are float32, as
-            transformers keeps them because they overflow. For a CPU see `weights.resolve_dtype`.
-        ops: "auto", "torch", "triton" or an `Ops`.
-        variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16".
-
-    Raises:
-        ValueError: the files are missing, broken or do not fit together; an argument is not one of the above.
-    """
-    from transformers import T5Config, T5EncoderModel
-
-    directory = component_directory(model, "text_encoder", variant)
-    tokenizer = _load_tokenizer(component_directory(model, "tokenizer"))
-    device = resolve_device(device)
-    bundle, _ = resolve_ops(ops, device)
-    values = _read_config(directory / "config.json")
-    try:
-        with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config.from_dict(values))
-    except Exception as error:  # of many kinds, for a value of another type or one that no model has
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{directory / 'config.json'}: got {reason:.300}, want a T5 encoder's config") from error
-    encoder.set_input_embeddings(encoder.shared)  # the stack makes a table of its own
-    use_ops(encoder, bundle)
-
-    state = load_state(directory, WEIGHTS["text_encoder"], variant)
-    dtype = resolve_dtype(dtype, device, stored=stored_dtype(state, directory))
-    # One matrix under two names; which of them is stored, or both, depends on the version that wrote the file.
-    if _TIED in state:
-        state.setdefault(_EMBEDDING, state.pop(_TIED))
-    placed = {
-        name: tensor.to(device, torch.float32 if dtype == torch.float16 and ".wo." in name else dtype)
-        for name, tensor in state.items()
-    }
-    if _EMBEDDING in placed:
-        placed[_TIED] = placed[_EMBEDDING]
-    try:
-        encoder.load_state_dict(placed, strict=True, assign=True)
-    except RuntimeError as error:  # names or shapes
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{directory}: the weights do not fit the config: {reason:.400}") from None
-    return TextEncoder(encoder.eval().requires_grad_(False), tokenizer)
-
-
-def _load_tokenizer(directory: Path) -> Tokenizer:
-    pieces, config = (directory / name for name in TOKENIZER_FILES)
-    extra_ids = _read_config(config).get("extra_ids", 100) if config.is_file() else 100
-    if type(extra_ids) is not int or extra_ids < 0:
-        raise ValueError(f"{config}: extra_ids: got {extra_ids!r}, want a number of sentinels")
-    return Tokenizer(pieces, extra_ids)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{path}: wanted a JSON file, got {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got {type(values).__name__}, want a JSON object")
-    return values

@@ -1,0 +1,248 @@
+"""Say which model a checkpoint is, from its configs and the headers of its weights.
+
+A checkpoint has the layout that diffusers' `save_pretrained` writes: `model_index.json` and a folder for each component
+with `config.json` and safetensors. weights.md lists the official ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cogvid.config import (
+    CONFIGS,
+    SCHEDULER_CLASS_DEFAULTS,
+    Condition,
+    ModelConfig,
+    SchedulerConfig,
+    TransformerConfig,
+    VAEConfig,
+)
+from cogvid.files import load_state, read_json, stored_dtype
+from cogvid.hub import BASENAME, CONFIG_FILES, WEIGHTS, component_variants, find, stored_variants
+from cogvid.names import map_transformer_state_dict, map_vae_state_dict
+
+DEFAULTS = ("recommended", "diffusers")
+
+PIPELINES: dict[str, tuple[str, ...]] = {  # class in model_index.json -> what its transformer is conditioned on
+    "CogVideoXPipeline": (),
+    "CogVideoXVideoToVideoPipeline": (),
+    "CogVideoXImageToVideoPipeline": ("image",),
+}
+CLASSES = {  # what a component may be; both schedulers keep the same settings, and the sampler is chosen by the caller
+    "transformer": ("CogVideoXTransformer3DModel",),
+    "vae": ("AutoencoderKLCogVideoX",),
+    "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+    "text_encoder": ("T5EncoderModel",),
+    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+}
+
+# Options of upstream's classes that every checkpoint has at one value; another value would be another model.
+FIXED: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "activation_fn": "gelu-approximate",
+        "timestep_activation_fn": "silu",
+        "norm_elementwise_affine": True,
+        "attention_bias": True,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    },
+    "vae": {
+        "act_fn": "silu",
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+        "in_channels": 3,
+        "out_channels": 3,
+    },
+}
+
+Config = TypeVar("Config", TransformerConfig, VAEConfig, SchedulerConfig)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found.
+
+    directory: absolute. model: what it is, with the defaults of a call. variants: of each component's weights.
+    source, revision, variant, defaults: as they were asked for.
+    """
+
+    directory: Path
+    model: ModelConfig
+    variants: dict[str, str | None]
+    source: str
+    revision: str | None
+    variant: str | None
+    defaults: str
+
+
+def read_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    defaults: str = "recommended",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    variant: str | None = None,
+) -> Checkpoint:
+    """Find or fetch a checkpoint, and say which model it is. The arguments are those of `cogvid.load`."""
+    if defaults not in DEFAULTS:
+        raise ValueError(f"defaults: got {defaults!r}, want one of {', '.join(DEFAULTS)}")
+    found = find(os.fspath(source), revision=revision, local_files_only=local_files_only, variant=variant)
+    directory = found.absolute()
+    index = read_model_index(directory)
+    model = _read_model(directory, PIPELINES[index["_class_name"]], variant)
+    if defaults == "diffusers":
+        model = _with_diffusers_defaults(model, index)
+    variants = component_variants(directory, variant)
+    return Checkpoint(directory, model, variants, os.fspath(source), revision, variant, defaults)
+
+
+def read_model_config(directory: str | Path, variant: str | None = None) -> ModelConfig:
+    """Say which model a checkpoint is, from its configs and the shapes and dtype of its weights.
+
+    An official model or a shipped pack is recognised by its architecture and has the recommended settings of `CONFIGS`.
+    Those of any other checkpoint follow from its configs: the size it was made for, and the stored dtype.
+    """
+    directory = Path(directory)
+    return _read_model(directory, PIPELINES[read_model_index(directory)["_class_name"]], variant)
+
+
+def _read_model(directory: Path, conditions: tuple[str, ...], variant: str | None) -> ModelConfig:
+    transformer = read_config(directory / "transformer", "transformer", TransformerConfig)
+    vae = read_config(directory / "vae", "vae", VAEConfig)
+    scheduler = read_config(directory / "scheduler", "scheduler", SchedulerConfig)
+    text_width = read_json(directory / "text_encoder" / "config.json").get("d_model")
+    for what, got, wanted in (
+        ("out_channels", transformer.out_channels, vae.latent_channels),
+        ("in_channels", transformer.in_channels, vae.latent_channels * (1 + len(conditions))),
+        ("text_embed_dim", transformer.text_embed_dim, text_width),
+    ):
+        if got != wanted:
+            raise ValueError(f"{directory}: got a transformer with {what} {got}, want {wanted} as the other parts have")
+
+    parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+    known = next((m for m in CONFIGS.values() if _without_size(m.transformer) == _without_size(transformer)), None)
+    # 1.5 is hosted with sample sizes that are not what it was trained for.
+    if known is not None and (transformer == known.transformer or transformer.patch_size_t is not None):
+        return dataclasses.replace(known, **parts)
+    size: dict[str, Any] = {
+        "height": transformer.sample_height * vae.spatial_compression_ratio,
+        "width": transformer.sample_width * vae.spatial_compression_ratio,
+        "num_frames": transformer.sample_frames,
+        "max_frames": transformer.sample_frames,
+    }
+    if known is not None:
+        return dataclasses.replace(known, **parts, **size)
+    folder = directory / "transformer"
+    found = stored_variants([path.name for path in folder.glob("*")], BASENAME)
+    dtype = stored_dtype(load_state(folder, variant=variant if variant in found else None), folder)
+    return ModelConfig(
+        name="custom-i2v" if conditions else "custom-t2v",
+        repo=None,
+        dtype=str(dtype).removeprefix("torch."),
+        fps=8 if transformer.patch_size_t is None else 16,
+        frame_multiple=vae.temporal_compression_ratio * 2 * transformer.patch[0],
+        conditions=tuple(Condition(name, vae.latent_channels) for name in conditions),
+        **parts,
+        **size,
+    )
+
+
+def _with_diffusers_defaults(model: ModelConfig, index: dict[str, Any]) -> ModelConfig:
+    """Give a model the defaults that diffusers' three CogVideoX pipelines have.
+
+    These are the scheduler of `model_index.json`, 50 steps, constant guidance of 6, 226 text tokens, the size that the
+    transformer's config names, and its frame count, or 49 for image-to-video.
+    """
+    stride, transformer = model.vae.spatial_compression_ratio, model.transformer
+    return dataclasses.replace(
+        model,
+        height=transformer.sample_height * stride,
+        width=transformer.sample_width * stride,
+        num_frames=49 if model.conditions else transformer.sample_frames,
+        num_inference_steps=50,
+        guidance_scale=6.0,
+        sampler="dpm" if "CogVideoXDPMScheduler" in index["scheduler"] else "ddim",
+        dynamic_guidance=False,
+        max_sequence_length=226,
+        recommended=model,
+    )
+
+
+def read_model_index(directory: str | Path) -> dict[str, Any]:
+    """Read and check `model_index.json`: a CogVideoX pipeline with its five components."""
+    path = Path(directory) / "model_index.json"
+    index = read_json(path)
+    if index.get("_class_name") not in PIPELINES:
+        raise ValueError(f"{path}: got class {index.get('_class_name')}, want {' or '.join(PIPELINES)}")
+    for component, classes in CLASSES.items():
+        entry = index.get(component)
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if name not in classes:
+            raise ValueError(f"{path}: got {component} of class {name}, want {' or '.join(classes)}")
+    return index
+
+
+def read_config(directory: Path, component: str, config: type[Config]) -> Config:
+    """Read a component's config and refuse what cogvid does not implement."""
+    path = directory / CONFIG_FILES[component]
+    values = read_json(path)
+    if values.get("_class_name") not in CLASSES[component]:
+        raise ValueError(f"{path}: got class {values.get('_class_name')}, want {' or '.join(CLASSES[component])}")
+    for name, value in FIXED.get(component, {}).items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{path}: {name}: got {values[name]!r}, want {value!r}: no other is implemented")
+    if component == "scheduler":  # unlike the other two, upstream's defaults here are not those of CogVideoX
+        values = {**SCHEDULER_CLASS_DEFAULTS, **values}
+    try:
+        return config.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _without_size(config: TransformerConfig) -> TransformerConfig:
+    return dataclasses.replace(config, sample_frames=1, sample_height=config.patch_size, sample_width=config.patch_size)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Say what a checkpoint is, ready for JSON; raise if its weights are not those of its configs.
+
+    Only configs and the headers of the safetensors are read.
+    """
+    directory, model = checkpoint.directory, checkpoint.model
+    states = {part: load_state(directory / part, base, checkpoint.variants[part]) for part, base in WEIGHTS.items()}
+    on_meta = {part: {name: tensor.to("meta") for name, tensor in state.items()} for part, state in states.items()}
+    map_transformer_state_dict(on_meta["transformer"], model.transformer)
+    map_vae_state_dict(on_meta["vae"], model.vae)
+    recommended = ("height", "width", "num_frames", "max_frames", "fps", "dtype", "num_inference_steps")
+    return {
+        "model": model.name,
+        "official": model.repo,
+        "directory": str(directory),
+        "tasks": model.tasks,
+        "recommended": {
+            **{name: getattr(model, name) for name in recommended},
+            "guidance_scale": model.guidance_scale,
+            "scheduler": model.sampler,
+        },
+        "weights": {
+            part: {
+                "tensors": len(state),
+                "parameters": sum(tensor.numel() for tensor in state.values()),
+                "bytes": sum(tensor.nbytes for tensor in state.values()),
+                "dtype": str(stored_dtype(state, directory / part)).removeprefix("torch."),
+            }
+            for part, state in states.items()
+        },
+        "config": {
+            "transformer": model.transformer.to_dict(),
+            "vae": model.vae.to_dict(),
+            "scheduler": model.scheduler.to_dict(),
+        },
+    }

@@ -1,0 +1,111 @@
+"""Read and write the files of a checkpoint: safetensors in one file or in shards, and JSON.
+
+Safetensors are mapped: only headers are read, and the pages of a tensor when it is used. What is written appears under
+its name whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cogvid.hub import BASENAME, weight_files
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOAT64 = "patch_embed.pos_embedding"  # diffusers writes this table in float64, whatever it was loaded from
+
+
+def load_state(directory: Path, basename: str = BASENAME, variant: str | None = None) -> dict[str, Tensor]:
+    """Map the tensors of `basename.safetensors`, or of the shards that `basename.safetensors.index.json` names.
+
+    `hub.weight_files` has the names of a variant.
+
+    Raises:
+        ValueError: a file is missing or broken, exists only in other variants, or holds something else than weights.
+    """
+    names = [path.name for path in directory.glob("*") if path.is_file()]
+    first, *_ = weight_files(names, basename, variant, directory) or [f"{basename}.safetensors"]
+    if not first.endswith(".json"):
+        return _map_file(directory / first)
+    index = directory / first
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shard_of.values()):
+        raise ValueError(f"{index}: got {shard_of!s:.60}, want a 'weight_map' of tensor names to file names")
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        # A tensor that the index gives to another shard is that shard's; one the index leaves out is kept, to be named.
+        state |= {k: v for k, v in _map_file(directory / shard).items() if shard_of.get(k, shard) == shard}
+    if absent := [name for name in shard_of if name not in state]:
+        raise ValueError(f"{index}: got {listing('tensors not in the shard it names', absent, str)}, want none")
+    return state
+
+
+def _map_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".safetensors", ".bin", ".pt"))
+        beside = ", ".join(there[:3])
+        raise ValueError(f"{path}: got {beside or 'no such file'}, want a safetensors file of this name")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path}: got a broken file ({error}), want a whole safetensors file") from error
+    foreign = [
+        (name, tensor.dtype)
+        for name, tensor in state.items()
+        if tensor.dtype not in DTYPES.values() and (name, tensor.dtype) != (_FLOAT64, torch.float64)
+    ]
+    if foreign:
+        listed = listing("tensors", foreign, lambda item: f"{item[0]} is {str(item[1]).removeprefix('torch.')}")
+        raise ValueError(f"{path}: got {listed}, want weights in {', '.join(DTYPES)} alone")
+    return state
+
+
+def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype:
+    """Return the dtype that most of the weights are stored in."""
+    count: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        if tensor.dtype in DTYPES.values():  # all but the one table that may be float64
+            count[tensor.dtype] += tensor.numel()
+    if not count:
+        raise ValueError(f"{source}: got no weights, want some")
+    return count.most_common(1)[0][0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; what cannot be read is one `ValueError` that names the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: got no such file, want a JSON file") from None
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: got {error}, want a JSON file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got {type(values).__name__}, want a JSON object")
+    return values
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, then rename it to `path`: it appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def listing(what: str, items: list[Any], describe: Callable[[Any], str], limit: int = 3) -> str:
+    """Count and list items for a message; nothing for none."""
+    if not items:
+        return ""
+    more = f", and {len(items) - limit} more" if len(items) > limit else ""
+    return f"{len(items)} {what} ({', '.join(describe(item) for item in items[:limit])}{more})"

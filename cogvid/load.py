@@ -1,0 +1,308 @@
+"""Load the parts of a checkpoint, and save them as diffusers reads them.
+
+Nothing is read into memory that need not be. Modules are built on the meta device and safetensors are mapped. Where
+neither device nor dtype changes, the parameters are the mapping itself: the kernel reads a page when it is first used
+and may drop it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cogvid.checkpoint import CLASSES, FIXED, read_config
+from cogvid.config import TransformerConfig, VAEConfig
+from cogvid.files import DTYPES, load_state, read_json, stored_dtype, write_whole
+from cogvid.hub import BASENAME, TOKENIZER_FILES, WEIGHTS, component_directory
+from cogvid.names import map_state, unmap_state_dict
+from cogvid.ops import Ops, resolve_ops
+from cogvid.text import TextEncoder, Tokenizer, use_ops
+from cogvid.transformer import Transformer
+from cogvid.vae import VAE
+
+QK_NORMS = ("layer", "rms")
+_EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
+
+Module = TypeVar("Module", Transformer, VAE)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model runs, resolved once. ops_name: "torch", "triton" or "custom", for the record."""
+
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    ops_name: str
+
+
+def load_transformer(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    ops: str | Ops = "auto",
+    variant: str | None = None,
+    qk_norm: str = "layer",
+) -> Transformer:
+    """Load the transformer of a checkpoint, or the one in its own directory.
+
+    Args:
+        model: as for `hub.find`, or a directory that holds the transformer's own config.json.
+        dtype: float32, float16 or bfloat16, as a name or a `torch.dtype`; None is the stored one. A dtype that this CPU
+            is slow at is replaced, with a warning: see `resolve_dtype`.
+        ops: "auto", "torch", "triton" or an `Ops`.
+        variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16".
+        qk_norm: "layer", or "rms": see `make_transformer`.
+
+    Raises:
+        ValueError: the files are missing, broken or not this model's; an argument is not one of the above.
+    """
+    directory = component_directory(model, "transformer", variant)
+    config = read_config(directory, "transformer", TransformerConfig)
+    state = load_state(directory, variant=variant)
+    return make_transformer(config, state, _place(device, dtype, ops, state, directory), directory, qk_norm)
+
+
+def load_vae(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    ops: str | Ops = "auto",
+    variant: str | None = None,
+) -> VAE:
+    """Load the VAE of a checkpoint, or the one in its own directory; arguments as for `load_transformer`."""
+    directory = component_directory(model, "vae", variant)
+    config = read_config(directory, "vae", VAEConfig)
+    state = load_state(directory, variant=variant)
+    return make_vae(config, state, _place(device, dtype, ops, state, directory), directory)
+
+
+def load_text_encoder(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    ops: str | Ops = "auto",
+    variant: str | None = None,
+) -> TextEncoder:
+    """Load the T5 encoder and the tokenizer of a checkpoint, from its `text_encoder/` and `tokenizer/`.
+
+    Arguments and errors as for `load_transformer`. With float16 the `wo` matrices are float32, as transformers keeps
+    them, because they overflow.
+    """
+    directory = component_directory(model, "text_encoder", variant)
+    tokenizer = component_directory(model, "tokenizer")
+    state = load_state(directory, WEIGHTS["text_encoder"], variant)
+    return make_text_encoder(directory, tokenizer, state, _place(device, dtype, ops, state, directory))
+
+
+def make_transformer(
+    config: TransformerConfig,
+    state: Mapping[str, Tensor],
+    placement: Placement,
+    source: str | Path,
+    qk_norm: str = "layer",
+) -> Transformer:
+    """Build a transformer with the weights of an upstream state dict. source: names them in errors.
+
+    qk_norm: "layer" is exact. "rms" centres the weights of the Q and K projections over each head, in fp32, before they
+    are rounded to the dtype. The Q and K norms are then RMSNorm: the same function, one pass less over a row. bf16 and
+    fp16 round the centred weights anew, so results differ in the last bits.
+    """
+    if qk_norm not in QK_NORMS:
+        raise ValueError(f"qk_norm: got {qk_norm!r}, want one of {', '.join(QK_NORMS)}")
+    with torch.device("meta"), _WithoutInit():
+        module = Transformer(config, placement.ops)
+    mapped = map_state(state, module, source)
+    if qk_norm == "rms":
+        for key in mapped:
+            if ".q_proj." in key or ".k_proj." in key:
+                heads = mapped[key].float().unflatten(0, (config.num_attention_heads, -1))
+                mapped[key] = (heads - heads.mean(1, keepdim=True)).flatten(0, 1)
+        for block in module.blocks:
+            block.centred = True
+    return _fill(module, mapped, placement)
+
+
+def make_vae(config: VAEConfig, state: Mapping[str, Tensor], placement: Placement, source: str | Path) -> VAE:
+    """Build a VAE with the weights of an upstream state dict. source: names them in errors."""
+    with torch.device("meta"), _WithoutInit():
+        module = VAE(config, placement.ops)
+    return _fill(module, map_state(state, module, source), placement)
+
+
+def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor], placement: Placement) -> TextEncoder:
+    """Build a text encoder from its config, the folder of its tokenizer and its state dict."""
+    from transformers import T5Config, T5EncoderModel
+
+    tokens = _load_tokenizer(tokenizer)
+    values = read_json(directory / "config.json")
+    try:
+        with torch.device("meta"):
+            encoder = T5EncoderModel(T5Config.from_dict(values))
+    except Exception as error:  # of many kinds, for a value of another type or one that no model has
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory / 'config.json'}: got {reason:.300}, want a T5 encoder's config") from error
+    encoder.set_input_embeddings(encoder.shared)  # the stack makes a table of its own
+    use_ops(encoder, placement.ops)
+
+    # One matrix under two names. Which of them is stored, or both, depends on the version that wrote the file.
+    if _TIED in state:
+        state.setdefault(_EMBEDDING, state.pop(_TIED))
+    dtype = placement.dtype
+    placed = {
+        name: tensor.to(placement.device, torch.float32 if dtype == torch.float16 and ".wo." in name else dtype)
+        for name, tensor in state.items()
+    }
+    if _EMBEDDING in placed:
+        placed[_TIED] = placed[_EMBEDDING]
+    try:
+        encoder.load_state_dict(placed, strict=True, assign=True)
+    except RuntimeError as error:  # names or shapes
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory}: got {reason:.400}, want the weights of the config") from None
+    return TextEncoder(encoder.eval().requires_grad_(False), tokens)
+
+
+def _load_tokenizer(directory: Path) -> Tokenizer:
+    pieces, config = (directory / name for name in TOKENIZER_FILES)
+    extra_ids = read_json(config).get("extra_ids", 100) if config.is_file() else 100
+    if type(extra_ids) is not int or extra_ids < 0:
+        raise ValueError(f"{config}: extra_ids: got {extra_ids!r}, want an integer, 0 or more")
+    return Tokenizer(pieces, extra_ids)
+
+
+def _place(
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    ops: str | Ops,
+    state: Mapping[str, Tensor],
+    source: Path,
+) -> Placement:
+    """Resolve where one part runs that is loaded by itself."""
+    device = resolve_device(device)
+    bundle, name = resolve_ops(ops, device)
+    return Placement(device, resolve_dtype(dtype, device, stored=stored_dtype(state, source)), bundle, name)
+
+
+def _fill(module: Module, state: Mapping[str, Tensor], placement: Placement) -> Module:
+    """Give a module on the meta device its weights."""
+    placed = {key: tensor.to(placement.device, placement.dtype) for key, tensor in state.items()}
+    module.load_state_dict(placed, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skip the initialisation of linears and convolutions, which takes a quarter of the time of a load on meta."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in _INIT else func(*args, **kwargs)
+
+
+_INIT = (nn.init.kaiming_uniform_, nn.init.uniform_)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype to run in: the one asked for or else the stored one; on a CPU, not one that is very slow there.
+
+    On a CPU, float16 becomes bfloat16, or float32 where bfloat16 is slow too. Where it is slow, a model stored in
+    bfloat16 becomes float32, but bfloat16 that the caller asked for, to save memory, is kept. Each is warned of.
+    """
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else stored if dtype is None else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
+    if device.type != "cpu" or chosen == torch.float32:
+        return chosen
+    fast = _cpu_has_bfloat16()
+    if chosen == torch.float16:
+        name = "bfloat16" if fast else "float32"
+        warnings.warn(
+            f"float16 arithmetic is not run on a CPU: running in {name} instead"
+            + ("" if fast else ", which takes twice the memory"),
+            stacklevel=2,
+        )
+        return DTYPES[name]
+    if not fast and dtype is None:
+        warnings.warn(
+            "bfloat16 is slow on this CPU, which has no instructions for it: running in float32 instead, which takes "
+            "twice the memory; dtype='bfloat16' runs it all the same",
+            stacklevel=2,
+        )
+        return torch.float32
+    if not fast:
+        _warn_of_slow_bfloat16()
+    return chosen
+
+
+@functools.cache  # said once, not by each part of a model that is loaded as asked
+def _warn_of_slow_bfloat16() -> None:
+    warnings.warn("bfloat16 is slow on this CPU, which has no instructions for it; float32 is faster", stacklevel=3)
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Say whether PyTorch hands bfloat16 products and convolutions to oneDNN on this CPU; its own loops are slow.
+
+    This is the question that PyTorch itself asks: for AVX-512 on x86, for BF16 on ARM. Limits of the environment
+    (ONEDNN_MAX_CPU_ISA) count. It has no public name; where it is gone, the answer is no.
+    """
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(ask is not None and ask())
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device, which must be a CPU or a CUDA GPU that is there; None is CUDA where there is a GPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {str(device)!r}, want 'cpu', 'cuda' or 'cuda:N'")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {str(device)!r}, want one of the {torch.cuda.device_count()} CUDA GPUs here")
+    return resolved
+
+
+def save_transformer(module: Transformer, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `config.json` and the safetensors that `CogVideoXTransformer3DModel.from_pretrained` reads.
+
+    dtype: of the file; None keeps the module's.
+    """
+    config = module.config.to_dict()
+    del config["qk_norm_eps"]  # upstream has it in its code
+    _save(module, "transformer", config, Path(directory), dtype)
+
+
+def save_vae(module: VAE, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `config.json` and the safetensors that `AutoencoderKLCogVideoX.from_pretrained` reads."""
+    blocks = len(module.config.block_out_channels)
+    types = {"down_block_types": ["CogVideoXDownBlock3D"] * blocks, "up_block_types": ["CogVideoXUpBlock3D"] * blocks}
+    _save(module, "vae", {**module.config.to_dict(), **types}, Path(directory), dtype)
+
+
+def _save(
+    module: Transformer | VAE,
+    component: str,
+    config: dict[str, Any],
+    directory: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: x.to("cpu", dtype).contiguous() for name, x in unmap_state_dict(module).items()}
+    write_whole(directory / f"{BASENAME}.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    text = json.dumps({"_class_name": CLASSES[component][0], **FIXED[component], **config}, indent=2) + "\n"
+    write_whole(directory / "config.json", lambda path: path.write_text(text))

@@ -1,0 +1,274 @@
+"""The options of a run. Each is written once, as a field of `Settings`, with its default, its check and its help.
+
+The call, the command line and the record in a video derive from the fields. A new option is a field and the code that
+obeys it. This file imports no torch, so that `cogvid --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, ModelConfig, VAEConfig
+
+IMAGE_LATENT_SCALES = ("diffusers", "none", "multiply")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _names(module: str, registry: str) -> Callable[[], Iterable[str]]:
+    """Look the names of a registry up when they are needed: it may have grown, and it imports torch."""
+    return lambda: tuple(getattr(importlib.import_module(module), registry))
+
+
+def _option(
+    default: Any,
+    kind: type,
+    help: str,
+    *,
+    model: str | None = None,
+    choices: Callable[[], Iterable[str]] | tuple[str, ...] | None = None,
+    above: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """Make a field of `Settings` that a caller may set.
+
+    kind: int, float or str. help: one line. model: the field of `ModelConfig` that None stands for.
+    choices: of a string. above, low, high: what a number must be more than, and its bounds.
+    """
+    metadata = {"kind": kind, "help": help, "model": model, "choices": choices}
+    return dataclasses.field(default=default, metadata={**metadata, "above": above, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every choice of a run that is not a tensor. `resolve_settings` checks them and leaves none open.
+
+    task: one of `config.TASKS`; it follows from the inputs.
+    """
+
+    task: str
+    height: int = _option(None, int, "pixels, a multiple of 16", model="height", low=1)
+    width: int = _option(None, int, "pixels, a multiple of 16", model="width", low=1)
+    num_frames: int = _option(None, int, "pixel frames, 8N or 8N + 1", model="num_frames", low=1)
+    num_inference_steps: int = _option(None, int, "denoising steps, 1 to 1000", model="num_inference_steps", low=1)
+    guidance_scale: float = _option(
+        None, float, "how much the prompt counts; no guidance at 1 and below", model="guidance_scale", low=0
+    )
+    use_dynamic_cfg: str = _option(
+        None,
+        str,
+        "guidance rule: constant, diffusers (its dynamic guidance), cosine, or True and False for the first two in "
+        "reverse; by default dynamic with dpm, unless the defaults are diffusers'",
+        choices=_names("cogvid.guidance", "GUIDANCE"),
+    )
+    scheduler: str = _option(
+        None, str, "sampler: dpm or ddim", model="sampler", choices=_names("cogvid.samplers", "SAMPLERS")
+    )
+    strength: float = _option(
+        0.8, float, "of video-to-video: how much is noise at the start, and the share of the steps run", above=0, high=1
+    )
+    resize: str = _option(
+        "stretch", str, "fit the image or video by stretch, crop or pad", choices=_names("cogvid.image", "RESIZE_MODES")
+    )
+    image_latent_scale: str = _option(
+        "diffusers",
+        str,
+        "factor of 1.5 image latents, where upstream contradicts itself: diffusers (1 / scaling_factor), none (1) or "
+        "multiply (scaling_factor)",
+        choices=IMAGE_LATENT_SCALES,
+    )
+    previous_timestep: str = _option(
+        "diffusers",
+        str,
+        "where a step ends: diffusers (t - 1000 // steps) or next (the next timestep)",
+        choices=PREVIOUS_TIMESTEPS,
+    )
+    learned_positions: str = _option(
+        "sincos", str, "what 5B-I2V adds at other frame counts than 49: sincos or slice", choices=LEARNED_POSITIONS
+    )
+
+    @property
+    def guided(self) -> bool:
+        """True when the unconditional branch may run; the given scale decides, whatever the rule makes of it."""
+        return self.guidance_scale > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+OPTIONS = {field.name: field for field in dataclasses.fields(Settings) if field.metadata}
+
+
+def takes_options(function: Function) -> Function:
+    """Show the options in the signature and the docstring of a method that takes them as `**options`."""
+    signature = inspect.signature(function)
+    *own, _ = signature.parameters.values()
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for name, field in OPTIONS.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *options])  # pyright: ignore[reportFunctionMemberAccess]
+    lines = "\n".join(f"            {name}: {field.metadata['help']}." for name, field in OPTIONS.items())
+    function.__doc__ = (function.__doc__ or "").replace("            options: the fields of `Settings`.", lines)
+    return function
+
+
+def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settings:
+    """Fill in the model's defaults and check the whole. options: the fields of `Settings`.
+
+    `outside_training` says what is legal but was not trained for.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option that cannot be; the line names it.
+    """
+    check_task(model, task)
+    if unknown := [name for name in options if name not in OPTIONS]:
+        raise TypeError(f"{unknown[0]}: got an unknown option, want one of {', '.join(OPTIONS)}")
+    values = {name: options.get(name, field.default) for name, field in OPTIONS.items()}
+    for name, field in OPTIONS.items():
+        if values[name] is None and field.metadata["model"] is not None:
+            values[name] = getattr(model, field.metadata["model"])
+    rule = values["use_dynamic_cfg"]
+    if rule is None:
+        rule = model.dynamic_guidance and values["scheduler"] == "dpm"
+    values["use_dynamic_cfg"] = {True: "diffusers", False: "constant"}[rule] if isinstance(rule, bool) else rule
+    for name, field in OPTIONS.items():
+        _check_option(name, values[name], **field.metadata)
+    settings = Settings(task=task, **values)
+    check_size(model, settings.height, settings.width)
+    check_frames(model.vae, settings.num_frames)
+    _check_schedule(model, settings)
+    return settings
+
+
+def task_of(image: object | None, video: object | None) -> str:
+    """Return the task that follows from the inputs."""
+    if image is not None and video is not None:
+        raise ValueError("image, video: got both, want one of them or neither")
+    return "image-to-video" if image is not None else "video-to-video" if video is not None else "text-to-video"
+
+
+def outside_training(model: ModelConfig, height: int, width: int, num_frames: int) -> list[str]:
+    """Return the reasons why a legal run is outside what the model was trained for."""
+    model = model.recommended or model
+    reasons = []
+    shorter, longer = sorted((height, width))
+    # CogVideoX1.5-I2V saw every aspect ratio with the same shorter side.
+    any_ratio = bool(model.conditions) and model.transformer.patch_size_t is not None
+    in_range = shorter == min(model.height, model.width) and longer <= max(model.height, model.width)
+    if (height, width) != (model.height, model.width) and not (any_ratio and in_range):
+        reasons.append(f"{height}x{width} pixels (recommended: {model.height}x{model.width})")
+    if num_frames > model.max_frames or num_frames % model.frame_multiple != 1:
+        reasons.append(
+            f"{num_frames} frames (recommended: {model.num_frames}; {model.frame_multiple}N + 1 up to "
+            f"{model.max_frames})"
+        )
+    return reasons
+
+
+def check_task(model: ModelConfig, task: str) -> None:
+    """Raise unless the model can do the task, naming those that can."""
+    check_choice("task", task, TASKS)
+    if task not in model.tasks:
+        takes = " and ".join(f"an {condition.name}" for condition in model.conditions) or "no image"
+        raise ValueError(
+            f"model: got {model.name}, which takes {takes} and cannot do {task}, want one of "
+            f"{', '.join(models_for(task))}"
+        )
+
+
+def models_for(task: str) -> list[str]:
+    """Return what `load` can be given for a task: the hub ids of the official models, and the shipped packs."""
+    return [m.repo or m.name for m in CONFIGS.values() if task in m.tasks]
+
+
+def check_size(model: ModelConfig, height: int, width: int) -> None:
+    """Raise unless height and width are whole numbers of patches, and, for a learned position table, its own size."""
+    stride = model.vae.spatial_compression_ratio
+    patch = stride * model.transformer.patch_size
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels % patch:
+            below, above = pixels // patch * patch, (pixels // patch + 1) * patch
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(f"{name}: got {pixels}, want a multiple of {patch}; the nearest is {nearest}")
+    table = (model.transformer.sample_height * stride, model.transformer.sample_width * stride)
+    if model.transformer.use_learned_positional_embeddings and (height, width) != table:
+        raise ValueError(
+            f"height, width: got {height}x{width}, want {table[0]}x{table[1]}, the size of the learned position "
+            f"table of {model.name}"
+        )
+
+
+def check_frames(vae: VAEConfig, num_frames: int) -> None:
+    """Raise unless the VAE decodes exactly this many frames (8N or 8N + 1)."""
+
+    def exact(n: int) -> bool:
+        return vae.decoded_frames(vae.latent_frames(n)) == n
+
+    if not exact(num_frames):
+        period = 2 * vae.temporal_compression_ratio
+        below = next(n for n in range(num_frames, 0, -1) if exact(n))
+        above = next(n for n in range(num_frames, num_frames + period + 1) if exact(n))
+        raise ValueError(
+            f"num_frames: got {num_frames}, want {period}N or {period}N + 1; the nearest are {below} and {above}"
+        )
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise unless the value is an integer from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        wanted = f"{low} or more" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: got {value!r}, want an integer, {wanted}")
+
+
+def check_seed(seed: object, videos: int) -> None:
+    """Raise unless the seeds of all videos, one more each, have at most 63 bits, as many as torch takes."""
+    check_int("seed", seed, 0, 2**63 - videos)
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise unless the value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(choices)}")
+
+
+def _check_option(
+    name: str, value: Any, *, kind: type, choices: Any, low: Any, above: Any, high: Any, **_: Any
+) -> None:
+    if kind is str:
+        check_choice(name, value, choices() if callable(choices) else choices)
+    elif kind is int:
+        check_int(name, value, low, high)
+    else:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (low is not None and value < low) or (above is not None and value <= above):
+            wanted = f"a finite number, {low} or more" if above is None else f"more than {above} and at most {high}"
+            raise ValueError(f"{name}: got {value!r}, want {wanted}")
+        if high is not None and value > high:
+            raise ValueError(f"{name}: got {value!r}, want more than {above} and at most {high}")
+
+
+def _check_schedule(model: ModelConfig, settings: Settings) -> None:
+    """Raise unless the noise schedule has every step of the run, and the first one can be taken."""
+    from cogvid.schedule import make_schedule  # here, because it imports torch
+
+    config = model.scheduler
+    check_int("num_inference_steps", settings.num_inference_steps, 1, config.num_train_timesteps)
+    schedule = make_schedule(config, settings.num_inference_steps, previous="next")
+    if settings.task == "video-to-video":
+        schedule = schedule.tail(settings.strength)
+    first = schedule.timesteps[0]
+    if config.prediction_type == "epsilon" and schedule.alpha(first) == 0:
+        # diffusers divides by zero here, and makes a video of no numbers.
+        raise ValueError(
+            f"prediction_type: got 'epsilon' with a first step at timestep {first}, where the signal is zero and "
+            "cannot be told from the noise, want 'v_prediction' or 'sample', or rescale_betas_zero_snr false"
+        )
