@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from cogvid.load import load_vae as load_vae
     from cogvid.ops import BlockContext as BlockContext
     from cogvid.ops import Ops as Ops
-    from cogvid.pipeline import Output as Output
+    from cogvid.output import Output as Output
     from cogvid.pipeline import Pipeline as Pipeline
-    from cogvid.pipeline import load as load
+    from cogvid.run_load import load as load
     from cogvid.samplers import SAMPLERS as SAMPLERS
     from cogvid.video import VideoWriter as VideoWriter
     from cogvid.video import export_to_video as export_to_video
@@ -31,12 +31,12 @@ _HOME = {
     "CONFIGS": "config",
     "GUIDANCE": "guidance",
     "Ops": "ops",
-    "Output": "pipeline",
+    "Output": "output",
     "Pipeline": "pipeline",
     "SAMPLERS": "samplers",
     "VideoWriter": "video",
     "export_to_video": "video",
-    "load": "pipeline",
+    "load": "run_load",
     "load_image": "image",
     "load_transformer": "load",
     "load_vae": "load",

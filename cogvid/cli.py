@@ -53,9 +53,8 @@ def generate(arguments: argparse.Namespace) -> None:
     from cogvid.checkpoint import read_checkpoint
     from cogvid.files import DTYPES
     from cogvid.generate import DEFAULT_MODELS, prepare, run
-    from cogvid.load import Placement, resolve_device, resolve_dtype
-    from cogvid.ops import resolve_ops
-    from cogvid.pipeline import load_checkpoint
+    from cogvid.placement import Placement, resolve_device, resolve_dtype, resolve_ops
+    from cogvid.run_load import load_checkpoint
 
     task = settings.task_of(arguments.image, arguments.video)
     source = arguments.model or DEFAULT_MODELS[task]

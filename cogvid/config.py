@@ -11,18 +11,16 @@ dtype policy, in one place:
 - fp16 is never run on a CPU (ten times slower than bf16 there, and 5B overflows in it): bf16 replaces it, or fp32 on a
   CPU that is slow at bf16 too;
 - a bf16 model runs in fp32 on a CPU that is slow at bf16 (without AVX-512, decoding takes over ten times as long),
-  unless the caller asks for bf16. `load.resolve_dtype` is the code, and warns of every change.
+  unless the caller asks for bf16. `placement.resolve_dtype` is the code, and warns of every change.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
-Count = int  # 0 or more, where "int" below is 1 or more
+from cogvid.json_config import Count, JsonConfig
 
 Grid = tuple[int, int, int]  # (frames, height, width) of the video tokens, in patches; width runs fastest
 
@@ -35,57 +33,13 @@ TASKS: dict[str, tuple[str, ...]] = {  # what each task conditions the model on,
     "video-to-video": (),
 }
 
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a field -> in words, and the test of a value
-    "bool": ("true or false", lambda v: isinstance(v, bool)),
-    "str": ("a string", lambda v: isinstance(v, str)),
-    "int": ("a positive integer", lambda v: type(v) is int and v > 0),
-    "Count": ("an integer, 0 or more", lambda v: type(v) is int and v >= 0),
-    "int | None": ("a positive integer or null", lambda v: v is None or (type(v) is int and v > 0)),
-    "float": ("a number", lambda v: type(v) in (int, float) and math.isfinite(v)),
-    "tuple[float, ...] | None": (
-        "a list of numbers or null",
-        lambda v: v is None or (isinstance(v, tuple) and all(_KINDS["float"][1](x) for x in v)),
-    ),
-    "tuple[int, ...]": (
-        "a list of positive integers",
-        lambda v: isinstance(v, tuple) and bool(v) and all(type(i) is int and i > 0 for i in v),
-    ),
-}
-
-
-def _checked(name: str, value: Any, kind: str) -> Any:
-    if isinstance(value, list):
-        value = tuple(value)
-    if isinstance(value, float) and value.is_integer() and kind.startswith("int"):
-        value = int(value)  # upstream's own type for some of them is float
-    words, fits = _KINDS[kind]
-    if not fits(value):
-        raise ValueError(f"{name}: got {value!r}, want {words}")
-    return value
-
 
 def _refuse(name: str, value: Any, want: str) -> NoReturn:
     raise ValueError(f"{name}: got {value!r}, want {want}")
 
 
 @dataclass(frozen=True)
-class _JsonConfig:
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a parsed `config.json`; keys that only matter to other libraries are ignored.
-
-        Raises:
-            ValueError: a value is of the wrong type, or no number where one is wanted.
-        """
-        kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
-        return cls(**{name: _checked(name, value, kinds[name]) for name, value in values.items() if name in kinds})
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class TransformerConfig(_JsonConfig):
+class TransformerConfig(JsonConfig):
     """Architecture of the expert transformer; defaults are CogVideoX-2B. Source: `CogVideoXTransformer3DModel`."""
 
     num_attention_heads: int = 30
@@ -164,7 +118,7 @@ class TransformerConfig(_JsonConfig):
 
 
 @dataclass(frozen=True)
-class VAEConfig(_JsonConfig):
+class VAEConfig(JsonConfig):
     """Architecture and latent scale of the 3-D causal VAE. Source: `AutoencoderKLCogVideoX`."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
@@ -206,7 +160,7 @@ class VAEConfig(_JsonConfig):
 
 
 @dataclass(frozen=True)
-class SchedulerConfig(_JsonConfig):
+class SchedulerConfig(JsonConfig):
     """Noise schedule: what `CogVideoXDDIMScheduler` and `CogVideoXDPMScheduler` take, both the same.
 
     The defaults are those of CogVideoX-2B, as its converter writes them; the classes' own differ in four, which

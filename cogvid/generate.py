@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 
 from cogvid.config import ModelConfig
 from cogvid.image import load_image
-from cogvid.pipeline import Output, Pipeline, frames_to_use
+from cogvid.inputs import frames_to_use
+from cogvid.output import Output
+from cogvid.pipeline import Pipeline
 from cogvid.settings import Settings, check_seed, resolve_settings, task_of
 from cogvid.video import VideoWriter, read_video
 

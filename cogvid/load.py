@@ -7,11 +7,8 @@ and may drop it again.
 
 from __future__ import annotations
 
-import functools
 import json
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from cogvid.checkpoint import CLASSES, FIXED, read_config
 from cogvid.config import TransformerConfig, VAEConfig
-from cogvid.files import DTYPES, load_state, read_json, stored_dtype, write_whole
+from cogvid.files import load_state, read_json, stored_dtype, write_whole
 from cogvid.hub import BASENAME, TOKENIZER_FILES, WEIGHTS, component_directory
 from cogvid.names import map_state, unmap_state_dict
-from cogvid.ops import Ops, resolve_ops
+from cogvid.ops import Ops
+from cogvid.placement import Placement, resolve_device, resolve_dtype, resolve_ops
 from cogvid.text import TextEncoder, Tokenizer, use_ops
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
@@ -34,16 +32,6 @@ QK_NORMS = ("layer", "rms")
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 Module = TypeVar("Module", Transformer, VAE)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and how a model runs, resolved once. ops_name: "torch", "triton" or "custom", for the record."""
-
-    device: torch.device
-    dtype: torch.dtype
-    ops: Ops
-    ops_name: str
 
 
 def load_transformer(
@@ -132,7 +120,7 @@ def make_transformer(
                 heads = mapped[key].float().unflatten(0, (config.num_attention_heads, -1))
                 mapped[key] = (heads - heads.mean(1, keepdim=True)).flatten(0, 1)
         for block in module.blocks:
-            block.centred = True
+            block.centred = True  # pyright: ignore[reportArgumentType]
     return _fill(module, mapped, placement)
 
 
@@ -213,68 +201,6 @@ class _WithoutInit(TorchFunctionMode):
 
 
 _INIT = (nn.init.kaiming_uniform_, nn.init.uniform_)
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype to run in: the one asked for or else the stored one; on a CPU, not one that is very slow there.
-
-    On a CPU, float16 becomes bfloat16, or float32 where bfloat16 is slow too. Where it is slow, a model stored in
-    bfloat16 becomes float32, but bfloat16 that the caller asked for, to save memory, is kept. Each is warned of.
-    """
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else stored if dtype is None else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
-    if device.type != "cpu" or chosen == torch.float32:
-        return chosen
-    fast = _cpu_has_bfloat16()
-    if chosen == torch.float16:
-        name = "bfloat16" if fast else "float32"
-        warnings.warn(
-            f"float16 arithmetic is not run on a CPU: running in {name} instead"
-            + ("" if fast else ", which takes twice the memory"),
-            stacklevel=2,
-        )
-        return DTYPES[name]
-    if not fast and dtype is None:
-        warnings.warn(
-            "bfloat16 is slow on this CPU, which has no instructions for it: running in float32 instead, which takes "
-            "twice the memory; dtype='bfloat16' runs it all the same",
-            stacklevel=2,
-        )
-        return torch.float32
-    if not fast:
-        _warn_of_slow_bfloat16()
-    return chosen
-
-
-@functools.cache  # said once, not by each part of a model that is loaded as asked
-def _warn_of_slow_bfloat16() -> None:
-    warnings.warn("bfloat16 is slow on this CPU, which has no instructions for it; float32 is faster", stacklevel=3)
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Say whether PyTorch hands bfloat16 products and convolutions to oneDNN on this CPU; its own loops are slow.
-
-    This is the question that PyTorch itself asks: for AVX-512 on x86, for BF16 on ARM. Limits of the environment
-    (ONEDNN_MAX_CPU_ISA) count. It has no public name; where it is gone, the answer is no.
-    """
-    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(ask is not None and ask())
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the device, which must be a CPU or a CUDA GPU that is there; None is CUDA where there is a GPU."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        resolved = None
-    if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {str(device)!r}, want 'cpu', 'cuda' or 'cuda:N'")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: got {str(device)!r}, want one of the {torch.cuda.device_count()} CUDA GPUs here")
-    return resolved
 
 
 def save_transformer(module: Transformer, directory: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -258,31 +257,6 @@ def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not any(hooks)
         and all(type(weight) is nn.Parameter for weight in module._parameters.values() if weight is not None)
     )
-
-
-def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
-    """Turn `ops` ("auto", "torch", "triton" or an `Ops`) into the bundle and the name to record for it.
-
-    "auto" is triton on CUDA and torch elsewhere. An `Ops` that is neither bundle is recorded as "custom".
-
-    Raises:
-        ValueError: an unknown name.
-        ImportError: Triton is missing or too old.
-        RuntimeError: the kernels are missing, or the device is none that they run on.
-    """
-    if isinstance(ops, Ops):
-        return ops, "torch" if ops == Ops.torch() else "custom"
-    if ops == "auto":
-        ops = "triton" if torch.device(device).type == "cuda" else "torch"
-    if ops == "torch":
-        return Ops.torch(), ops
-    if ops == "triton":
-        bundle = Ops.triton()
-        # Triton's own switch, which it reads when the kernels are imported.
-        if torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError("ops 'triton': got device cpu, want cuda, or Triton's interpreter (TRITON_INTERPRET=1)")
-        return bundle, ops
-    raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext | None = None) -> Tensor:  # noqa: ARG001

@@ -12,37 +12,24 @@ Letters: `B` videos (prompts x videos per prompt), `F` pixel and `T` latent fram
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
-import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-import cogvid
-from cogvid import versions
-from cogvid.checkpoint import Checkpoint, read_checkpoint
-from cogvid.config import ModelConfig, VAEConfig
-from cogvid.files import DTYPES, load_state
+from cogvid.checkpoint import Checkpoint
+from cogvid.config import VAEConfig
 from cogvid.guidance import guidance_schedule
-from cogvid.hub import COMPONENTS, WEIGHTS
 from cogvid.image import prepare_image, prepare_video
-from cogvid.load import (
-    QK_NORMS,
-    Placement,
-    make_text_encoder,
-    make_transformer,
-    make_vae,
-    resolve_device,
-    resolve_dtype,
-)
-from cogvid.ops import Branch, Ops, resolve_ops
+from cogvid.inputs import check_negatives, check_prompts, frames_to_use, resolve_generators
+from cogvid.ops import Branch, Ops
+from cogvid.output import OUTPUT_TYPES, Output, decode_output
+from cogvid.placement import Placement, resolve_ops
+from cogvid.record import make_record
 from cogvid.samplers import Generators, OnStep, State, Step, draw_noise
 from cogvid.samplers import sample as run_sampler
 from cogvid.schedule import Schedule, add_noise, make_schedule
@@ -50,7 +37,6 @@ from cogvid.settings import (
     Settings,
     check_choice,
     check_int,
-    check_seed,
     outside_training,
     resolve_settings,
     takes_options,
@@ -59,90 +45,8 @@ from cogvid.settings import (
 from cogvid.text import TextEncoder
 from cogvid.transformer import StepCache, Transformer
 from cogvid.vae import VAE
-from cogvid.video import denormalize, to_uint8
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent", "stream")
 
 Callback = Callable[["Pipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Hold what a run made.
-
-    frames: by `output_type`: "pil" a list of PIL images per video; "np" float32 `[B, F, H, W, 3]` in [0, 1]; "pt"
-    float32 `[B, F, 3, H, W]` in [0, 1]; "uint8" a tensor `[B, F, H, W, 3]`; "latent" `[B, T, C, h, w]`, padding of the
-    1.5 models included; "stream" one iterator per video of uint8 `[f, H, W, 3]` on the CPU, decoded on demand.
-    seed: that of the first video, or None if the caller gave generators; `provenance["seeds"]` lists them all.
-    fps: frames per second that the model was trained at. provenance: everything that decided the result, ready for
-    JSON.
-    """
-
-    frames: Any
-    seed: int | None
-    fps: int
-    provenance: dict[str, Any]
-
-
-def load(
-    source: str | os.PathLike[str],
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    ops: str | Ops = "auto",
-    defaults: str = "recommended",
-    revision: str | None = None,
-    local_files_only: bool = False,
-    variant: str | None = None,
-    qk_norm: str = "layer",
-) -> Pipeline:
-    """Load a model: a shipped pack, a directory in the official layout, or a hub id, which is fetched.
-
-    Args:
-        device: None is CUDA where there is a GPU, else the CPU.
-        dtype: "float32", "bfloat16" or "float16"; None is what the model's authors recommend.
-        ops: "torch", "triton", "auto" (triton on CUDA, torch elsewhere), or an `Ops`.
-        defaults: of a call's options: "recommended" by the model's authors, or those of "diffusers", so that a call
-            ported from there gives the same video.
-        revision: branch, tag or commit of a hub id. local_files_only: take a hub id from the local cache.
-        variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16"; a part that
-            lacks it is loaded from its plain files, with a warning. It does not choose the dtype.
-        qk_norm: "layer", which is exact, or "rms": the Q and K norms run as RMSNorm, see `make_transformer`.
-    """
-    versions.check()
-    check_choice("qk_norm", qk_norm, QK_NORMS)
-    device = resolve_device(device)
-    bundle, ops_name = resolve_ops(ops, device)
-    checkpoint = read_checkpoint(
-        source, defaults=defaults, revision=revision, local_files_only=local_files_only, variant=variant
-    )
-    # Decided once, so that all three parts agree and a warning is given once.
-    dtype = resolve_dtype(dtype, device, stored=DTYPES[checkpoint.model.dtype])
-    return load_checkpoint(checkpoint, Placement(device, dtype, bundle, ops_name), qk_norm)
-
-
-def load_checkpoint(checkpoint: Checkpoint, placement: Placement, qk_norm: str = "layer") -> Pipeline:
-    """Load all parts of a checkpoint that was found, to where they run."""
-    directory = checkpoint.directory
-    states = {
-        part: load_state(directory / part, basename, checkpoint.variants[part]) for part, basename in WEIGHTS.items()
-    }
-    model, folders = checkpoint.model, {part: directory / part for part in COMPONENTS}
-    return Pipeline(
-        checkpoint,
-        placement,
-        transformer=make_transformer(
-            model.transformer, states["transformer"], placement, folders["transformer"], qk_norm
-        ),
-        vae=make_vae(model.vae, states["vae"], placement, folders["vae"]),
-        text_encoder=make_text_encoder(
-            folders["text_encoder"], folders["tokenizer"], states["text_encoder"], placement
-        ),
-        qk_norm=qk_norm,
-    )
 
 
 class Pipeline:
@@ -236,12 +140,12 @@ class Pipeline:
         settings = resolve_settings(self.model, task=task_of(image, video), **options)
         if reasons := outside_training(self.model, settings.height, settings.width, settings.num_frames):
             warnings.warn(f"{self.model.name} was not trained for {' and '.join(reasons)}", stacklevel=3)
-        prompts = _prompts(prompt, prompt_embeds, self.model)
+        prompts = check_prompts(prompt, prompt_embeds, self.model)
         negatives = None
         if settings.guided:
-            negatives = _negatives(negative_prompt, negative_prompt_embeds, prompts, self.model)
+            negatives = check_negatives(negative_prompt, negative_prompt_embeds, prompts, self.model)
         batch = len(prompts) * num_videos_per_prompt
-        generator, seeds = _generators(seed, generator, batch)
+        own_generators, seeds = resolve_generators(seed, generator, batch)
         schedule = make_schedule(
             self.model.scheduler, settings.num_inference_steps, previous=settings.previous_timestep
         )
@@ -249,46 +153,39 @@ class Pipeline:
             schedule = schedule.tail(settings.strength)
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order decides the video.
-        conditioning = self._condition({"image": image}, settings, batch, generator)
+        conditioning = self._condition({"image": image}, settings, batch, own_generators)
+        padding = self.model.padding(settings.num_frames)
         if video is not None and latents is None:
-            padding = self.model.padding(settings.num_frames)
-            x = noised_video(self.vae, video, settings, batch, generator, schedule, padding, self.placement)
+            x = noised_video(self.vae, video, settings, batch, own_generators, schedule, padding, self.placement)
         else:
-            x = initial_latents(self.latent_shape(settings, batch), generator, self.device, self.dtype, latents)
+            x = initial_latents(self.latent_shape(settings, batch), own_generators, self.device, self.dtype, latents)
         embeds = encode_prompts(self.text_encoder, prompts, negatives, self.model.text_length)
         embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
         with tqdm(total=len(schedule), desc="denoise", unit="step", disable=not progress) as bar:
+            run = {"generator": own_generators, "on_step": self._reporter(bar, callback_on_step_end)}
             x = sample(
-                self.transformer,
-                x,
-                embeds,
-                schedule,
-                settings,
-                conditioning=conditioning,
-                generator=generator,
-                on_step=self._reporter(bar, callback_on_step_end),
-                step_cache=step_cache,
+                self.transformer, x, embeds, schedule, settings, conditioning=conditioning, step_cache=step_cache, **run
             )
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"latents: got numbers that are not finite in {self.dtype}, want a wider dtype")
-        tensors = {
-            "generator": generator if seeds is None else None,
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-        }
-        provenance = {
-            "prompt": None if isinstance(prompts, Tensor) else prompts,
-            "negative_prompt": None if isinstance(negatives, Tensor) else negatives,
-            "num_videos_per_prompt": num_videos_per_prompt,
-            "seed": seeds[0] if seeds else None,
-            "seeds": seeds,
-            "given": [name for name, value in tensors.items() if value is not None],
-            **self._provenance(settings, schedule),
-        }
-        frames = self._frames(x, settings, output_type)
-        return Output(frames=frames, seed=provenance["seed"], fps=self.model.fps, provenance=provenance)
+        tensors = (generator, latents, prompt_embeds, negative_prompt_embeds)
+        names = ("generator", "latents", "prompt_embeds", "negative_prompt_embeds")
+        record = make_record(
+            self.checkpoint,
+            self.placement,
+            settings,
+            schedule,
+            qk_norm=self.qk_norm,
+            prompt=None if isinstance(prompts, Tensor) else prompts,
+            negative_prompt=None if isinstance(negatives, Tensor) else negatives,
+            num_videos_per_prompt=num_videos_per_prompt,
+            seed=seeds[0] if seeds else None,
+            seeds=seeds,
+            given=[name for name, tensor in zip(names, tensors, strict=True) if tensor is not None],
+        )
+        frames = decode_output(self.vae, x, padding, output_type)
+        return Output(frames=frames, seed=record["seed"], fps=self.model.fps, provenance=record)
 
     def latent_shape(self, settings: Settings, batch: int) -> tuple[int, int, int, int, int]:
         """Return `(B, T, C, h, w)` of the latents that the transformer sees, padding included."""
@@ -320,50 +217,6 @@ class Pipeline:
             return rearrange(returned["latents"], "b t c h w -> b c t h w")
 
         return on_step
-
-    def _frames(self, x: Tensor, settings: Settings, output_type: str) -> Any:
-        if output_type == "latent":
-            return rearrange(x, "b c t h w -> b t c h w")
-        videos = [decode(self.vae, video) for video in x[:, :, self.model.padding(settings.num_frames) :].split(1)]
-        if output_type == "stream":
-            return [(to_uint8(chunk).cpu() for chunk in video) for video in videos]
-        if output_type in ("np", "pt"):
-            pixels = torch.stack([torch.cat(list(video)) for video in videos])
-            return pixels.cpu().numpy() if output_type == "np" else rearrange(pixels, "b f h w c -> b f c h w")
-        pixels = torch.stack([torch.cat([to_uint8(chunk) for chunk in video]) for video in videos])
-        return pixels if output_type == "uint8" else [_to_pil(video) for video in pixels]
-
-    def _provenance(self, settings: Settings, schedule: Schedule) -> dict[str, Any]:
-        checkpoint = self.checkpoint
-        scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
-        return {
-            "model": self.model.name,
-            "source": checkpoint.source,
-            "revision": checkpoint.revision,
-            "variant": checkpoint.variant,
-            "defaults": checkpoint.defaults,
-            "max_sequence_length": self.model.text_length,
-            **settings.to_dict(),
-            "timesteps": list(schedule.timesteps),
-            "guidance_schedule": scales if settings.guided else None,
-            "fps": self.model.fps,
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "ops": self.ops,
-            "qk_norm": self.qk_norm,
-            "versions": {
-                "cogvid": cogvid.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-
-
-def frames_to_use(video: Any, num_frames: int | None) -> int:
-    """Return how many frames of a video are used: those asked for, which must be there, or all."""
-    num_frames = len(video) if num_frames is None else num_frames
-    check_int("num_frames", num_frames, 1, len(video))
-    return num_frames
 
 
 def encode_prompts(
@@ -499,13 +352,6 @@ def sample(
     )
 
 
-@torch.no_grad()
-def decode(vae: VAE, latents: Tensor) -> Iterator[Tensor]:
-    """Decode the scaled latents `[1, C, T, h, w]` of one video; yield float32 `[f, H, W, 3]` in [0, 1] as ready."""
-    for chunk in vae.decode_chunks(1 / vae.config.scaling_factor * latents):
-        yield rearrange(denormalize(chunk[0]), "c f h w -> f h w c")
-
-
 def _posterior_samples(
     vae: VAE, pixels: list[Tensor], generator: Generators, count: int, placement: Placement
 ) -> Tensor:
@@ -513,59 +359,3 @@ def _posterior_samples(
     posteriors = [vae.encode(each.to(placement.device, placement.dtype)) for each in pixels]
     generators = [generator] * count if isinstance(generator, Generator) else generator
     return torch.cat([posteriors[i * len(pixels) // count].sample(generators[i]) for i in range(count)])
-
-
-def _to_pil(pixels: Tensor) -> list[Image]:
-    from PIL import Image as pil
-
-    return [pil.fromarray(frame) for frame in pixels.cpu().numpy()]
-
-
-def _prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, model: ModelConfig) -> list[str] | Tensor:
-    if (prompt is None) == (embeds is None):
-        raise ValueError(f"prompt, prompt_embeds: got {'neither' if prompt is None else 'both'}, want one of them")
-    if embeds is not None:
-        width = model.transformer.text_embed_dim
-        if embeds.ndim != 3 or embeds.shape[2] != width:
-            raise ValueError(f"prompt_embeds: got shape {tuple(embeds.shape)}, want [prompts, L, {width}]")
-        return embeds
-    return _strings("prompt", prompt)
-
-
-def _negatives(
-    prompt: str | Sequence[str], embeds: Tensor | None, prompts: list[str] | Tensor, model: ModelConfig
-) -> list[str] | Tensor:
-    count = len(prompts)
-    if embeds is not None:
-        if prompt:
-            raise ValueError("negative_prompt, negative_prompt_embeds: got both, want one of them")
-        length = prompts.shape[1] if isinstance(prompts, Tensor) else model.text_length
-        if tuple(embeds.shape) != (shape := (count, length, model.transformer.text_embed_dim)):
-            raise ValueError(f"negative_prompt_embeds: got shape {tuple(embeds.shape)}, want {shape} as the prompts'")
-        return embeds
-    prompts = _strings("negative_prompt", prompt)
-    if len(prompts) not in (1, count):
-        raise ValueError(f"negative_prompt: got {len(prompts)}, want 1 or one per prompt, {count}")
-    return prompts * (count // len(prompts))
-
-
-def _strings(name: str, prompt: object) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"{name}: got {prompt!r}, want a string or a list of strings")
-    return list(prompts)
-
-
-def _generators(seed: int | None, generator: Generators | None, batch: int) -> tuple[Generators, list[int] | None]:
-    """Return the caller's generators, or else those of the seeds, one for each video, and the seeds."""
-    if generator is not None:
-        if seed is not None:
-            raise ValueError("seed, generator: got both, want one of them")
-        if not isinstance(generator, Generator) and len(generator) != batch:
-            raise ValueError(f"generator: got a list of {len(generator)}, want one per video, {batch}")
-        return generator, None
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    check_seed(seed, batch)
-    seeds = [seed + k for k in range(batch)]
-    return [Generator("cpu").manual_seed(each) for each in seeds], seeds

@@ -1,0 +1,72 @@
+"""Check what a call is given beside its options: prompts, embeddings, videos, seeds and generators."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Generator, Tensor
+
+from cogvid.config import ModelConfig
+from cogvid.samplers import Generators
+from cogvid.settings import check_int, check_seed
+
+
+def frames_to_use(video: Any, num_frames: int | None) -> int:
+    """Return how many frames of a video are used: those asked for, which must be there, or all."""
+    num_frames = len(video) if num_frames is None else num_frames
+    check_int("num_frames", num_frames, 1, len(video))
+    return num_frames
+
+
+def check_prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, model: ModelConfig) -> list[str] | Tensor:
+    if (prompt is None) == (embeds is None):
+        raise ValueError(f"prompt, prompt_embeds: got {'neither' if prompt is None else 'both'}, want one of them")
+    if embeds is not None:
+        width = model.transformer.text_embed_dim
+        if embeds.ndim != 3 or embeds.shape[2] != width:
+            raise ValueError(f"prompt_embeds: got shape {tuple(embeds.shape)}, want [prompts, L, {width}]")
+        return embeds
+    return _strings("prompt", prompt)
+
+
+def check_negatives(
+    prompt: str | Sequence[str], embeds: Tensor | None, prompts: list[str] | Tensor, model: ModelConfig
+) -> list[str] | Tensor:
+    count = len(prompts)
+    if embeds is not None:
+        if prompt:
+            raise ValueError("negative_prompt, negative_prompt_embeds: got both, want one of them")
+        length = prompts.shape[1] if isinstance(prompts, Tensor) else model.text_length
+        if tuple(embeds.shape) != (shape := (count, length, model.transformer.text_embed_dim)):
+            raise ValueError(f"negative_prompt_embeds: got shape {tuple(embeds.shape)}, want {shape} as the prompts'")
+        return embeds
+    prompts = _strings("negative_prompt", prompt)
+    if len(prompts) not in (1, count):
+        raise ValueError(f"negative_prompt: got {len(prompts)}, want 1 or one per prompt, {count}")
+    return prompts * (count // len(prompts))
+
+
+def _strings(name: str, prompt: object) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"{name}: got {prompt!r}, want a string or a list of strings")
+    return list(prompts)
+
+
+def resolve_generators(
+    seed: int | None, generator: Generators | None, batch: int
+) -> tuple[Generators, list[int] | None]:
+    """Return the caller's generators, or else those of the seeds, one for each video, and the seeds."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("seed, generator: got both, want one of them")
+        if not isinstance(generator, Generator) and len(generator) != batch:
+            raise ValueError(f"generator: got a list of {len(generator)}, want one per video, {batch}")
+        return generator, None
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    check_seed(seed, batch)
+    seeds = [seed + k for k in range(batch)]
+    return [Generator("cpu").manual_seed(each) for each in seeds], seeds

@@ -1,0 +1,110 @@
+"""Where and how a model runs: device, dtype and operations. Each is resolved once, when a model is loaded."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from cogvid.files import DTYPES
+from cogvid.ops import Ops
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model runs, resolved once. ops_name: "torch", "triton" or "custom", for the record."""
+
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    ops_name: str
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device, which must be a CPU or a CUDA GPU that is there; None is CUDA where there is a GPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {str(device)!r}, want 'cpu', 'cuda' or 'cuda:N'")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {str(device)!r}, want one of the {torch.cuda.device_count()} CUDA GPUs here")
+    return resolved
+
+
+def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
+    """Turn `ops` ("auto", "torch", "triton" or an `Ops`) into the bundle and the name to record for it.
+
+    "auto" is triton on CUDA and torch elsewhere. An `Ops` that is neither bundle is recorded as "custom".
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: Triton is missing or too old.
+        RuntimeError: the kernels are missing, or the device is none that they run on.
+    """
+    if isinstance(ops, Ops):
+        return ops, "torch" if ops == Ops.torch() else "custom"
+    if ops == "auto":
+        ops = "triton" if torch.device(device).type == "cuda" else "torch"
+    if ops == "torch":
+        return Ops.torch(), ops
+    if ops == "triton":
+        bundle = Ops.triton()
+        # Triton's own switch, which it reads when the kernels are imported.
+        if torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError("ops 'triton': got device cpu, want cuda, or Triton's interpreter (TRITON_INTERPRET=1)")
+        return bundle, ops
+    raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype to run in: the one asked for or else the stored one; on a CPU, not one that is very slow there.
+
+    On a CPU, float16 becomes bfloat16, or float32 where bfloat16 is slow too. Where it is slow, a model stored in
+    bfloat16 becomes float32, but bfloat16 that the caller asked for, to save memory, is kept. Each is warned of.
+    """
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else stored if dtype is None else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
+    if device.type != "cpu" or chosen == torch.float32:
+        return chosen
+    fast = _cpu_has_bfloat16()
+    if chosen == torch.float16:
+        name = "bfloat16" if fast else "float32"
+        warnings.warn(
+            f"float16 arithmetic is not run on a CPU: running in {name} instead"
+            + ("" if fast else ", which takes twice the memory"),
+            stacklevel=2,
+        )
+        return DTYPES[name]
+    if not fast and dtype is None:
+        warnings.warn(
+            "bfloat16 is slow on this CPU, which has no instructions for it: running in float32 instead, which takes "
+            "twice the memory; dtype='bfloat16' runs it all the same",
+            stacklevel=2,
+        )
+        return torch.float32
+    if not fast:
+        _warn_of_slow_bfloat16()
+    return chosen
+
+
+@functools.cache  # said once, not by each part of a model that is loaded as asked
+def _warn_of_slow_bfloat16() -> None:
+    warnings.warn("bfloat16 is slow on this CPU, which has no instructions for it; float32 is faster", stacklevel=3)
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Say whether PyTorch hands bfloat16 products and convolutions to oneDNN on this CPU; its own loops are slow.
+
+    This is the question that PyTorch itself asks: for AVX-512 on x86, for BF16 on ARM. Limits of the environment
+    (ONEDNN_MAX_CPU_ISA) count. It has no public name; where it is gone, the answer is no.
+    """
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(ask is not None and ask())
