@@ -22,7 +22,7 @@ from cogvid.config import (
     VAEConfig,
 )
 from cogvid.files import load_state, read_json, stored_dtype
-from cogvid.hub import BASENAME, CONFIG_FILES, WEIGHTS, component_variants, find, stored_variants
+from cogvid.hub import BASENAME, CONFIG_FILES, WEIGHTS, component_directory, component_variants, find, stored_variants
 from cogvid.names import map_transformer_state_dict, map_vae_state_dict
 
 DEFAULTS = ("recommended", "diffusers")
@@ -173,6 +173,11 @@ def _with_diffusers_defaults(model: ModelConfig, index: dict[str, Any]) -> Model
         max_sequence_length=226,
         recommended=model,
     )
+
+
+def load_scheduler_config(model: str | Path) -> SchedulerConfig:
+    """Read the noise schedule of a checkpoint; what the file does not name is the default of diffusers' class."""
+    return read_config(component_directory(model, "scheduler"), "scheduler", SchedulerConfig)
 
 
 def read_model_index(directory: str | Path) -> dict[str, Any]:

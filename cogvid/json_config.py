@@ -10,9 +10,7 @@ from typing import Any, Self
 
 Count = int  # 0 or more, where the annotation "int" means 1 or more
 
-_KINDS: dict[
-    str, tuple[str, Callable[[Any], bool]]
-] = {  # annotation -> in words, and the check
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation -> in words, and the check
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str": ("a string", lambda v: isinstance(v, str)),
     "int": ("a positive integer", lambda v: type(v) is int and v > 0),

@@ -206,11 +206,12 @@ def run_samplers(name: str, config: SchedulerConfig, scheduler: Any, steps: int 
 
     Returns the two final states, `[1, 4, 3, 6, 8]` fp32.
     """
-    from cogvid.sampler import SAMPLERS, make_schedule
+    from cogvid.samplers import sample
+    from cogvid.schedule import make_schedule
 
     x = torch.randn(1, 4, 3, 6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64).float()
     schedule = make_schedule(config, steps)
-    ours = SAMPLERS[name](lambda s, _: s.sin(), x, schedule, generator=torch.Generator().manual_seed(6))
+    ours = sample(lambda x, *_: x.sin(), x, schedule, sampler=name, generator=torch.Generator().manual_seed(6))
 
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(6)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import measure
 from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
-from cogvid.pipeline import load
-from cogvid.sampler import SAMPLERS
+from cogvid.names import map_transformer_state_dict, map_vae_state_dict
+from cogvid.run_load import load
+from cogvid.samplers import SAMPLERS
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
-from cogvid.weights import map_transformer_state_dict, map_vae_state_dict
 from tests.pipelines import picture, save_pipeline, tiny_pipeline
 from tests.reference import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
 from tests.schedulers import SCHEDULERS
@@ -145,7 +145,7 @@ def vae_runs(direction: str, frames: int) -> tuple[Run, Run]:
 
 
 def text_runs(directory: Path) -> tuple[Run, Run]:
-    from cogvid.text import load_text_encoder
+    from cogvid.load import load_text_encoder
 
     pipe, spiece = tiny_pipeline("2b")
     save_pipeline(pipe, spiece, directory)

@@ -44,12 +44,13 @@ from torch import Tensor
 
 import measure
 from cogvid import plan
+from cogvid.checkpoint import load_scheduler_config
 from cogvid.config import ModelConfig
 from cogvid.hub import find
+from cogvid.load import load_text_encoder, load_transformer, load_vae
 from cogvid.pipeline import Pipeline
-from cogvid.sampler import make_schedule
-from cogvid.text import load_text_encoder
-from cogvid.weights import load_scheduler_config, load_transformer, load_vae, resolve_device
+from cogvid.placement import resolve_device
+from cogvid.schedule import make_schedule
 
 PARTS = ("text", "scheduler", "vae", "transformer", "run")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,7 +19,8 @@ from torch import Generator, Tensor, nn
 
 import cogvid
 from cogvid.config import SchedulerConfig
-from cogvid.sampler import SAMPLERS, add_noise, make_schedule
+from cogvid.samplers import SAMPLERS
+from cogvid.schedule import add_noise, make_schedule
 from measure import call_diffusers, rel_rms, rotary_table
 from tests.fuzz import ILLEGAL, ILLEGAL_EVERY, KINDS, Case, draw_case
 from tests.pipelines import assemble, picture, save_pipeline

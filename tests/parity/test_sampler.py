@@ -19,17 +19,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from torch import Generator, Tensor
 
-from cogvid import plan
 from cogvid.config import CONFIGS, SCHEDULER_CLASS_DEFAULTS, SchedulerConfig
-from cogvid.sampler import (
-    SAMPLERS,
-    Schedule,
-    add_noise,
-    draw_noise,
-    guidance_schedule,
-    make_schedule,
-    velocity,
-)
+from cogvid.guidance import guidance_schedule
+from cogvid.samplers import draw_noise, sample
+from cogvid.schedule import Schedule, add_noise, make_schedule, velocity
+from cogvid.settings import resolve_settings
 from measure import rel_rms
 from tests.reference import pooled_ratio, tiny_transformer, tiny_vae
 from tests.schedulers import SCHEDULERS
@@ -90,12 +84,13 @@ def drive(scheduler: Any, x: Tensor, generator: Any, start: int = 0) -> tuple[li
 
 def run_ours(name: str, x: Tensor, schedule: Schedule, generator: Any) -> tuple[list[Tensor], Tensor]:
     states: list[Tensor] = []
-    result = SAMPLERS[name](
-        lambda latents, i: denoiser(latents, schedule.timesteps[i]),
+    result = sample(
+        lambda x, _index, timestep, _branch: denoiser(x, timestep),
         x,
         schedule,
+        sampler=name,
         generator=generator,
-        on_step=lambda _i, _t, state: states.append(state.clone()),
+        on_step=lambda _step, x, _state: states.append(x.clone()),
     )
     return states, result
 
@@ -215,9 +210,9 @@ def test_the_noise_cannot_be_predicted_where_there_is_nothing_else(name: str) ->
     assert not torch.isfinite(theirs[0]).any()
     model = dataclasses.replace(CONFIGS["cogvideox-2b"], scheduler=config)
     with pytest.raises(ValueError, match=r"^prediction_type: got 'epsilon' with a first step at timestep 999, where"):
-        plan.settle(model, task="text-to-video", scheduler=name, num_inference_steps=5)
+        resolve_settings(model, task="text-to-video", scheduler=name, num_inference_steps=5)
     # With the noisiest step left out, both run.
-    plan.settle(model, task="video-to-video", scheduler=name, num_inference_steps=5, strength=0.8)
+    resolve_settings(model, task="video-to-video", scheduler=name, num_inference_steps=5, strength=0.8)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -12,8 +12,8 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
 from cogvid.config import TransformerConfig
+from cogvid.names import map_transformer_state_dict
 from cogvid.transformer import Transformer
-from cogvid.weights import map_transformer_state_dict
 from measure import call_diffusers, rel_rms, rotary_table
 from tests.reference import TRANSFORMER_VARIANTS, pooled_ratio, tiny_transformer
 from tests.tolerances import (

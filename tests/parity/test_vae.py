@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import cogvid.ops
 import cogvid.vae
 from cogvid.config import VAEConfig
+from cogvid.names import map_vae_state_dict
 from cogvid.vae import VAE, ConvCache
-from cogvid.weights import map_vae_state_dict
 from measure import rel_rms
 from tests.reference import pooled_ratio, tiny_vae
 from tests.tolerances import VAE_BF16, VAE_FP32, VAE_FP64, VAE_GRADIENTS_FP32, VAE_STAGE_FP32

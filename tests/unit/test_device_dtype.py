@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cogvid import cli, weights
-from cogvid.weights import load_transformer, load_vae, resolve_device, resolve_dtype
+from cogvid.load import load_transformer, load_vae
+from cogvid.placement import resolve_device, resolve_dtype
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from cogvid.hub import PACKS
+from cogvid.load import load_text_encoder
 from cogvid.ops import Ops, rms_norm
-from cogvid.text import Tokenizer, load_text_encoder, use_ops
+from cogvid.text import Tokenizer, use_ops
 from measure import rel_rms
 from tests.tiny_text import save_text_parts, train_tokenizer
 from tests.tolerances import TEXT_FP32

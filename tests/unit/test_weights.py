@@ -19,19 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvid import plan, weights
+from cogvid.checkpoint import load_scheduler_config, read_model_config
 from cogvid.config import CONFIGS, SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.files import load_state
 from cogvid.hub import component_variants
+from cogvid.load import load_transformer, load_vae, save_vae
+from cogvid.names import unmap_state_dict
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
-from cogvid.weights import (
-    load_scheduler_config,
-    load_state,
-    load_transformer,
-    load_vae,
-    read_model_config,
-    save_vae,
-    unmap_state_dict,
-)
 from tests.checkpoints import TRANSFORMER, VAE_CONFIG, WEIGHTS, digest, edit_json, write_checkpoint, write_json
 
 
