@@ -52,7 +52,7 @@ def write_checkpoint(directory: Path, transformer: TransformerConfig = TRANSFORM
     write_json(
         directory / "model_index.json",
         {
-            "_class_name": "CogVideoXImageToVideoPipeline" if transformer.takes_image else "CogVideoXPipeline",
+            "_class_name": "CogVideoXImageToVideoPipeline" if transformer.in_channels == 32 else "CogVideoXPipeline",
             "_diffusers_version": "0.31.0",
             "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
             "text_encoder": ["transformers", "T5EncoderModel"],

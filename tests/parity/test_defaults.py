@@ -71,7 +71,7 @@ def test_text_and_image_to_video(both: Any, variant: str, scheduler: str) -> Non
         warnings.simplefilter("ignore")
         out = ours(prompt="a red", **image, generator=generator())
     assert_same_video(out, reference(prompt="a red", **image, generator=generator()))
-    assert (out.provenance["scheduler"], out.provenance["guidance_mode"]) == (scheduler, "constant")
+    assert (out.provenance["scheduler"], out.provenance["use_dynamic_cfg"]) == (scheduler, "constant")
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -104,7 +104,7 @@ def test_what_cannot_be_made_is_refused_as_always(tmp_path: Path) -> None:
     """Of the 13 frames that this model's config names, diffusers decodes 16."""
     reference, spiece = tiny_pipeline("1.5-5b", **SIZE, sample_frames=13)
     ours = cogvid.load(save_pipeline(reference, spiece, tmp_path), device="cpu", defaults="diffusers")
-    with pytest.raises(ValueError, match="num_frames: got 13, wanted 8N or 8N"):
+    with pytest.raises(ValueError, match="num_frames: got 13, want 8N or 8N"):
         ours("a red")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cogvid.config import TransformerConfig
 from cogvid.names import map_transformer_state_dict
+from cogvid.ops import BlockContext
 from cogvid.transformer import Transformer
 from measure import call_diffusers, rel_rms, rotary_table
 from tests.reference import TRANSFORMER_VARIANTS, pooled_ratio, tiny_transformer
@@ -224,7 +225,9 @@ class TestStepCache:
 
     def test_the_first_block_can_run_apart(self) -> None:
         class FirstBlock:
-            def run(self, x: Tensor, temb: Tensor, blocks: Callable[..., Tensor]) -> Tensor:  # noqa: ARG002
+            state: ClassVar[dict[str, Any]] = {}
+
+            def run(self, x: Tensor, context: BlockContext, blocks: Callable[..., Tensor]) -> Tensor:  # noqa: ARG002
                 return blocks(blocks(x, 0, 1), 1)
 
         model = ours_like(tiny_transformer("5b"))
@@ -234,16 +237,15 @@ class TestStepCache:
     def test_a_skipped_step_adds_the_last_change(self) -> None:
         class EverySecond:
             def __init__(self) -> None:
-                self.change: Tensor | None = None
+                self.state: dict[str, Any] = {}
                 self.temb: list[Tensor] = []
 
-            def run(self, x: Tensor, temb: Tensor, blocks: Callable[..., Tensor]) -> Tensor:
-                self.temb.append(temb)
-                if self.change is None:
-                    self.change = blocks(x) - x
-                    return x + self.change
-                change, self.change = self.change, None
-                return x + change
+            def run(self, x: Tensor, context: BlockContext, blocks: Callable[..., Tensor]) -> Tensor:
+                self.temb.append(context.temb)
+                if "change" in self.state:
+                    return x + self.state.pop("change")
+                self.state["change"] = blocks(x) - x
+                return x + self.state["change"]
 
         model, cache = ours_like(tiny_transformer("2b")), EverySecond()
         calls: list[int] = []
@@ -305,7 +307,7 @@ def test_learned_positions_are_for_the_configured_frame_count_to_the_frame() -> 
 
 def test_wrong_learned_positions_raise() -> None:
     model = ours_like(tiny_transformer("5b-i2v"))
-    with pytest.raises(ValueError, match="learned_positions: got 'crop', want 'sincos' or 'slice'"):
+    with pytest.raises(ValueError, match="learned_positions: got 'crop', want one of sincos, slice"):
         model(*inputs(model, SIZES["trained"]), learned_positions="crop")
     with pytest.raises(ValueError, match="latents: got 4 frames, want at most 3 with learned_positions='slice'"):
         model(*inputs(model, SIZES["longer"]), learned_positions="slice")

@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cogvid import weights
+from cogvid import placement
 from cogvid.config import CONFIGS, TransformerConfig, VAEConfig
 from cogvid.load import load_transformer, load_vae, save_transformer, save_vae
 from cogvid.names import TRANSFORMER_NAMES, VAE_NAMES, map_transformer_state_dict, map_vae_state_dict, unmap_state_dict
@@ -37,7 +37,7 @@ OFFICIAL = [name for name, model in CONFIGS.items() if model.repo]
 @pytest.fixture
 def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep bfloat16 on every CPU; nothing is computed in it here."""
-    monkeypatch.setattr(weights, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(placement, "_cpu_has_bfloat16", lambda: True)
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

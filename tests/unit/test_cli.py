@@ -115,7 +115,16 @@ def test_every_option_arrives(t2v: Path, out: Path, tmp_path: Path) -> None:
         "--width",
         64,
     ]
-    options += ["--num-frames", 8, "--num-inference-steps", 4, "--guidance-scale", 2.5, "--dynamic-cfg"]
+    options += [
+        "--num-frames",
+        8,
+        "--num-inference-steps",
+        4,
+        "--guidance-scale",
+        2.5,
+        "--use-dynamic-cfg",
+        "diffusers",
+    ]
     options += ["--scheduler", "ddim", "--strength", 0.5, "--resize", "crop", "--image-latent-scale", "none"]
     options += ["--seed", 7, "--fps", 12, "--device", "cpu", "--dtype", "bfloat16", "--ops", "torch"]
     assert main(["generate", "", *map(str, options)]) == 0
@@ -124,7 +133,7 @@ def test_every_option_arrives(t2v: Path, out: Path, tmp_path: Path) -> None:
     assert fps == 12
     made = read_metadata(out)
     expected = {
-        "task": "video-to-video", "negative_prompt": ["two dogs"], "guidance_scale": 2.5, "guidance_mode": "diffusers",
+        "task": "video-to-video", "negative_prompt": ["two dogs"], "guidance_scale": 2.5, "use_dynamic_cfg": "diffusers",
         "scheduler": "ddim", "strength": 0.5, "resize": "crop", "image_latent_scale": "none", "seed": 7,
         "dtype": "bfloat16", "device": "cpu", "ops": "torch", "num_inference_steps": 4, "source": str(t2v),
     }  # fmt: skip
@@ -141,7 +150,7 @@ def test_warnings_are_one_line_each(t2v: Path, out: Path, capsys: pytest.Capture
     assert "num_inference_steps=3 does not divide 1000" in warned[1]
 
 
-def test_the_models_of_the_box_are_the_default(
+def test_the_shipped_packs_are_the_default(
     image: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("cogvid.hub.PACKS", tmp_path)  # empty, so that the name shows in the message
@@ -169,14 +178,14 @@ def test_inspect(t2v: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--height", "100"], "height: got 100, wanted a multiple of 16; the nearest is 96 or 112"),
-        (["--width", "8"], "width: got 8, wanted a multiple of 16; the nearest is 16"),
+        (["--height", "100"], "height: got 100, want a multiple of 16; the nearest is 96 or 112"),
+        (["--width", "8"], "width: got 8, want a multiple of 16; the nearest is 16"),
         (["--height", "0"], "height: got 0"),
         (["--width", "-16"], "width: got -16"),
         (["--height", "ten"], "--height: invalid int value: 'ten'"),
-        (["--num-frames", "45"], "num_frames: got 45, wanted 8N or 8N + 1; the nearest are 41 and 48"),
+        (["--num-frames", "45"], "num_frames: got 45, want 8N or 8N + 1; the nearest are 41 and 48"),
         (["--num-frames", "0"], "num_frames: got 0"),
-        (["--num-inference-steps", "0"], "num_inference_steps: got 0, wanted an integer, 1 to 1000"),
+        (["--num-inference-steps", "0"], "num_inference_steps: got 0, want an integer, 1 to 1000"),
         (["--num-inference-steps", "1001"], "num_inference_steps: got 1001"),
         (["--guidance-scale", "nan"], "guidance_scale: got nan"),
         (["--guidance-scale", "inf"], "guidance_scale: got inf"),
@@ -187,11 +196,11 @@ def test_inspect(t2v: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--seed", "-1"], "seed: got -1"),
         (["--seed", "99999999999999999999"], "seed: got 99999999999999999999"),
         (["--fps", "0"], "fps"),
-        (["--scheduler", "euler"], "scheduler: got 'euler', wanted one of dpm, ddim"),
+        (["--scheduler", "euler"], "scheduler: got 'euler', want one of dpm, ddim"),
         (["--dtype", "float8"], "dtype: got 'float8'"),
         (["--device", "tpu"], "device: got 'tpu'"),
         (["--ops", "cuda"], "ops: got 'cuda'"),
-        (["--resize", "squeeze"], "resize: got 'squeeze', wanted one of stretch, crop, pad"),
+        (["--resize", "squeeze"], "resize: got 'squeeze', want one of stretch, crop, pad"),
         (["--image-latent-scale", "half"], "image_latent_scale: got 'half'"),
         (["--model", "no-such-model"], "model: got 'no-such-model'"),
         (["--model", "/dev/null"], "model: /dev/null is a file"),
@@ -208,7 +217,7 @@ def test_bad_options(t2v: Path, out: Path, refused: Refused, options: list[str],
 def test_a_bad_seed_is_refused_before_the_weights_are_read(
     t2v: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cogvid.pipeline.load", None)
+    monkeypatch.setattr("cogvid.run_load.load_checkpoint", None)
     assert "seed: got -1" in refused("generate", "x", "-o", out, "--model", t2v, "--seed", -1)
 
 
@@ -243,7 +252,7 @@ def test_a_model_that_cannot_do_it_names_those_that_can(
         for name in named:
             assert find(name).name == name.rpartition("/")[2]
             known = next(m for m in cogvid.CONFIGS.values() if name in (m.repo, m.name))
-            assert known.transformer.takes_image == takes_image
+            assert bool(known.conditions) == takes_image
 
 
 @pytest.mark.parametrize(
@@ -274,12 +283,12 @@ def test_the_defaults_of_diffusers_are_one_option(t2v: Path, out: Path, refused:
     assert main(["generate", "a red", *options, "--defaults", "diffusers"]) == 0
     made = read_metadata(out)
     expected = {
-        "defaults": "diffusers", "scheduler": "ddim", "guidance_mode": "constant", "guidance_scale": 6.0,
+        "defaults": "diffusers", "scheduler": "ddim", "use_dynamic_cfg": "constant", "guidance_scale": 6.0,
         "height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 226,
     }  # fmt: skip
     assert {name: made[name] for name in expected} == expected
     line = refused("generate", "x", *options, "--defaults", "theirs")
-    assert line == "cogvid: error: defaults: got 'theirs', wanted one of recommended, diffusers"
+    assert line == "cogvid: error: defaults: got 'theirs', want one of recommended, diffusers"
 
 
 def _bomb() -> bytes:
@@ -351,7 +360,7 @@ def _truncate(path: Path) -> None:
 BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda root: (root / "model_index.json").unlink(), "model_index.json"),
     "broken index": (lambda root: (root / "model_index.json").write_text('{"_class_name": '), "not JSON"),
-    "list index": (lambda root: (root / "model_index.json").write_text("[]"), "wanted a JSON object"),
+    "list index": (lambda root: (root / "model_index.json").write_text("[]"), "want a JSON object"),
     "wrong class": (lambda root: _edit(root / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "wrong part": (lambda root: _edit(root / "vae" / "config.json", _class_name="AutoencoderKL"), "AutoencoderKL"),
     "no vae": (lambda root: shutil.rmtree(root / "vae"), "vae"),
@@ -444,4 +453,4 @@ def test_the_command_runs_as_a_process(t2v: Path, out: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "cogvid: error: height: got 33, wanted a multiple of 16; the nearest is 32 or 48\n"
+    assert done.stderr == "cogvid: error: height: got 33, want a multiple of 16; the nearest is 32 or 48\n"

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cogvid
-from cogvid import plan
+from cogvid.checkpoint import read_checkpoint
 from cogvid.config import CONFIGS, SchedulerConfig
+from cogvid.ops import BlockContext
+from cogvid.settings import OPTIONS, check_frames, outside_training, resolve_settings
 from tests.pipelines import TEXT_LEN, picture, save_pipeline, tiny_pipeline
 
 QUICK: dict[str, Any] = {
@@ -46,7 +48,7 @@ def i2v(tmp_path_factory: pytest.TempPathFactory) -> cogvid.Pipeline:
 def test_a_directory_with_the_name_of_a_pack_is_that_directory(
     t2v: cogvid.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tiny-t2v").symlink_to(t2v.source)
+    (tmp_path / "tiny-t2v").symlink_to(t2v.checkpoint.directory)
     monkeypatch.chdir(tmp_path)
     pipe = cogvid.load("./tiny-t2v", device="cpu")
     assert pipe.model == t2v.model
@@ -54,30 +56,30 @@ def test_a_directory_with_the_name_of_a_pack_is_that_directory(
 
 
 def own_task(name: str) -> str:
-    return "image-to-video" if CONFIGS[name].transformer.takes_image else "text-to-video"
+    return CONFIGS[name].tasks[0]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_defaults_are_the_recommendation_of_the_authors(name: str) -> None:
-    settings = plan.settle(CONFIGS[name], task=own_task(name))
+    settings = resolve_settings(CONFIGS[name], task=own_task(name))
     height, width, frames, scheduler, guidance = OFFICIAL[name]
     assert (settings.height, settings.width, settings.num_frames) == (height, width, frames)
-    assert (settings.scheduler, settings.guidance_mode) == (scheduler, guidance)
+    assert (settings.scheduler, settings.use_dynamic_cfg) == (scheduler, guidance)
     assert (settings.num_inference_steps, settings.guidance_scale) == (50, 6.0)
-    assert plan.untrained(CONFIGS[name], height, width, frames) == []
+    assert outside_training(CONFIGS[name], height, width, frames) == []
 
 
 def test_the_defaults_of_diffusers_in_settings(i2v: cogvid.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """That they give diffusers' videos is shown in tests/parity/test_defaults.py."""
-    model = plan.read_model(i2v.source, defaults="diffusers")
-    settings = plan.settle(model, task="image-to-video", scheduler="dpm")
-    assert (settings.height, settings.width, settings.num_frames, settings.guidance_mode) == (64, 96, 49, "constant")
+    model = read_checkpoint(i2v.checkpoint.directory, defaults="diffusers").model
+    settings = resolve_settings(model, task="image-to-video", scheduler="dpm")
+    assert (settings.height, settings.width, settings.num_frames, settings.use_dynamic_cfg) == (64, 96, 49, "constant")
     assert model.text_length == 226
-    assert plan.read_model(i2v.source).text_length == TEXT_LEN
+    assert read_checkpoint(i2v.checkpoint.directory).model.text_length == TEXT_LEN
     # What was trained stays what it was.
-    assert plan.untrained(model, 64, 96, 49) == ["49 frames (recommended: 9; 8N + 1 up to 9)"]
+    assert outside_training(model, 64, 96, 49) == ["49 frames (recommended: 9; 8N + 1 up to 9)"]
     monkeypatch.setattr("cogvid.hub._fetch", None)
-    with pytest.raises(ValueError, match=r"^defaults: got 'none', wanted one of recommended, diffusers$"):
+    with pytest.raises(ValueError, match=r"^defaults: got 'none', want one of recommended, diffusers$"):
         cogvid.load("zai-org/CogVideoX-2b", device="cpu", defaults="none")
 
 
@@ -94,12 +96,12 @@ def test_the_defaults_of_diffusers_in_settings(i2v: cogvid.Pipeline, monkeypatch
 )
 def test_dynamic_guidance_is_on_with_dpm_unless_said_otherwise(scheduler: str, asked: Any, mode: str) -> None:
     model = CONFIGS["cogvideox-5b"]
-    settings = plan.settle(model, task="text-to-video", scheduler=scheduler, use_dynamic_cfg=asked)
-    assert settings.guidance_mode == mode
+    settings = resolve_settings(model, task="text-to-video", scheduler=scheduler, use_dynamic_cfg=asked)
+    assert settings.use_dynamic_cfg == mode
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "frames", "departures"),
+    ("name", "size", "frames", "reasons"),
     [
         ("cogvideox-5b", (480, 720), 9, []),
         ("cogvideox-5b", (480, 720), 81, ["81 frames"]),
@@ -113,28 +115,28 @@ def test_dynamic_guidance_is_on_with_dpm_unless_said_otherwise(scheduler: str, a
         ("cogvideox1.5-5b-i2v", (480, 720), 177, ["480x720 pixels", "177 frames"]),
     ],
 )
-def test_what_was_never_trained_is_named(name: str, size: tuple[int, int], frames: int, departures: list[str]) -> None:
-    found = plan.untrained(CONFIGS[name], *size, frames)
-    assert [text.partition(" (")[0] for text in found] == departures
+def test_what_was_never_trained_is_named(name: str, size: tuple[int, int], frames: int, reasons: list[str]) -> None:
+    found = outside_training(CONFIGS[name], *size, frames)
+    assert [text.partition(" (")[0] for text in found] == reasons
 
 
 @given(st.integers(1, 400))
 def test_frames_are_legal_exactly_when_they_decode_to_themselves(num_frames: int) -> None:
     vae = CONFIGS["cogvideox-2b"].vae
-    latents = plan.latent_frames(vae, num_frames)
+    latents = vae.latent_frames(num_frames)
     # What the VAE does: the first of an odd number of latent frames becomes 1 frame, every other one 4.
     decoded = 1 + 4 * (latents - 1) if latents % 2 else 4 * latents
-    assert plan.decoded_frames(vae, latents) == decoded
+    assert vae.decoded_frames(latents) == decoded
     assert (decoded == num_frames) == (num_frames % 8 in (0, 1))
     if decoded == num_frames:
-        plan.check_frames(vae, num_frames)
+        check_frames(vae, num_frames)
     else:
         with pytest.raises(ValueError, match=r"nearest are") as caught:
-            plan.check_frames(vae, num_frames)
+            check_frames(vae, num_frames)
         below, above = (int(word) for word in str(caught.value).split() if word.isdigit())
         assert below < num_frames < above
         for near in (below, above):
-            plan.check_frames(vae, near)
+            check_frames(vae, near)
         assert not any(n % 8 in (0, 1) for n in range(below + 1, above))
 
 
@@ -153,12 +155,12 @@ def test_frames_are_legal_exactly_when_they_decode_to_themselves(num_frames: int
 def test_a_schedule_that_cannot_be_run_is_refused_with_the_settings(scheduler: dict[str, Any], message: str) -> None:
     model = dataclasses.replace(CONFIGS["cogvideox-5b"], scheduler=SchedulerConfig(**scheduler))
     with pytest.raises(ValueError, match=f"^{message}"):
-        plan.settle(model, task="text-to-video")
+        resolve_settings(model, task="text-to-video")
 
 
 def test_a_learned_table_of_positions_fixes_the_size() -> None:
-    with pytest.raises(ValueError, match="height, width: got 480x640, wanted 480x720"):
-        plan.settle(CONFIGS["cogvideox-5b-i2v"], task="image-to-video", width=640)
+    with pytest.raises(ValueError, match="height, width: got 480x640, want 480x720"):
+        resolve_settings(CONFIGS["cogvideox-5b-i2v"], task="image-to-video", width=640)
 
 
 EMBEDS = torch.zeros(1, TEXT_LEN, 40)
@@ -175,25 +177,25 @@ EMBEDS = torch.zeros(1, TEXT_LEN, 40)
         ({"prompt": None, "prompt_embeds": EMBEDS[0]}, r"prompt_embeds: got shape \(10, 40\)"),
         ({"prompt": None, "prompt_embeds": EMBEDS[..., :39]}, r"got shape \(1, 10, 39\), want \[prompts, L, 40\]"),
         ({"negative_prompt_embeds": EMBEDS.repeat(2, 1, 1)}, r"embeds: got shape \(2, 10, 40\), want \(1, 10, 40\)"),
-        ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2, wanted 1 or one per prompt, 1"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2, want 1 or one per prompt, 1"),
         ({"negative_prompt": "a", "negative_prompt_embeds": EMBEDS}, "negative_prompt_embeds: got both"),
         ({"negative_prompt_embeds": EMBEDS[:, :5]}, r"negative_prompt_embeds: got shape \(1, 5, 40\)"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt: got 0"),
         ({"num_inference_steps": 2.5}, "num_inference_steps: got 2.5"),
         ({"seed": 1, "generator": torch.Generator()}, "seed, generator: got both"),
         ({"seed": 1.5}, "seed: got 1.5"),
-        ({"generator": [torch.Generator()] * 2}, "generator: got a list of 2, wanted one per video, 1"),
-        ({"latents": torch.zeros(1, 16, 3, 8, 12)}, r"latents: got shape .* wanted .* \(1, 3, 16, 8, 12\)"),
-        ({"output_type": "gif"}, "output_type: got 'gif', wanted one of pil, np"),
+        ({"generator": [torch.Generator()] * 2}, "generator: got a list of 2, want one per video, 1"),
+        ({"latents": torch.zeros(1, 16, 3, 8, 12)}, r"latents: got shape .* want .* \(1, 3, 16, 8, 12\)"),
+        ({"output_type": "gif"}, "output_type: got 'gif', want one of pil, np"),
         ({"scheduler": "euler"}, "scheduler: got 'euler'"),
         ({"use_dynamic_cfg": "linear"}, "use_dynamic_cfg: got 'linear'"),
         ({"previous_timestep": "last"}, "previous_timestep: got 'last'"),
         ({"learned_positions": "none"}, "learned_positions: got 'none'"),
         ({"guidance_scale": float("nan")}, "guidance_scale: got nan"),
         ({"image": picture(8, 8)}, "cannot do image-to-video"),
-        ({"video": [picture(8, 8)] * 9, "num_frames": 17}, "num_frames: got 17, wanted an integer, 1 to 9"),
-        ({"video": [picture(8, 8)] * 10, "num_frames": None}, "num_frames: got 10, wanted 8N or"),
-        ({"video": [picture(8, 8)] * 9, "strength": 0.4}, "strength: 0.4 of 2 steps is none"),
+        ({"video": [picture(8, 8)] * 9, "num_frames": 17}, "num_frames: got 17, want an integer, 1 to 9"),
+        ({"video": [picture(8, 8)] * 10, "num_frames": None}, "num_frames: got 10, want 8N or"),
+        ({"video": [picture(8, 8)] * 9, "strength": 0.4}, "strength: got 0.4, which is none of 2 steps, want at least 0.5"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
@@ -208,7 +210,7 @@ def test_wrong_arguments_are_refused_before_any_model_runs(
 
 
 def test_images_go_with_prompts(i2v: cogvid.Pipeline) -> None:
-    with pytest.raises(ValueError, match="image: got a list of 2, wanted one, or one per prompt"):
+    with pytest.raises(ValueError, match="image: got a list of 2, want one, or one per prompt"):
         i2v("a red", image=[picture(8, 8)] * 2, **QUICK)
     with pytest.raises(ValueError, match="cannot do text-to-video"):
         i2v("a red", **QUICK)
@@ -218,7 +220,9 @@ def test_images_go_with_prompts(i2v: cogvid.Pipeline) -> None:
 
 
 def test_latents_that_are_not_finite_are_an_error(t2v: cogvid.Pipeline) -> None:
-    with pytest.raises(FloatingPointError, match=r"latents: not finite .* torch\.float32"):
+    with pytest.raises(
+        FloatingPointError, match=r"latents: got numbers that are not finite in torch\.float32, want a wider dtype"
+    ):
         t2v(prompt_embeds=EMBEDS / 0, **QUICK)
 
 
@@ -248,12 +252,8 @@ def test_provenance_is_ready_for_json_and_repeats_the_run(t2v: cogvid.Pipeline) 
     out = t2v(["a red", "two dogs"], negative_prompt="a cat", **QUICK, num_videos_per_prompt=2)
     made = json.loads(json.dumps(out.provenance))
     assert made == out.provenance
-    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "scheduler", "seed")
-    again = t2v(
-        made["prompt"], negative_prompt=made["negative_prompt"], use_dynamic_cfg=made["guidance_mode"],
-        num_videos_per_prompt=made["num_videos_per_prompt"], output_type="latent", progress=False,
-        **{name: made[name] for name in names},
-    )  # fmt: skip
+    names = ("prompt", "negative_prompt", "num_videos_per_prompt", "seed", *OPTIONS)
+    again = t2v(output_type="latent", progress=False, **{name: made[name] for name in names})
     assert torch.equal(again.frames, out.frames)
     assert made["guidance_schedule"] is not None
     assert made["dtype"] == "float32"
@@ -278,14 +278,14 @@ def test_the_bar_can_be_turned_off(t2v: cogvid.Pipeline, capsys: pytest.CaptureF
 
 def test_float16_on_a_cpu_is_said_once(t2v: cogvid.Pipeline) -> None:
     with pytest.warns(UserWarning, match="float16 arithmetic is not run on a CPU") as caught:
-        pipe = cogvid.load(t2v.source, device="cpu", dtype="float16")
+        pipe = cogvid.load(t2v.checkpoint.directory, device="cpu", dtype="float16")
     assert len(caught) == 1
     assert pipe.dtype in (torch.bfloat16, torch.float32)
     assert next(pipe.vae.parameters()).dtype == pipe.text_encoder.dtype == pipe.dtype
 
 
 def test_bfloat16_runs_through(t2v: cogvid.Pipeline) -> None:
-    pipe = cogvid.load(t2v.source, device="cpu", dtype="bfloat16")
+    pipe = cogvid.load(t2v.checkpoint.directory, device="cpu", dtype="bfloat16")
     frames = pipe("a red", seed=0, **{**QUICK, "output_type": "np"}).frames
     exact = t2v("a red", seed=0, **{**QUICK, "output_type": "np"}).frames
     assert frames.shape == exact.shape
@@ -296,13 +296,13 @@ class Counting:
     """A step cache that runs every block and counts, or reuses its first result for ever."""
 
     def __init__(self, reuse: bool) -> None:
-        self.reuse, self.calls, self.kept = reuse, 0, None
+        self.reuse, self.seen, self.state = reuse, [], {}
 
-    def run(self, x: torch.Tensor, temb: torch.Tensor, blocks: Callable[..., torch.Tensor]) -> torch.Tensor:  # noqa: ARG002
-        self.calls += 1
-        if self.kept is None or not self.reuse:
-            self.kept = blocks(x)
-        return self.kept
+    def run(self, x: torch.Tensor, context: BlockContext, blocks: Callable[..., torch.Tensor]) -> torch.Tensor:
+        self.seen.append((context.step, context.branch))
+        if "kept" not in self.state or not self.reuse:
+            self.state["kept"] = blocks(x)
+        return self.state["kept"]
 
 
 def test_a_step_cache_wraps_the_blocks_of_every_step(t2v: cogvid.Pipeline) -> None:
@@ -310,7 +310,7 @@ def test_a_step_cache_wraps_the_blocks_of_every_step(t2v: cogvid.Pipeline) -> No
     faithful, lazy = Counting(reuse=False), Counting(reuse=True)
     assert torch.equal(t2v("a cat", seed=1, step_cache=faithful, **QUICK).frames, plain)
     assert not torch.equal(t2v("a cat", seed=1, step_cache=lazy, **QUICK).frames, plain)
-    assert faithful.calls == lazy.calls == QUICK["num_inference_steps"]
+    assert faithful.seen == lazy.seen == [(0, "both"), (1, "both")]
 
 
 def test_learned_positions_are_a_named_choice(i2v: cogvid.Pipeline) -> None:

@@ -93,7 +93,7 @@ def test_the_seed_of_the_last_video_has_63_bits(pipe: cogvid.Pipeline, inputs: d
     options = {**inputs, "num_inference_steps": 1, "output_type": "latent"}
     last = pipe(["a red", "two dogs"], seed=2**63 - 2, **options)
     assert last.provenance["seeds"] == [2**63 - 2, 2**63 - 1]
-    with pytest.raises(ValueError, match=r"^seed: got 9223372036854775807, wanted an integer, 0 to 92233720368547758"):
+    with pytest.raises(ValueError, match=r"^seed: got 9223372036854775807, want an integer, 0 to 92233720368547758"):
         pipe(["a red", "two dogs"], seed=2**63 - 1, **options)
 
 

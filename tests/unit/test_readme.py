@@ -21,12 +21,15 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cogvid, "SAMPLERS", dict(cogvid.SAMPLERS))  # an example adds to it
-    monkeypatch.setattr("cogvid.pipeline.SAMPLERS", cogvid.SAMPLERS)
-    monkeypatch.setattr("cogvid.plan.SAMPLERS", cogvid.SAMPLERS)
     namespace: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(block.replace("scripts/demo.png", str(ROOT / "scripts" / "demo.png")), namespace)
+    registries = [(registry, dict(registry)) for registry in (cogvid.SAMPLERS, cogvid.GUIDANCE)]
+    try:
+        for block in blocks("python"):
+            exec(block.replace("scripts/demo.png", str(ROOT / "scripts" / "demo.png")), namespace)
+    finally:
+        for registry, before in registries:  # examples add to them
+            registry.clear()
+            registry.update(before)
     frames, fps = cogvid.read_video(tmp_path / "out.mp4")
     assert frames.shape == (17, 64, 64, 3)
     assert fps == cogvid.CONFIGS["tiny-i2v"].fps

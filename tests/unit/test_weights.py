@@ -18,13 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvid import plan, weights
-from cogvid.checkpoint import load_scheduler_config, read_model_config
+from cogvid.checkpoint import CLASSES, load_scheduler_config, read_model_config
 from cogvid.config import CONFIGS, SchedulerConfig, TransformerConfig, VAEConfig
 from cogvid.files import load_state
 from cogvid.hub import component_variants
 from cogvid.load import load_transformer, load_vae, save_vae
-from cogvid.names import unmap_state_dict
+from cogvid.names import TRANSFORMER_NAMES, VAE_NAMES, unmap_state_dict
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 from tests.checkpoints import TRANSFORMER, VAE_CONFIG, WEIGHTS, digest, edit_json, write_checkpoint, write_json
@@ -52,10 +51,10 @@ def test_an_unknown_model_has_the_settings_of_its_configs(pristine: Path) -> Non
 def test_official_models_are_recognised_by_their_config(tmp_path: Path, name: str) -> None:
     known = CONFIGS[name]
     directory = tmp_path / "cogvideox-2b"  # a name that lies for four of the five
-    class_name = "CogVideoXImageToVideoPipeline" if known.transformer.takes_image else "CogVideoXPipeline"
+    class_name = "CogVideoXImageToVideoPipeline" if known.conditions else "CogVideoXPipeline"
     write_json(
         directory / "model_index.json",
-        {"_class_name": class_name, **{part: ["library", classes[0]] for part, classes in weights.CLASSES.items()}},
+        {"_class_name": class_name, **{part: ["library", classes[0]] for part, classes in CLASSES.items()}},
     )
     write_json(
         directory / "transformer" / "config.json",
@@ -132,10 +131,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "empty-model-index": (lambda d: (d / "model_index.json").write_text(""), r"model_index\.json: not JSON \("),
     "broken-model-index": (lambda d: (d / "model_index.json").write_text('{"a": '), r"model_index\.json: not JSON \("),
     "binary-model-index": (lambda d: (d / "model_index.json").write_bytes(b"\xff\x00"), r"index\.json: not JSON \("),
-    "model-index-is-a-list": (lambda d: (d / "model_index.json").write_text("[]"), r"wanted a JSON object$"),
+    "model-index-is-a-list": (lambda d: (d / "model_index.json").write_text("[]"), r"want a JSON object$"),
     "other-pipeline": (
         lambda d: edit_json(d / "model_index.json", _class_name="FluxPipeline"),
-        r"is of class FluxPipeline, wanted CogVideoXPipeline or CogVideoXVideoToVideoPipeline or CogVideoXImage",
+        r"got class FluxPipeline, want CogVideoXPipeline or CogVideoXVideoToVideoPipeline or CogVideoXImage",
     ),
     "wrong-task": (
         lambda d: edit_json(d / "model_index.json", _class_name="CogVideoXImageToVideoPipeline"),
@@ -143,9 +142,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "other-vae-class": (
         lambda d: edit_json(d / "model_index.json", vae=["diffusers", "AutoencoderKL"]),
-        r"vae is of class AutoencoderKL, wanted AutoencoderKLCogVideoX$",
+        r"got vae of class AutoencoderKL, want AutoencoderKLCogVideoX$",
     ),
-    "component-null": (lambda d: edit_json(d / "model_index.json", vae=[None, None]), r"vae is of class None, wanted"),
+    "component-null": (lambda d: edit_json(d / "model_index.json", vae=[None, None]), r"got vae of class None, want"),
     "text-width": (
         lambda d: edit_json(d / "text_encoder" / "config.json", d_model=512),
         r"the transformer's text_embed_dim is 48, but 512 goes with",
@@ -154,7 +153,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "broken-config": (lambda d: (d / "vae" / "config.json").write_text("{"), r"vae/config\.json: not JSON \("),
     "wrong-class": (
         lambda d: edit_json(d / "transformer" / "config.json", _class_name="UNet2DModel"),
-        r"is of class UNet2DModel, wanted CogVideoXTransformer3DModel$",
+        r"got class UNet2DModel, want CogVideoXTransformer3DModel$",
     ),
     "another-activation": (
         lambda d: edit_json(d / "transformer" / "config.json", activation_fn="geglu"),
@@ -166,19 +165,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "config-string-for-number": (
         lambda d: edit_json(d / "transformer" / "config.json", num_layers="2"),
-        r"config\.json: num_layers: got '2', wanted a positive integer$",
+        r"config\.json: num_layers: got '2', want a positive integer$",
     ),
     "config-negative": (
         lambda d: edit_json(d / "transformer" / "config.json", num_layers=-1),
-        r"num_layers: got -1, wanted a positive integer$",
+        r"num_layers: got -1, want a positive integer$",
     ),
     "config-nan": (
         lambda d: edit_json(d / "vae" / "config.json", scaling_factor=float("nan")),
-        r"got nan, wanted a num",
+        r"got nan, want a num",
     ),
     "config-list": (
         lambda d: edit_json(d / "vae" / "config.json", block_out_channels=[8, "x"]),
-        r"block_out_channels: got \(8, 'x'\), wanted a list of positive integers$",
+        r"block_out_channels: got \(8, 'x'\), want a list of positive integers$",
     ),
     "scheduler-beta": (
         lambda d: edit_json(d / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid"),
@@ -198,11 +197,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "scheduler-betas-of-words": (
         lambda d: edit_json(d / "scheduler" / "scheduler_config.json", trained_betas=["a"]),
-        r"trained_betas: got \('a',\), wanted a list of numbers or null$",
+        r"trained_betas: got \('a',\), want a list of numbers or null$",
     ),
     "scheduler-offset": (
         lambda d: edit_json(d / "scheduler" / "scheduler_config.json", steps_offset=-1),
-        r"steps_offset: got -1, wanted an integer, 0 or more$",
+        r"steps_offset: got -1, want an integer, 0 or more$",
     ),
     "no-weights": (
         lambda d: (d / "vae" / WEIGHTS).unlink(),
@@ -284,11 +283,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "shard-elsewhere": (
         lambda d: shard(d / "vae", "../b.safetensors"),
-        r"index\.json: wanted a 'weight_map' of tensor",
+        r"index\.json: got .*, want a 'weight_map' of tensor",
     ),
     "broken-index": (
         lambda d: (d / "vae" / f"{WEIGHTS}.index.json").write_text("{}"),
-        r"index\.json: wanted a 'weight_map' of tensor names to file names$",
+        r"index\.json: got .*, want a 'weight_map' of tensor names to file names$",
     ),
     "index-of-other-shard": (
         lambda d: (shard(d / "vae"), shutil.copy(d / "vae" / "a.safetensors", d / "vae" / "b.safetensors")),
@@ -305,7 +304,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "another-shape": (
         lambda d: reshape_tensor(d / "vae" / WEIGHTS, "decoder.conv_out.conv.bias"),
-        r"vae: .*: 1 of another shape \(decoder\.conv_out\.conv\.bias is \[6\], wanted \[3\]\)$",
+        r"vae: .*: 1 of another shape \(decoder\.conv_out\.conv\.bias is \[6\], want \[3\]\)$",
     ),
     "more-layers-than-configured": (
         lambda d: edit_json(d / "transformer" / "config.json", num_layers=1),
@@ -473,12 +472,12 @@ def test_any_vae_config_runs_or_is_refused_when_it_is_read(seed: int) -> None:
         pixels = torch.randn(1, 3, frames, stride, 2 * stride)
         with torch.no_grad():
             latents = vae.encode(pixels).mean
-            assert latents.shape == (1, config.latent_channels, plan.latent_frames(config, frames), 1, 2)
+            assert latents.shape == (1, config.latent_channels, config.latent_frames(frames), 1, 2)
             assert vae.decode(latents).shape == pixels.shape
 
 
 def test_a_component_is_not_another(pristine: Path) -> None:
-    with pytest.raises(ValueError, match=r"is of class AutoencoderKLCogVideoX, wanted CogVideoXTransformer3DModel$"):
+    with pytest.raises(ValueError, match=r"got class AutoencoderKLCogVideoX, want CogVideoXTransformer3DModel$"):
         load_transformer(pristine / "vae")
     with pytest.raises(ValueError, match=r"neither a vae/ nor a config\.json in it$"):
         load_vae(pristine / "scheduler")
@@ -488,7 +487,7 @@ def test_a_component_is_not_another(pristine: Path) -> None:
 
 MEASURE = """
 import json, os, sys, torch
-from cogvid.weights import load_transformer
+from cogvid.load import load_transformer
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 load_transformer(sys.argv[2])  # the imports and caches of a first call
@@ -556,6 +555,6 @@ def test_saving_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
 
 
 def test_the_key_map_in_the_documentation_is_the_one_in_the_code() -> None:
-    text = (Path(weights.__file__).parents[1] / "weights.md").read_text()
+    text = (Path(__file__).parents[2] / "weights.md").read_text()
     rows = [line for line in text.split("## Key map")[1].splitlines() if line.startswith("| `")]
-    assert rows == [f"| `{a}` | `{b}` |" for a, b in (*weights.TRANSFORMER_NAMES.items(), *weights.VAE_NAMES.items())]
+    assert rows == [f"| `{a}` | `{b}` |" for a, b in (*TRANSFORMER_NAMES.items(), *VAE_NAMES.items())]
