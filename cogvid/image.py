@@ -7,25 +7,18 @@ limit is checked on what was announced before it is believed, and every failure 
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import io
 import os
 import re
-import socket
 import stat
-import string
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cogvid.download import download, one_line, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +28,6 @@ if TYPE_CHECKING:
 RESIZE_MODES = ("stretch", "crop", "pad")
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192; decoded to RGB that is 192 MiB
 MAX_DOWNLOAD = 64 * 2**20  # bytes
-_REDIRECTS = (301, 302, 303, 307, 308)
 _HAS_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|file:")
 
 
@@ -67,11 +59,11 @@ def load_image(
     if isinstance(source, pil.Image):
         return _decode(source, f"of {source.width}x{source.height} pixels", max_pixels)
     if isinstance(source, str) and _HAS_SCHEME.match(source):
-        data = _download(source, timeout, max_bytes, max_redirects)
-        return _decode(io.BytesIO(data), _shown(source), max_pixels)
+        data = download(source, timeout=timeout, max_bytes=max_bytes, max_redirects=max_redirects)
+        return _decode(io.BytesIO(data), shown(source), max_pixels)
     if isinstance(source, (str, os.PathLike)):
         with _open_file(source) as file:
-            return _decode(file, _shown(os.fspath(source)), max_pixels)
+            return _decode(file, shown(os.fspath(source)), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, data = "in bytes", bytes(source)
     elif hasattr(source, "read"):
@@ -171,7 +163,7 @@ def _decode(source: IO[bytes] | Image, name: str, max_pixels: int) -> Image:
     except MemoryError:
         raise
     except Exception as error:  # decoders of hostile data raise anything: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot load image {name}: {_one_line(error)}") from error
+        raise ValueError(f"cannot load image {name}: {one_line(error)}") from error
 
 
 def _to_rgb(image: Image) -> Image:
@@ -221,144 +213,15 @@ def _upright(image: Image) -> Image:
 
 
 def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    shown = _shown(os.fspath(path))
+    name = shown(os.fspath(path))
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise ValueError(f"image {shown} is a directory, wanted a picture file")
+            raise ValueError(f"image {name} is a directory, wanted a picture file")
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise ValueError(f"image {shown} is not a regular file, wanted a picture file")
+            raise ValueError(f"image {name} is not a regular file, wanted a picture file")
         if status.st_size == 0:
-            raise ValueError(f"image {shown} is empty, wanted a picture")
+            raise ValueError(f"image {name} is empty, wanted a picture")
         return open(path, "rb")
     except OSError as error:
-        raise ValueError(f"cannot read image {shown}: {error.strerror}") from error
-
-
-def _download(url: str, timeout: float, max_bytes: int, max_redirects: int) -> bytes:
-    """Fetch a URL within `timeout` seconds whatever the server does.
-
-    A socket's own time-out starts anew with each byte, and a name look-up has none. So the work is done in a thread
-    that the caller stops waiting for at the deadline; closing its sockets then ends it.
-    """
-    shown = _shown(url)
-    deadline = time.monotonic() + timeout
-    sockets: list[socket.socket] = []
-    result: list[bytes | BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(_fetch(url, deadline, sockets, max_bytes, max_redirects))
-        except BaseException as error:  # handed to the caller, who raises it
-            result.append(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="cogvid-download")
-    thread.start()
-    try:
-        thread.join(timeout)
-    finally:
-        finished = bool(result)
-        for sock in list(sockets):
-            with contextlib.suppress(OSError):  # it was closed already
-                sock.shutdown(socket.SHUT_RDWR)
-    outcome = result[0] if finished else TimeoutError()
-    reason = outcome.reason if isinstance(outcome, urllib.error.URLError) else outcome
-    if isinstance(reason, bytes):
-        return reason
-    if isinstance(reason, TimeoutError):
-        raise ValueError(f"image {shown} was not received within {timeout:g} seconds")
-    if isinstance(reason, _Refused):
-        raise ValueError(f"image {shown} {reason}")
-    if isinstance(reason, (OSError, http.client.HTTPException, ValueError, str)):
-        raise ValueError(f"cannot fetch image {shown}: {_one_line(reason)}")
-    raise reason
-
-
-class _Refused(Exception):
-    """The server answered, but not with something that we accept. The message continues "image URL"."""
-
-
-def _fetch(url: str, deadline: float, sockets: list[socket.socket], max_bytes: int, max_redirects: int) -> bytes:
-    opener = _opener(deadline, sockets)
-    for _ in range(max_redirects + 1):
-        request = urllib.request.Request(_escaped(url), headers={"User-Agent": "cogvid", "Accept": "image/*"})
-        with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
-            location = response.headers.get("Location")
-            if response.status in _REDIRECTS and location:
-                url = urllib.parse.urljoin(url, location)
-                continue
-            return _read_body(response, max_bytes)
-    raise _Refused(f"redirects more than {max_redirects} times")
-
-
-def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    if response.status != 200:
-        raise _Refused(f"was answered with status {response.status} {response.reason}, wanted 200".replace(" ,", ","))
-    if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-        raise _Refused("is an HTML page, wanted the address of the picture itself")
-    announced = response.length  # None where the server does not say
-    if announced is not None and announced > max_bytes:
-        raise _Refused(f"has {announced} bytes, wanted at most {max_bytes}")
-    body = bytearray()
-    while chunk := response.read1(65536):
-        body += chunk
-        if len(body) > max_bytes:
-            raise _Refused(f"has more than {max_bytes} bytes, wanted at most that many")
-    if announced is not None and len(body) < announced:
-        raise _Refused(f"broke off after {len(body)} of {announced} bytes")
-    if not body:
-        raise _Refused("is empty, wanted a picture")
-    return bytes(body)
-
-
-def _opener(deadline: float, sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
-    """Make an opener of http and https alone (proxies of the environment apply) that lists its sockets."""
-
-    class Plain(http.client.HTTPConnection):
-        def connect(self) -> None:
-            super().connect()
-            _register(self.sock)
-
-    class Secure(http.client.HTTPSConnection):
-        def connect(self) -> None:
-            super().connect()
-            _register(self.sock)
-
-    def _register(sock: socket.socket) -> None:
-        sockets.append(sock)
-        if time.monotonic() > deadline:  # nobody waits any more
-            raise TimeoutError
-
-    class HTTP(urllib.request.HTTPHandler):
-        def http_open(self, req: urllib.request.Request) -> Any:
-            return self.do_open(Plain, req)
-
-    class HTTPS(urllib.request.HTTPSHandler):
-        def https_open(self, req: urllib.request.Request) -> Any:
-            return self.do_open(Secure, req)
-
-    opener = urllib.request.OpenerDirector()
-    # Neither a redirect handler nor an error processor: `_fetch` sees every answer and checks every address itself.
-    for handler in (urllib.request.ProxyHandler(), HTTP(), HTTPS()):
-        opener.add_handler(handler)
-    return opener
-
-
-def _escaped(url: str) -> str:
-    """Check the scheme, drop the fragment and encode what may not stand in a request line."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise _Refused(f"leads to the scheme {parts.scheme!r}, wanted http or https")
-    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode("ascii")
-    path, query = (urllib.parse.quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
-    return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
-
-
-def _shown(name: str | bytes) -> str:
-    """Quote a name for a message: on one line, and not longer than one."""
-    text = repr(name)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"cannot read image {name}: {error.strerror}") from error

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
+from cogvid.download import download
 from cogvid.image import load_image
 
 PICTURE = Image.new("RGB", (6, 4), (200, 30, 40))
@@ -161,6 +162,10 @@ def test_picture_arrives(server: str, path: str) -> None:
     image = load_image(server + path)
     assert image.mode == "RGB"
     assert image.tobytes() == PICTURE.tobytes()
+
+
+def test_bytes_arrive_as_they_are(server: str) -> None:
+    assert download(server + "/to?/ok.png", timeout=10, max_bytes=len(_png()), max_redirects=1) == _png()
 
 
 def test_scheme_is_case_insensitive(server: str) -> None:

@@ -26,7 +26,8 @@ INTERNAL = {
     "versions": set(),
     "rope": {"config"},
     "sampler": {"config"},
-    "image": {"config"},
+    "download": set(),
+    "image": {"config", "download"},
     "video": {"config", "versions"},
     "ops": {"versions"},
     "transformer": MODELS,
@@ -48,6 +49,7 @@ TENSORS = {"torch", "numpy", "einops"}
 EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "config": (set(), set()),
     "versions": (set(), set()),
+    "download": (set(), set()),
     "image": (TENSORS, {"PIL"}),
     "video": (TENSORS, {"av", "PIL"}),
     "ops": (TENSORS, {"cogvid_kernels"}),
