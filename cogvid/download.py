@@ -1,9 +1,13 @@
-"""Download a picture from an http or https address within a time and a size."""
+"""Download a picture from an http or https URL, within a time limit and a size limit.
+
+No message shows the secrets of a URL: `shown` and `one_line` leave out its userinfo, its query and its fragment.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import socket
 import string
 import threading
@@ -14,15 +18,28 @@ import urllib.request
 from typing import Any
 
 _REDIRECTS = (301, 302, 303, 307, 308)
+_URL_START = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/+")  # also "http:/", which `Path` makes of "http://"
+_HOST = re.compile(r"([^:@]*|\[[^\]]*\])(:\d*)?")
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+
+
+class Refused(Exception):
+    """What was got is not accepted. The message continues "image: got NAME, which"."""
 
 
 def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) -> bytes:
-    """Fetch a URL within `timeout` seconds whatever the server does.
+    """Fetch a URL within `timeout` seconds, whatever the server does.
 
-    A socket's own time-out starts anew with each byte, and a name look-up has none. So the work is done in a thread
-    that the caller stops waiting for at the deadline; closing its sockets then ends it.
+    Args:
+        url: http or https, without user name and password. Proxies of the environment are used.
+        timeout: seconds for all of it: host name look-up, connection, redirects and body.
+        max_bytes: largest body to accept.
+        max_redirects: redirects to follow; each target must be such a URL too.
+    Raises:
+        ValueError: nothing within these limits was received.
     """
-    name = shown(url)
+    # The time-out of a socket restarts with each byte, and a name look-up has none. So a thread does the work, and the
+    # caller stops waiting for it at the deadline. Closing its sockets then ends the thread.
     deadline = time.monotonic() + timeout
     sockets: list[socket.socket] = []
     result: list[bytes | BaseException] = []
@@ -30,7 +47,7 @@ def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) ->
     def work() -> None:
         try:
             result.append(_fetch(url, deadline, sockets, max_bytes, max_redirects))
-        except BaseException as error:  # handed to the caller, who raises it
+        except BaseException as error:  # the caller raises it
             result.append(error)
 
     thread = threading.Thread(target=work, daemon=True, name="cogvid-download")
@@ -43,20 +60,28 @@ def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) ->
             with contextlib.suppress(OSError):  # it was closed already
                 sock.shutdown(socket.SHUT_RDWR)
     outcome = result[0] if finished else TimeoutError()
-    reason = outcome.reason if isinstance(outcome, urllib.error.URLError) else outcome
-    if isinstance(reason, bytes):
-        return reason
-    if isinstance(reason, TimeoutError):
-        raise ValueError(f"image {name} was not received within {timeout:g} seconds")
-    if isinstance(reason, _Refused):
-        raise ValueError(f"image {name} {reason}")
-    if isinstance(reason, (OSError, http.client.HTTPException, ValueError, str)):
-        raise ValueError(f"cannot fetch image {name}: {one_line(reason)}")
-    raise reason
+    if isinstance(outcome, bytes):
+        return outcome
+    raise ValueError(f"image: got {shown(url)}, which {_reason(outcome, timeout)}")
 
 
-class _Refused(Exception):
-    """The server answered, but not with something that we accept. The message continues "image URL"."""
+def _reason(error: BaseException | str, timeout: float) -> str:
+    """Say what went wrong, without the words of a library or a server that may repeat the URL."""
+    if isinstance(error, urllib.error.URLError):
+        error = error.reason
+    if isinstance(error, TimeoutError):
+        return f"was not received within {timeout:g} seconds, want a server that answers in time"
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"cannot be fetched ({one_line(error)}), want a picture that can be downloaded"
+    if isinstance(error, (http.client.InvalidURL, ValueError, str)):
+        return "is not a valid URL or has an invalid proxy set for it, want valid ones"
+    if isinstance(error, http.client.IncompleteRead):
+        return "broke off, want a whole picture"
+    if isinstance(error, http.client.HTTPException):
+        return "was answered with something that is not HTTP, want an http or https server"
+    raise error
 
 
 def _fetch(url: str, deadline: float, sockets: list[socket.socket], max_bytes: int, max_redirects: int) -> bytes:
@@ -69,31 +94,32 @@ def _fetch(url: str, deadline: float, sockets: list[socket.socket], max_bytes: i
                 url = urllib.parse.urljoin(url, location)
                 continue
             return _read_body(response, max_bytes)
-    raise _Refused(f"redirects more than {max_redirects} times")
+    raise Refused(f"redirects more than {max_redirects} times, want at most that many redirects")
 
 
 def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if response.status != 200:
-        raise _Refused(f"was answered with status {response.status} {response.reason}, wanted 200".replace(" ,", ","))
+        status = f"{response.status} {http.client.responses.get(response.status, '')}".strip()
+        raise Refused(f"was answered with status {status}, want 200")
     if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-        raise _Refused("is an HTML page, wanted the address of the picture itself")
+        raise Refused("is an HTML page, want the address of the picture itself")
     announced = response.length  # None where the server does not say
     if announced is not None and announced > max_bytes:
-        raise _Refused(f"has {announced} bytes, wanted at most {max_bytes}")
+        raise Refused(f"has {announced} bytes, want at most {max_bytes}")
     body = bytearray()
     while chunk := response.read1(65536):
         body += chunk
         if len(body) > max_bytes:
-            raise _Refused(f"has more than {max_bytes} bytes, wanted at most that many")
+            raise Refused(f"has more than {max_bytes} bytes, want at most that many")
     if announced is not None and len(body) < announced:
-        raise _Refused(f"broke off after {len(body)} of {announced} bytes")
+        raise Refused(f"broke off after {len(body)} of {announced} bytes, want a whole picture")
     if not body:
-        raise _Refused("is empty, wanted a picture")
+        raise Refused("is empty, want a picture")
     return bytes(body)
 
 
 def _opener(deadline: float, sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
-    """Make an opener of http and https alone (proxies of the environment apply) that lists its sockets."""
+    """Make an opener for http and https only. It uses the proxies of the environment and lists its sockets."""
 
     class Plain(http.client.HTTPConnection):
         def connect(self) -> None:
@@ -107,7 +133,7 @@ def _opener(deadline: float, sockets: list[socket.socket]) -> urllib.request.Ope
 
     def _register(sock: socket.socket) -> None:
         sockets.append(sock)
-        if time.monotonic() > deadline:  # nobody waits any more
+        if time.monotonic() > deadline:  # the caller no longer waits
             raise TimeoutError
 
     class HTTP(urllib.request.HTTPHandler):
@@ -119,27 +145,45 @@ def _opener(deadline: float, sockets: list[socket.socket]) -> urllib.request.Ope
             return self.do_open(Secure, req)
 
     opener = urllib.request.OpenerDirector()
-    # Neither a redirect handler nor an error processor: `_fetch` sees every answer and checks every address itself.
+    # No redirect handler and no error processor: `_fetch` sees every answer and checks every address itself.
     for handler in (urllib.request.ProxyHandler(), HTTP(), HTTPS()):
         opener.add_handler(handler)
     return opener
 
 
 def _escaped(url: str) -> str:
-    """Check the scheme, drop the fragment and encode what may not stand in a request line."""
-    parts = urllib.parse.urlsplit(url)
+    """Check a URL, drop its fragment and encode the characters that a request line does not allow."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # raises unless it is a number
+    except ValueError:
+        raise Refused("is not a valid URL, want an http or https URL") from None
     if parts.scheme not in ("http", "https"):
-        raise _Refused(f"leads to the scheme {parts.scheme!r}, wanted http or https")
+        raise Refused(f"leads to the scheme {parts.scheme!r}, want http or https")
+    if "@" in parts.netloc:  # it would be taken for a part of the host name
+        raise Refused("has a user name or a password, want a URL without them")
     host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode("ascii")
     path, query = (urllib.parse.quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
     return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
 
 
 def shown(name: str | bytes) -> str:
-    """Quote a name for a message: on one line, and not longer than one."""
+    """Quote a path or a URL for a message: one short line, without the secrets of a URL."""
+    if isinstance(name, str) and (start := _URL_START.match(name)):
+        name = start[0] + _without_secrets(name[start.end() :])
     text = repr(name)
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Return the words of an error for a message: one short line, without the secrets of URLs in it."""
+    text = " ".join(str(error).split())
+    text = _URL_IN_TEXT.sub(lambda url: "//".join(map(_without_secrets, url[0].split("//", 1))), text)
+    return text[:300] or type(error).__name__
+
+
+def _without_secrets(rest: str) -> str:
+    """Cut what follows the `//` of a URL to its host and path, or to `...` where they cannot be told from secrets."""
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    host = host.rpartition("@")[2]
+    return host + slash + path if _HOST.fullmatch(host) else "..."

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvid.download import download, one_line, shown
+from cogvid.download import Refused, download, one_line, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +57,7 @@ def load_image(
     from PIL import Image as pil
 
     if isinstance(source, pil.Image):
-        return _decode(source, f"of {source.width}x{source.height} pixels", max_pixels)
+        return _decode(source, "a PIL image", max_pixels)
     if isinstance(source, str) and _HAS_SCHEME.match(source):
         data = download(source, timeout=timeout, max_bytes=max_bytes, max_redirects=max_redirects)
         return _decode(io.BytesIO(data), shown(source), max_pixels)
@@ -65,15 +65,16 @@ def load_image(
         with _open_file(source) as file:
             return _decode(file, shown(os.fspath(source)), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        name, data = "in bytes", bytes(source)
+        name, data = f"a {type(source).__name__} object", bytes(source)
     elif hasattr(source, "read"):
-        name, data = "in a file object", source.read()
+        name, data = "a file object", source.read()
         if not isinstance(data, bytes):
-            raise ValueError(f"image file object gives {type(data).__name__}, wanted bytes: open it with mode 'rb'")
+            given = type(data).__name__
+            raise ValueError(f"image: got a file object that gives {given}, want one that gives bytes (mode 'rb')")
     else:
-        raise ValueError(f"image is {type(source).__name__}, wanted a path, URL, bytes, file object or PIL image")
+        raise ValueError(f"image: got {type(source).__name__}, want a path, URL, bytes, file object or PIL image")
     if not data:
-        raise ValueError(f"image {name} is empty, wanted a picture")
+        raise ValueError(f"image: got {name}, which is empty, want a picture")
     return _decode(io.BytesIO(data), name, max_pixels)
 
 
@@ -106,10 +107,10 @@ def prepare_video(
     if isinstance(frames, (np.ndarray, Tensor)):
         array = np.asarray(frames.cpu() if isinstance(frames, Tensor) else frames)
         if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
-            raise ValueError(f"frames is {list(array.shape)} {array.dtype}, wanted [F, H, W, 3] uint8")
+            raise ValueError(f"frames: got {list(array.shape)} {array.dtype}, want [F, H, W, 3] uint8")
         frames = [pil.fromarray(frame) for frame in array]
     if len(frames) == 0:
-        raise ValueError("frames is empty, wanted at least one frame")
+        raise ValueError("frames: got none, want at least one frame")
     resized = [_resized(load_image(frame), height, width, resize) for frame in frames]
     return _normalize(resized).transpose(0, 1)[None]
 
@@ -125,7 +126,7 @@ def _resized(image: Image, height: int, width: int, resize: str) -> Image:
 
     for argument, size in (("height", height), ("width", width)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{argument} is {size!r}, wanted a positive number of pixels")
+            raise ValueError(f"{argument}: got {size!r}, want a positive number of pixels")
     lanczos = pil.Resampling.LANCZOS
     if resize == "stretch":
         return image.resize((width, height), lanczos)
@@ -141,7 +142,7 @@ def _resized(image: Image, height: int, width: int, resize: str) -> Image:
         canvas = pil.new("RGB", (width, height))
         canvas.paste(image.resize(inner, lanczos), ((width - inner[0]) // 2, (height - inner[1]) // 2))
         return canvas
-    raise ValueError(f"resize is {resize!r}, wanted one of {', '.join(RESIZE_MODES)}")
+    raise ValueError(f"resize: got {resize!r}, want one of {', '.join(RESIZE_MODES)}")
 
 
 def _decode(source: IO[bytes] | Image, name: str, max_pixels: int) -> Image:
@@ -153,17 +154,22 @@ def _decode(source: IO[bytes] | Image, name: str, max_pixels: int) -> Image:
         image = source if isinstance(source, pil.Image) else pil.open(source)
         # EPS and WMF are programs for another renderer (Ghostscript, Windows); a picture must not start any.
         if image.format in ("EPS", "WMF"):
-            raise ValueError(f"it is {image.format}, wanted a raster format such as PNG or JPEG")
+            raise Refused(f"is {image.format}, want a raster format such as PNG or JPEG")
         if image.width * image.height > max_pixels:
-            raise ValueError(f"it claims {image.width}x{image.height} pixels, wanted at most {max_pixels}")
+            raise Refused(f"has {image.width}x{image.height} pixels, want at most {max_pixels}")
         image.load()
         return _to_rgb(_upright(image))
     except pil.UnidentifiedImageError:
-        raise ValueError(f"image {name} is not a picture in a format that Pillow {pil.__version__} reads") from None
+        wanted = f"a format that Pillow {pil.__version__} reads"
+        raise ValueError(f"image: got {name}, which is not a picture, want {wanted}") from None
+    except Refused as error:
+        raise ValueError(f"image: got {name}, which {error}") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders of hostile data raise anything: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot load image {name}: {one_line(error)}") from error
+        raise ValueError(
+            f"image: got {name}, which cannot be decoded ({one_line(error)}), want a whole picture"
+        ) from error
 
 
 def _to_rgb(image: Image) -> Image:
@@ -193,7 +199,7 @@ def _grey_to_8_bits(grey: np.ndarray, mode: str) -> np.ndarray:
     """
     values = grey.astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("it holds NaN or infinite values, wanted finite ones")
+        raise Refused("holds NaN or infinite values, want finite ones")
     low, high = float(values.min()), float(values.max())
     if mode.startswith("I;16"):
         low, high = 0.0, 65535.0
@@ -213,15 +219,19 @@ def _upright(image: Image) -> Image:
 
 
 def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    name = shown(os.fspath(path))
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise ValueError(f"image {name} is a directory, wanted a picture file")
+            raise Refused("is a directory, want a picture file")
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise ValueError(f"image {name} is not a regular file, wanted a picture file")
+            raise Refused("is not a regular file, want a picture file")
         if status.st_size == 0:
-            raise ValueError(f"image {name} is empty, wanted a picture")
+            raise Refused("is empty, want a picture")
         return open(path, "rb")
-    except OSError as error:
-        raise ValueError(f"cannot read image {name}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"image: got {shown(os.fspath(path))}, which cannot be read ({reason}), want a picture file"
+        ) from error
+    except Refused as error:
+        raise ValueError(f"image: got {shown(os.fspath(path))}, which {error}") from None
