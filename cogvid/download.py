@@ -172,7 +172,7 @@ def shown(name: str | bytes) -> str:
     if isinstance(name, str) and (start := _URL_START.match(name)):
         name = start[0] + _without_secrets(name[start.end() :])
     text = repr(name)
-    return text if len(text) <= 200 else text[:197] + "..."
+    return text if len(text) <= 200 else f"{text[:98]}...{text[-99:]}"  # the end of a path says most
 
 
 def one_line(error: object) -> str:
