@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvid.config import CONFIGS
+from cogvid.download import one_line, shown
 
 PACKS = Path(__file__).parent / "packs"
 BASENAME = "diffusion_pytorch_model"
@@ -53,12 +54,12 @@ def find(
     if name and path.is_dir():
         return path
     if name and path.exists():
-        raise ValueError(f"model: {name} is a file, wanted the directory of a checkpoint")
+        raise ValueError(f"model: got {shown(name)}, which is a file, want the directory of a checkpoint")
     if _HUB_ID.fullmatch(name) and isinstance(model, str):
         return _fetch(name, revision, local_files_only, components, variant)
-    known = f"; its weights are {CONFIGS[name].repo}" if name in CONFIGS and CONFIGS[name].repo else ""
+    known = f", whose weights are {CONFIGS[name].repo}," if name in CONFIGS and CONFIGS[name].repo else ""
     raise ValueError(
-        f"model: got {name!r}{known}; wanted a directory, a shipped pack ({', '.join(packs())}) or a hub id "
+        f"model: got {shown(name)}{known or ','} want a directory, a shipped pack ({', '.join(packs())}) or a hub id "
         f"such as {CONFIGS['cogvideox-5b-i2v'].repo}"
     )
 
@@ -132,6 +133,7 @@ def _fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         DryRunError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -144,6 +146,7 @@ def _fetch(
         files += [f"{part}/{name}" for name in (TOKENIZER_FILES if part == "tokenizer" else [CONFIG_FILES[part]])]
     any_variant = [f"{part}/{WEIGHTS[part]}*.{end}" for part in weighted for end in ("safetensors", "json")]
     where = repo + (f" at {revision}" if revision else "")
+    got = f"model: got {repo!r}" + (f" at {revision!r}" if revision else "")
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
         try:
@@ -168,19 +171,22 @@ def _fetch(
                 files += [f"{part}/{WEIGHTS[part]}.safetensors.index{infix}.json"]
         return Path(snapshot_download(repo, allow_patterns=files, **options))
     except RevisionNotFoundError as error:
-        raise ValueError(f"model: the hub has no revision {revision!r} of {repo}") from error
+        raise ValueError(f"revision: got {revision!r}, want a branch, tag or commit of {repo}") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"model: {repo} is no directory here and no repository of the hub that you can read"
-        ) from error
+        raise ValueError(f"{got}, want a directory or a repository of the hub that you can read") from error
     except LocalEntryNotFoundError as error:
         if local_files_only:
-            raise ValueError(f"model: {where} is no directory here and not whole in the hub's local cache") from error
-        raise OSError(f"model: {where} is no directory here, and the hub cannot be reached to fetch it") from error
-    except (OSError, ValueError):
-        raise
+            wanted = "a directory or a repository that is complete in the hub's local cache"
+            raise ValueError(f"{got} without network access, want {wanted}") from error
+        raise OSError(f"{got} and no connection to the hub, want a directory or a connection") from error
+    except HFValidationError as error:
+        raise ValueError(f"{got}, want a valid hub id ({one_line(error)})") from error
     except Exception as error:  # the hub's client lets the errors of its HTTP library through
-        raise OSError(f"model: fetching {where} broke off: {error}; what is there is kept, try again") from error
+        of_machine = isinstance(error, OSError) and error.errno is not None  # such as a full disk
+        if of_machine or (isinstance(error, ValueError) and not isinstance(error, OSError)):
+            raise
+        reason = f"could not be fetched whole ({one_line(error)})"
+        raise OSError(f"{got}, which {reason}, want another try: what was fetched is kept") from error
 
 
 def component_directory(model: str | Path, component: str, variant: str | None = None) -> Path:
@@ -190,4 +196,5 @@ def component_directory(model: str | Path, component: str, variant: str | None =
         return directory / component
     if (directory / CONFIG_FILES[component]).is_file() and not (directory / "model_index.json").is_file():
         return directory
-    raise ValueError(f"{directory}: neither a {component}/ nor a {CONFIG_FILES[component]} in it")
+    wanted = f"a directory with a {component}/ or a {CONFIG_FILES[component]} in it"
+    raise ValueError(f"model: got {shown(os.fspath(directory))}, want {wanted}")

@@ -64,7 +64,7 @@ class TextEncoder:
             if max(row) >= size:
                 piece = self.tokenizer.piece(max(row))
                 raise ValueError(
-                    f"prompt {prompt!r:.40}: got the piece {piece!r} of id {max(row)}, want ids below {size}, "
+                    f"prompt: got {prompt!r:.40} with the piece {piece!r} of id {max(row)}, want ids below {size}, "
                     "the text encoder's vocab_size"
                 )
         return self.model(ids.to(self.device)).last_hidden_state
@@ -81,15 +81,16 @@ class Tokenizer:
         from sentencepiece import SentencePieceProcessor
 
         if not Path(spiece_path).is_file():
-            raise ValueError(f"{spiece_path}: no such file, wanted a sentencepiece model")
+            raise ValueError(f"{spiece_path}: got no file, want a sentencepiece model")
         try:
             self.model = SentencePieceProcessor(model_file=str(spiece_path))
         except RuntimeError as error:
-            raise ValueError(f"{spiece_path}: not a sentencepiece model ({error})") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{spiece_path}: got {reason:.200}, want a sentencepiece model") from None
         size = self.model.get_piece_size()
         self.pad, self.eos = self.model.pad_id(), self.model.eos_id()
         if self.pad < 0 or self.eos < 0:
-            raise ValueError(f"{spiece_path}: got no {'pad' if self.pad < 0 else 'eos'} token, wanted a T5 model")
+            raise ValueError(f"{spiece_path}: got no {'pad' if self.pad < 0 else 'eos'} token, want a T5 model")
         self._special = {
             self.model.id_to_piece(i): i for i in range(size) if self.model.is_control(i) or self.model.is_unknown(i)
         } | {f"<extra_id_{i}>": size + extra_ids - 1 - i for i in range(extra_ids)}
@@ -103,9 +104,9 @@ class Tokenizer:
     def encode(self, prompts: Sequence[str], max_length: int) -> Tensor:
         """Return int64 ids `[B, max_length]`: text, end of sequence, padding; warn of words cut off or unknown."""
         if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}, wanted a list of str")
+            raise ValueError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}, want a list of str")
         if max_length < 1:
-            raise ValueError(f"max_length: got {max_length}, wanted at least 1")
+            raise ValueError(f"max_length: got {max_length}, want at least 1")
         ids = torch.full((len(prompts), max_length), self.pad)
         for row, prompt in zip(ids, prompts, strict=True):
             tokens = self._tokenize(prompt)

@@ -66,7 +66,7 @@ class VAE(nn.Module):
         stride = self.config.spatial_compression_ratio
         _check_video("x", x, self.config.in_channels)
         if x.shape[3] % stride or x.shape[4] % stride:
-            raise ValueError(f"x has height x width {x.shape[3]} x {x.shape[4]}, wanted multiples of {stride}")
+            raise ValueError(f"x: got height {x.shape[3]} and width {x.shape[4]}, want multiples of {stride}")
         cache = ConvCache()
         chunks = [
             self.encoder(c.contiguous(memory_format=LAYOUT), cache)
@@ -390,4 +390,4 @@ def _frames_at_once(x: Tensor, scale: int = 1) -> int:
 
 def _check_video(name: str, x: Tensor, channels: int) -> None:
     if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-        raise ValueError(f"{name} has shape {list(x.shape)}, wanted [batch, {channels}, frames, height, width]")
+        raise ValueError(f"{name}: got shape {list(x.shape)}, want [batch, {channels}, frames, height, width]")

@@ -194,7 +194,7 @@ def test_inspect(t2v: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--resize", "squeeze"], "resize: got 'squeeze', wanted one of stretch, crop, pad"),
         (["--image-latent-scale", "half"], "image_latent_scale: got 'half'"),
         (["--model", "no-such-model"], "model: got 'no-such-model'"),
-        (["--model", "/dev/null"], "model: /dev/null is a file"),
+        (["--model", "/dev/null"], "model: got '/dev/null', which is a file, want"),
         (["--video", "/no/such/clip.mp4"], "/no/such/clip.mp4"),
         (["--image", "x.png", "--video", "x.mp4"], "image, video: got both"),
         (["--heigth", "32"], "unrecognized arguments: --heigth 32"),

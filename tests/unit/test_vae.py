@@ -153,11 +153,11 @@ def test_inputs_are_left_alone(vae: VAE) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 4, 9, 16, 24), r"x has shape \[1, 4, 9, 16, 24\], wanted \[batch, 3, frames, height, width\]"),
-        ((3, 9, 16, 24), r"x has shape \[3, 9, 16, 24\]"),
-        ((1, 3, 0, 16, 24), r"x has shape \[1, 3, 0, 16, 24\]"),
-        ((1, 3, 9, 20, 24), "x has height x width 20 x 24, wanted multiples of 8"),
-        ((1, 3, 9, 16, 25), "x has height x width 16 x 25, wanted multiples of 8"),
+        ((1, 4, 9, 16, 24), r"^x: got shape \[1, 4, 9, 16, 24\], want \[batch, 3, frames, height, width\]$"),
+        ((3, 9, 16, 24), r"^x: got shape \[3, 9, 16, 24\], want"),
+        ((1, 3, 0, 16, 24), r"^x: got shape \[1, 3, 0, 16, 24\], want"),
+        ((1, 3, 9, 20, 24), "^x: got height 20 and width 24, want multiples of 8$"),
+        ((1, 3, 9, 16, 25), "^x: got height 16 and width 25, want multiples of 8$"),
     ],
 )
 def test_encode_refuses(vae: VAE, shape: tuple[int, ...], message: str) -> None:
@@ -167,7 +167,7 @@ def test_encode_refuses(vae: VAE, shape: tuple[int, ...], message: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 2, 3), (4, 3, 2, 3), (1, 4, 0, 2, 3), (0, 4, 3, 2, 3)])
 def test_decode_refuses_at_once(vae: VAE, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"z has shape .* wanted \[batch, 4, frames, height, width\]"):
+    with pytest.raises(ValueError, match=r"^z: got shape .*, want \[batch, 4, frames, height, width\]$"):
         vae.decode_chunks(torch.zeros(shape))
 
 
