@@ -42,6 +42,10 @@ class TextEncoder:
         self.model = model
         self.tokenizer = tokenizer
 
+    def set_ops(self, ops: Ops) -> None:
+        """Run these operations from now on."""
+        use_ops(self.model, ops)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.model.shared.weight.dtype
@@ -86,7 +90,7 @@ class Tokenizer:
             self.model = SentencePieceProcessor(model_file=str(spiece_path))
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{spiece_path}: got {reason:.200}, want a sentencepiece model") from None
+            raise ValueError(f"{spiece_path}: got a broken file ({reason:.200}), want a sentencepiece model") from None
         size = self.model.get_piece_size()
         self.pad, self.eos = self.model.pad_id(), self.model.eos_id()
         if self.pad < 0 or self.eos < 0:
@@ -192,7 +196,9 @@ def use_ops(model: T5EncoderModel, ops: Ops) -> None:
 
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, T5LayerNorm):
+            if isinstance(child, _RMSNorm):
+                child.ops = ops
+            elif isinstance(child, T5LayerNorm):
                 setattr(module, name, _RMSNorm(child.weight, child.variance_epsilon, ops))
 
 

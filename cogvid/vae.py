@@ -49,10 +49,22 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig, ops: Ops | None = None) -> None:
         super().__init__()
-        ops = ops or Ops.torch()
         self.config = config
-        self.encoder = Encoder(config, ops)
-        self.decoder = Decoder(config, ops)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.set_ops(ops or Ops.torch())
+
+    @property
+    def ops(self) -> Ops:
+        """The operations that the VAE runs; `set_ops` changes them."""
+        return self._ops
+
+    def set_ops(self, ops: Ops) -> None:
+        """Run these operations from now on."""
+        self._ops = ops
+        for module in self.modules():
+            if isinstance(module, NormSiLU):
+                module.ops = ops
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Encode pixels to the distribution of their latents.
@@ -132,20 +144,20 @@ class ConvCache:
 class Encoder(nn.Module):
     """Pixels to the parameters of the latent distribution; `CogVideoXEncoder3D`."""
 
-    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels = config.block_out_channels
         groups, eps, depth = config.norm_num_groups, config.norm_eps, config.layers_per_block
         self.conv_in = CausalConv3d(config.in_channels, channels[0])
         self.down_blocks = nn.ModuleList()
         for i, (before, after) in enumerate(zip((channels[0], *channels), channels, strict=False)):
-            block = nn.ModuleDict({"resnets": _resnets(before, after, depth, groups=groups, eps=eps, ops=ops)})
+            block = nn.ModuleDict({"resnets": _resnets(before, after, depth, groups=groups, eps=eps)})
             if i < len(channels) - 1:
                 block["downsample"] = Downsample(after, compress_time=2**i < config.temporal_compression_ratio)
             self.down_blocks.append(block)
-        middle = _resnets(channels[-1], channels[-1], MID_BLOCK_LAYERS, groups=groups, eps=eps, ops=ops)
+        middle = _resnets(channels[-1], channels[-1], MID_BLOCK_LAYERS, groups=groups, eps=eps)
         self.mid_block = nn.ModuleDict({"resnets": middle})
-        self.norm_out = NormSiLU(channels[-1], groups=groups, eps=FINAL_NORM_EPS, ops=ops)
+        self.norm_out = NormSiLU(channels[-1], groups=groups, eps=FINAL_NORM_EPS)
         self.conv_out = CausalConv3d(channels[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
@@ -159,20 +171,20 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents to pixels; `CogVideoXDecoder3D`."""
 
-    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels = config.block_out_channels[::-1]
         latent, groups, depth = config.latent_channels, config.norm_num_groups, config.layers_per_block + 1
         self.conv_in = CausalConv3d(latent, channels[0])
-        middle = _resnets(channels[0], channels[0], MID_BLOCK_LAYERS, latent, groups=groups, ops=ops)
+        middle = _resnets(channels[0], channels[0], MID_BLOCK_LAYERS, latent, groups=groups)
         self.mid_block = nn.ModuleDict({"resnets": middle})
         self.up_blocks = nn.ModuleList()
         for i, (before, after) in enumerate(zip((channels[0], *channels), channels, strict=False)):
-            block = nn.ModuleDict({"resnets": _resnets(before, after, depth, latent, groups=groups, ops=ops)})
+            block = nn.ModuleDict({"resnets": _resnets(before, after, depth, latent, groups=groups)})
             if i < len(channels) - 1:
                 block["upsample"] = Upsample(after, compress_time=2**i < config.temporal_compression_ratio)
             self.up_blocks.append(block)
-        self.norm_out = NormSiLU(channels[-1], latent, groups=groups, ops=ops)
+        self.norm_out = NormSiLU(channels[-1], latent, groups=groups)
         self.conv_out = CausalConv3d(channels[-1], config.out_channels)
 
     def forward(self, z: Tensor, cache: ConvCache) -> Tensor:
@@ -194,12 +206,11 @@ class ResnetBlock(nn.Module):
         *,
         groups: int,
         eps: float,
-        ops: Ops,
     ) -> None:
         super().__init__()
-        self.norm1 = NormSiLU(in_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        self.norm1 = NormSiLU(in_channels, latent_channels, groups=groups, eps=eps)
         self.conv1 = CausalConv3d(in_channels, out_channels)
-        self.norm2 = NormSiLU(out_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        self.norm2 = NormSiLU(out_channels, latent_channels, groups=groups, eps=eps)
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.conv_shortcut = None if in_channels == out_channels else PointwiseConv3d(in_channels, out_channels)
 
@@ -224,12 +235,11 @@ class NormSiLU(nn.Module):
         *,
         groups: int,
         eps: float = FINAL_NORM_EPS,
-        ops: Ops,
     ) -> None:
         super().__init__()
         self.groups = groups
         self.eps = eps
-        self.ops = ops
+        self.ops = Ops.torch()  # until `VAE.set_ops`
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.scale = None if latent_channels is None else PointwiseConv3d(latent_channels, channels)
@@ -355,10 +365,9 @@ def _resnets(
     *,
     groups: int,
     eps: float = FINAL_NORM_EPS,
-    ops: Ops,
 ) -> nn.ModuleList:
     return nn.ModuleList(
-        ResnetBlock(out_channels if i else in_channels, out_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        ResnetBlock(out_channels if i else in_channels, out_channels, latent_channels, groups=groups, eps=eps)
         for i in range(count)
     )
 

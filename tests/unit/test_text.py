@@ -15,7 +15,7 @@ from transformers import T5EncoderModel
 
 from cogvid.hub import PACKS
 from cogvid.ops import Ops, rms_norm
-from cogvid.text import Tokenizer, load_text_encoder, use_ops
+from cogvid.text import TextEncoder, Tokenizer, load_text_encoder, use_ops
 from measure import rel_rms
 from tests.tiny_text import save_text_parts, train_tokenizer
 from tests.tolerances import TEXT_FP32
@@ -51,17 +51,47 @@ def test_padding_is_attended(checkpoint: Path) -> None:
     assert not torch.allclose(encoder(PROMPTS, 12)[:, :5], encoder(PROMPTS, 24)[:, :5], atol=1e-3)
 
 
-def test_every_norm_runs_on_the_op(checkpoint: Path) -> None:
-    calls: list[tuple[int, ...]] = []
+class Counted:
+    """Ops that note the shape of each input of `rms_norm`."""
 
-    def counted(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-        calls.append(tuple(x.shape))
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.ops = dataclasses.replace(Ops.torch(), rms_norm=self.rms_norm)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        self.shapes.append(tuple(x.shape))
         return rms_norm(x, weight, eps=eps)
 
-    encoder = load_text_encoder(checkpoint, ops=dataclasses.replace(Ops.torch(), rms_norm=counted))
+
+def test_every_norm_runs_on_the_op(checkpoint: Path) -> None:
+    counted = Counted()
+    encoder = load_text_encoder(checkpoint, ops=counted.ops)
     expected = load_text_encoder(checkpoint, ops="torch")(PROMPTS, 8)
     assert torch.equal(encoder(PROMPTS, 8), expected)
-    assert calls == [(2, 8, 40)] * 7  # two in each of three layers, and the last
+    assert counted.shapes == [(2, 8, 40)] * 7  # two in each of three layers, and the last
+
+
+def test_ops_can_be_set_later(checkpoint: Path) -> None:
+    encoder = load_text_encoder(checkpoint, ops="torch")
+    first, second = Counted(), Counted()
+    expected = encoder(PROMPTS, 8)
+    for counted in (first, second):
+        encoder.set_ops(counted.ops)
+        assert torch.equal(encoder(PROMPTS, 8), expected)
+    assert len(first.shapes) == len(second.shapes) == 7
+    encoder.set_ops(Ops.torch())
+    encoder(PROMPTS, 8)
+    assert len(second.shapes) == 7
+
+
+def test_ops_can_be_set_on_a_model_of_transformers(checkpoint: Path) -> None:
+    encoder = TextEncoder(
+        T5EncoderModel.from_pretrained(checkpoint / "text_encoder"), load_text_encoder(checkpoint).tokenizer
+    )
+    counted = Counted()
+    encoder.set_ops(counted.ops)
+    encoder(PROMPTS, 8)
+    assert len(counted.shapes) == 7
 
 
 def test_use_ops_keeps_names_and_weights(checkpoint: Path) -> None:
@@ -148,7 +178,7 @@ def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
 
     root = broken("bad-spiece")
     (root / "tokenizer" / "spiece.model").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"spiece\.model: got .+, want a sentencepiece model$"):
+    with pytest.raises(ValueError, match=r"spiece\.model: got a broken file .+, want a sentencepiece model$"):
         load_text_encoder(root)
 
     root = broken("bad-config")
@@ -234,7 +264,7 @@ def test_ids_that_have_no_embedding_are_refused_when_they_occur(checkpoint: Path
     (root / "text_encoder" / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
     encoder = load_text_encoder(root)
     assert torch.equal(encoder(PROMPTS, 8), load_text_encoder(checkpoint)(PROMPTS, 8))
-    words = rf"^prompt: got 'red <extra_id_99>' with the piece '<extra_id_99>' of id {size}, want ids below {size}, the text"
+    words = rf"^prompt: got 'red <extra_id_99>' with the piece '<extra_id_99>' of id {size}, want ids below {size}, "
     with pytest.raises(ValueError, match=words):
         encoder(["a red circle", "red <extra_id_99>"], 8)
 

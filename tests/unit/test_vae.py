@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cogvid.config import VAEConfig
-from cogvid.vae import LAYOUT, VAE, CausalConv3d, ConvCache, DiagonalGaussian, chunk_sizes
+from cogvid.ops import Ops
+from cogvid.vae import LAYOUT, VAE, CausalConv3d, ConvCache, DiagonalGaussian, NormSiLU, chunk_sizes
 from measure import rel_rms
 from tests.reference import perturb
 from tests.tolerances import VAE_BATCH_FP32
@@ -148,6 +153,39 @@ def test_inputs_are_left_alone(vae: VAE) -> None:
     vae.decode(z)
     assert torch.equal(x, pixels(9))
     assert torch.equal(z, latents(3))
+
+
+def test_ops_can_be_set_later(vae: VAE) -> None:
+    """Every norm runs them, in both directions, and nothing else does."""
+    calls: Counter[str] = Counter()
+
+    def group_norm_silu(*args: Tensor, num_groups: int, eps: float) -> Tensor:
+        calls["group"] += 1
+        return Ops.torch().group_norm_silu(*args, num_groups=num_groups, eps=eps)
+
+    def spatial_norm_silu(*args: Tensor, num_groups: int, eps: float) -> Tensor:
+        calls["spatial"] += 1
+        return Ops.torch().spatial_norm_silu(*args, num_groups=num_groups, eps=eps)
+
+    x, z = pixels(9), latents(3)  # one chunk each
+    encoded, decoded = vae.encode(x).mean, vae.decode(z)
+    counting = dataclasses.replace(Ops.torch(), group_norm_silu=group_norm_silu, spatial_norm_silu=spatial_norm_silu)
+    ours = copy.deepcopy(vae)
+    ours.set_ops(counting)
+    assert ours.ops is counting
+    assert torch.equal(ours.encode(x).mean, encoded)
+    assert calls == {"group": sum(isinstance(m, NormSiLU) for m in ours.encoder.modules())}
+    calls.clear()
+    assert torch.equal(ours.decode(z), decoded)
+    assert calls == {"spatial": sum(isinstance(m, NormSiLU) for m in ours.decoder.modules())}
+    assert VAE(CONFIG, counting).ops is counting
+
+
+def test_ops_are_set_by_the_method_only(vae: VAE) -> None:
+    """An attribute would be set and reach no norm."""
+    with pytest.raises(AttributeError):
+        vae.ops = Ops.torch()  # pyright: ignore[reportAttributeAccessIssue]
+    assert vae.ops == Ops.torch()
 
 
 @pytest.mark.parametrize(
