@@ -217,8 +217,9 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, z: Tensor | None, cache: ConvCache) -> Tensor:
         y = self.conv1(self.norm1(x, z), cache)
         y = self.conv2(self.norm2(y, z), cache)
-        # In place: the convolution's own output is needed by nobody else, not even by its backward.
-        return y.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        # In place, because nothing else needs the output of the convolution, unless a hook may have kept it.
+        return y + residual if self.conv2._forward_hooks else y.add_(residual)
 
 
 class NormSiLU(nn.Module):

@@ -139,6 +139,46 @@ def test_layout_is_kept(vae: VAE, part: str) -> None:
     assert others == []
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_hooks_fire_on_every_layer_and_keep_what_they_saw(vae: VAE, part: str) -> None:
+    """A layer whose weights were read past its call would run without its hook."""
+    layers = {
+        name: module
+        for name, module in getattr(vae, part).named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, NormSiLU)) or not list(module.children())
+    }
+    owners = {name.rpartition(".")[0] for name, _ in getattr(vae, part).named_parameters()}
+    assert owners == set(layers)  # all that has weights
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, out: Tensor) -> None:
+        seen[name] = out, out.clone()
+
+    hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: keep(n, out)) for n, m in layers.items()]
+    try:
+        result = vae.encode(pixels(9)).mean if part == "encoder" else vae.decode(latents(3))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert set(seen) == set(layers)
+    assert [name for name, (kept, copied) in seen.items() if not torch.equal(kept, copied)] == []
+    assert torch.equal(result, vae.encode(pixels(9)).mean if part == "encoder" else vae.decode(latents(3)))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_what_a_hook_returns_takes_effect(vae: VAE, part: str) -> None:
+    def run() -> Tensor:
+        return vae.encode(pixels(9)).mean if part == "encoder" else vae.decode(latents(3))
+
+    plain = run()
+    for name, module in getattr(vae, part).named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, NormSiLU)):
+            hook = module.register_forward_hook(lambda _m, _i, out: 1.5 * out)
+            changed = run()
+            hook.remove()
+            assert not torch.equal(changed, plain), name
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     torch.manual_seed(0)
     vae = perturb(VAE(CONFIG))
