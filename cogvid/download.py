@@ -24,7 +24,7 @@ _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 
 class Refused(Exception):
-    """What was got is not accepted. The message continues "image: got NAME, which"."""
+    """The picture is not accepted. The message continues "image: got NAME, which"."""
 
 
 def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) -> bytes:
@@ -32,14 +32,14 @@ def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) ->
 
     Args:
         url: http or https, without user name and password. Proxies of the environment are used.
-        timeout: seconds for all of it: host name look-up, connection, redirects and body.
+        timeout: seconds for the whole download: host name look-up, connection, redirects and body.
         max_bytes: largest body to accept.
-        max_redirects: redirects to follow; each target must be such a URL too.
+        max_redirects: most redirects to follow; the rules for `url` hold for each target.
     Raises:
-        ValueError: nothing within these limits was received.
+        ValueError: no picture was received within these limits.
     """
-    # The time-out of a socket restarts with each byte, and a name look-up has none. So a thread does the work, and the
-    # caller stops waiting for it at the deadline. Closing its sockets then ends the thread.
+    # The timeout of a socket restarts with each byte, and a name look-up has no timeout. So a thread does the work, and
+    # the caller stops waiting at the deadline. Closing the sockets then ends the thread.
     deadline = time.monotonic() + timeout
     sockets: list[socket.socket] = []
     result: list[bytes | BaseException] = []

@@ -1,4 +1,4 @@
-"""Find a checkpoint: a shipped pack, a directory, or a repository of the hub, which is fetched.
+"""Find a checkpoint: a shipped pack, a directory, or a repository of the hub, which is downloaded.
 
 A checkpoint has the layout that diffusers' `save_pretrained` writes: `model_index.json` and a folder per component.
 """
@@ -33,19 +33,19 @@ def find(
     components: Iterable[str] = COMPONENTS,
     variant: str | None = None,
 ) -> Path:
-    """Return the directory of a checkpoint, fetching it if it is named by a hub id.
+    """Return the directory of a checkpoint; download it first if `model` is a hub id.
 
     Args:
-        model: the name of a shipped pack, a directory, or a hub id such as "zai-org/CogVideoX-5b", in this order
-            ("./tiny-i2v" is a directory whatever packs there are).
+        model: the name of a shipped pack, a directory, or a hub id such as "zai-org/CogVideoX-5b", tried in this order
+            ("./tiny-i2v" is always a directory).
         revision: branch, tag or commit of a hub id.
-        local_files_only: take a hub id from the local cache, and never from the network.
-        components: what a hub id is fetched for.
-        variant: of the weights to fetch, such as "fp16"; see `component_variants`.
+        local_files_only: read a hub id from the local cache only, without the network.
+        components: the components of a hub id to download.
+        variant: variant of the weights to download, such as "fp16"; see `component_variants`.
 
     Raises:
-        ValueError: no such model, or not in this variant.
-        OSError: the hub cannot be reached, or there is no room.
+        ValueError: there is no such model, or none in this variant.
+        OSError: the hub cannot be reached, or the disk is full.
     """
     name = os.fspath(model)
     if name in packs():
@@ -70,14 +70,14 @@ def packs() -> list[str]:
 
 
 def weight_files(names: Collection[str], basename: str, variant: str | None, where: object) -> list[str]:
-    """Return which files of a folder hold the weights of a variant: one file, or an index and its shards, or none.
+    """Return the files of a folder that hold the weights of a variant: one file, or an index and its shards, or none.
 
     The names are those that diffusers and transformers write: `{basename}.fp16.safetensors`, or
-    `{basename}.safetensors.index.fp16.json` with `{basename}.fp16-00001-of-00002.safetensors` and so on; without
-    `fp16` where there is no variant.
+    `{basename}.safetensors.index.fp16.json` with `{basename}.fp16-00001-of-00002.safetensors` and so on. Without a
+    variant they have no `fp16`.
 
     Raises:
-        ValueError: they are there in other variants alone.
+        ValueError: the folder holds weights, but only in other variants.
     """
     stem, infix = (basename, "") if variant is None else (f"{basename}.{variant}", f".{variant}")
     if (index := f"{basename}.safetensors.index{infix}.json") in names:
@@ -91,7 +91,7 @@ def weight_files(names: Collection[str], basename: str, variant: str | None, whe
 
 
 def stored_variants(names: Collection[str], basename: str) -> list[str | None]:
-    """Return the variants of the weights in a folder, sorted; None stands for files without one, and comes first."""
+    """Return the variants of the weights in a folder, sorted. None stands for files without a variant and is first."""
     plain = f"{basename}.safetensors", f"{basename}.safetensors.index.json"
     pattern = re.compile(
         re.escape(basename) + r"\.(?:(.+?)(?:-\d+-of-\d+)?\.safetensors|safetensors\.index\.(.+)\.json)"
@@ -101,9 +101,10 @@ def stored_variants(names: Collection[str], basename: str) -> list[str | None]:
 
 
 def component_variants(directory: Path, variant: str | None) -> dict[str, str | None]:
-    """Say which variant of each component's weights to load, and warn of those that lack the one asked for.
+    """Return the variant to load of each component's weights.
 
-    As in diffusers' pipelines, these are loaded from the plain files.
+    As in diffusers' pipelines, a component without the requested variant is loaded from its plain files; a warning
+    names it.
 
     Raises:
         ValueError: no component has the variant.
@@ -119,7 +120,7 @@ def component_variants(directory: Path, variant: str | None) -> dict[str, str | 
 
 
 def _choose(folders: Mapping[str, Collection[str]], variant: str | None, where: object) -> dict[str, str | None]:
-    """Return the variant to take of each folder of weights: the one asked for, or None where it is lacking."""
+    """Return the variant to load from each folder: the requested one, or None (plain files) where it is missing."""
     stored = {part: stored_variants(names, WEIGHTS[part]) for part, names in folders.items()}
     if variant is not None and any(stored.values()) and not any(variant in found for found in stored.values()):
         there = sorted({found for part in stored.values() for found in part}, key=str)
@@ -162,7 +163,7 @@ def _fetch(
                 files += [f"{part}/{name}" for name in found]
             if sizes := [there[name] for name in files if there[name]]:
                 print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
-        except DryRunError:  # no hub to be reached, or none wanted: it may all be in the local cache
+        except DryRunError:  # no network, or local_files_only: the files may be in the local cache
             cache = Path(snapshot_download(repo, allow_patterns=files[:1], **options))
             folders = {part: [path.name for path in (cache / part).glob("*")] for part in weighted}
             for part, found in _choose(folders, variant, f"the local cache of {where}").items():
@@ -181,7 +182,7 @@ def _fetch(
         raise OSError(f"{got} and no connection to the hub, want a directory or a connection") from error
     except HFValidationError as error:
         raise ValueError(f"{got}, want a valid hub id ({one_line(error)})") from error
-    except Exception as error:  # the hub's client lets the errors of its HTTP library through
+    except Exception as error:  # the hub's client also raises errors of its HTTP library
         of_machine = isinstance(error, OSError) and error.errno is not None  # such as a full disk
         if of_machine or (isinstance(error, ValueError) and not isinstance(error, OSError)):
             raise
@@ -190,7 +191,7 @@ def _fetch(
 
 
 def component_directory(model: str | Path, component: str, variant: str | None = None) -> Path:
-    """Return the directory of one component, given the checkpoint's (as for `find`) or the component's own."""
+    """Return the directory of one component. `model` is a checkpoint, as for `find`, or the component's directory."""
     directory = find(model, components=(component,), variant=variant)
     if (directory / component).is_dir():
         return directory / component

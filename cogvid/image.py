@@ -1,8 +1,8 @@
-"""Image loading from anywhere, and the resize and normalisation in front of the VAE.
+"""Load images from files, URLs and memory; resize and normalise them for the VAE.
 
 `prepare_image` and `prepare_video` must equal `diffusers.video_processor.VideoProcessor` (`preprocess`,
-`preprocess_video`) as the CogVideoX pipelines call it. A picture comes from outside and may be hostile, so every
-limit is checked on what was announced before it is believed, and every failure is one `ValueError` of one line.
+`preprocess_video`) as the CogVideoX pipelines call it. Images may be hostile. So limits are checked before data is
+read or decoded, and every failure is a `ValueError` of one line.
 """
 
 from __future__ import annotations
@@ -39,20 +39,18 @@ def load_image(
     max_bytes: int = MAX_DOWNLOAD,
     max_redirects: int = 5,
 ) -> Image:
-    """Load a picture of any mode as a new PIL RGB image, upright by its EXIF orientation.
+    """Load a picture of any mode as a new PIL RGB image, turned upright by its EXIF orientation.
 
     As in diffusers, alpha is dropped (not blended with a background) and colour profiles are not applied. Greys of
-    more than 8 bits are scaled, not clipped: see `_grey_to_8_bits`. Of an animation the first frame is taken; of a
-    PIL image, the frame that it stands at. What Pillow warns of, such as a broken EXIF block, it warns the caller of.
+    more than 8 bits are scaled, not clipped: see `_grey_to_8_bits`. From an animation the first frame is used, from a
+    PIL image its current frame. Warnings of Pillow, such as of a broken EXIF block, reach the caller.
 
     Args:
         source: path, http(s) URL, encoded bytes, binary file object (read to its end) or PIL image.
-        max_pixels: width x height above which nothing is decoded.
-        timeout: seconds for a whole download: look-up, connection, redirects and body together.
-        max_bytes: largest body to download.
-        max_redirects: redirects to follow; each target must be http(s) too.
+        max_pixels: largest width x height to decode.
+        timeout, max_bytes, max_redirects: limits of a download, see `download.download`; seconds, bytes, a count.
     Raises:
-        ValueError: anything that is not a picture within the limits.
+        ValueError: the source is not a picture within the limits.
     """
     from PIL import Image as pil
 
@@ -82,10 +80,10 @@ def prepare_image(source: ImageSource, height: int, width: int, resize: str = "s
     """Resize a picture (Lanczos) and scale it to [-1, 1]; equals `VideoProcessor.preprocess` of diffusers.
 
     Args:
-        source: PIL image or whatever else `load_image` takes.
-        height, width: pixels of the result.
-        resize: "stretch" ignores the aspect ratio, as diffusers does; "crop" keeps it and cuts the overhang off both
-            sides; "pad" keeps it and centres the picture on black.
+        source: anything that `load_image` takes.
+        height, width: size of the result in pixels.
+        resize: "stretch" ignores the aspect ratio, as diffusers does; "crop" keeps it and cuts off what does not fit,
+            equally on both sides; "pad" keeps it and centres the picture on black.
     Returns:
         `[1, 3, height, width]` float32 on the CPU, RGB in [-1, 1].
     """
@@ -116,7 +114,7 @@ def prepare_video(
 
 
 def _normalize(images: list[Image]) -> Tensor:
-    """Stack RGB images to `[F, 3, H, W]` float32 in [-1, 1], in the order of operations that diffusers uses."""
+    """Stack RGB images to `[F, 3, H, W]` float32 in [-1, 1], with the operations of diffusers in their order."""
     pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255.0
     return torch.from_numpy(2.0 * pixels - 1.0).permute(0, 3, 1, 2).contiguous()
 
@@ -131,7 +129,7 @@ def _resized(image: Image, height: int, width: int, resize: str) -> Image:
     if resize == "stretch":
         return image.resize((width, height), lanczos)
     if resize == "crop":
-        # The part of the source that has the wanted aspect ratio is resized: no picture larger than needed is made.
+        # Crop and resize in one step, so that no picture larger than the result is made.
         scale = max(width / image.width, height / image.height)
         left = max(0.0, (image.width - width / scale) / 2)
         top = max(0.0, (image.height - height / scale) / 2)
@@ -148,11 +146,11 @@ def _resized(image: Image, height: int, width: int, resize: str) -> Image:
 def _decode(source: IO[bytes] | Image, name: str, max_pixels: int) -> Image:
     from PIL import Image as pil
 
-    # Pillow's warnings go to the caller's filters: to silence them here would silence the whole process for a moment,
-    # and where threads meet, for good.
+    # Pillow's warnings are not silenced here. Warning filters belong to the whole process, so silencing would affect
+    # other threads, and two threads that restore the filters at the same time could leave them changed.
     try:
         image = source if isinstance(source, pil.Image) else pil.open(source)
-        # EPS and WMF are programs for another renderer (Ghostscript, Windows); a picture must not start any.
+        # Decoding EPS or WMF starts another program (Ghostscript, Windows). A picture must not start programs.
         if image.format in ("EPS", "WMF"):
             raise Refused(f"is {image.format}, want a raster format such as PNG or JPEG")
         if image.width * image.height > max_pixels:
@@ -166,7 +164,7 @@ def _decode(source: IO[bytes] | Image, name: str, max_pixels: int) -> Image:
         raise ValueError(f"image: got {name}, which {error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # decoders of hostile data raise anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise many kinds on bad data: OSError, SyntaxError, struct.error, ...
         raise ValueError(
             f"image: got {name}, which cannot be decoded ({one_line(error)}), want a whole picture"
         ) from error
@@ -177,7 +175,7 @@ def _to_rgb(image: Image) -> Image:
 
     if image.mode.startswith(("I", "F")):
         return pil.fromarray(_grey_to_8_bits(np.asarray(image), image.mode)).convert("RGB")
-    if image.mode in ("RGBa", "La"):  # premultiplied; Pillow converts these to RGB only by way of straight alpha
+    if image.mode in ("RGBa", "La"):  # premultiplied alpha, which Pillow cannot convert to RGB directly
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
     if image.mode == "LAB":
         from PIL import ImageCms
@@ -186,16 +184,16 @@ def _to_rgb(image: Image) -> Image:
         converted = ImageCms.applyTransform(image, to_srgb)
         assert converted is not None
         return converted
-    image.info.pop("transparency", None)  # dropped anyway, and Pillow would warn that RGB has no place for it
+    image.info.pop("transparency", None)  # alpha is dropped, and Pillow would warn that RGB cannot hold it
     return image.convert("RGB")
 
 
 def _grey_to_8_bits(grey: np.ndarray, mode: str) -> np.ndarray:
     """Round a grey `[H, W]` image of a wide mode to 8 bits.
 
-    White is 65535 in the 16-bit modes. Modes "I" (32-bit integers) and "F" (floats) do not say what white is, so it
-    is the smallest of 1 ("F" only), 255 and 65535 that holds every value; values beyond these, or negative ones, are
-    stretched from their least to black and from their greatest to white.
+    White is 65535 in the 16-bit modes. Modes "I" (32-bit integers) and "F" (floats) do not define white. There it is
+    the smallest of 1 ("F" only), 255 and 65535 that is not below any value. If a value is negative or above 65535,
+    the least value becomes black and the greatest white.
     """
     values = grey.astype(np.float64)
     if not np.isfinite(values).all():
@@ -214,7 +212,7 @@ def _upright(image: Image) -> Image:
 
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the EXIF block is broken, which says nothing about the pixels
+    except Exception:  # the EXIF block is broken, but the pixels may be whole
         return image.copy()
 
 
@@ -223,7 +221,7 @@ def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             raise Refused("is a directory, want a picture file")
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+        if not stat.S_ISREG(status.st_mode):  # a read from a pipe or a device may never end
             raise Refused("is not a regular file, want a picture file")
         if status.st_size == 0:
             raise Refused("is empty, want a picture")

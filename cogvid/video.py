@@ -1,7 +1,7 @@
-"""Frames to an H.264 MP4 and back through PyAV, and the one place where pixels become 8-bit.
+"""Write frames to an H.264 MP4 and read them back with PyAV; round pixels to 8 bits.
 
-`denormalize` and `to_uint8` must equal diffusers' `VideoProcessor.postprocess_video` in fp32. A written file appears
-under its name whole or not at all. Its colours are BT.709 in limited range, converted with that matrix and tagged so.
+`denormalize` and `to_uint8` must equal diffusers' `VideoProcessor.postprocess_video` in fp32. A file appears under its
+name complete or not at all. Colours are converted to BT.709 in limited range, and the file is tagged so.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ PRESETS = (
 _BT709 = 1  # the same number as matrix, as primaries and as transfer (ITU-T H.273), and in swscale
 _BT601 = 5
 _LIMITED, _FULL = 1, 2  # colour ranges, as FFmpeg numbers them
-# The same frames must give the same bytes. x264's output depends on the number of threads, by default that of the
-# cores; and with AVX-512 it was seen to differ from run to run, unless told to match every other processor.
+# The same frames must give the same bytes. x264's output depends on its number of threads, which by default follows
+# the number of cores. With AVX-512 it also differed from run to run without `cpu-independent`.
 _REPRODUCIBLE = {"threads": "4", "x264-params": "cpu-independent=1"}
 
 
 class VideoWriter:
     """Write one H.264 MP4 (yuv420p, BT.709, index first) chunk by chunk, as a context manager.
 
-    Frames go to a temporary file beside the target, which takes the target's name when the block is left without an
-    exception; with one, it is removed and what was at the target stays. The same frames give the same bytes however
-    they are cut into chunks.
+    Frames go to a temporary file in the target's directory. When the `with` block ends without an exception, this file
+    replaces the target. After an exception it is removed and the target stays as it was. The same frames give the same
+    bytes, whatever the chunks.
 
     Args:
         path: `.mp4` file to write; its directory must exist.
@@ -55,7 +55,7 @@ class VideoWriter:
         preset: x264's speed preset, one of `PRESETS`.
         metadata: JSON-serialisable values for the file's comment, which `read_metadata` returns.
     Raises:
-        ValueError: on construction, for arguments that cannot work; by `write`, for frames that are not `[f, H, W, 3]`.
+        ValueError: on construction, for arguments out of range; by `write`, for frames that are not `[f, H, W, 3]`.
         ImportError: on construction, for a PyAV that is too old or has no libx264.
     """
 
@@ -93,7 +93,7 @@ class VideoWriter:
 
         self._temporary = os.path.join(os.path.dirname(self._target), f".cogvid-{secrets.token_hex(6)}.mp4")
         try:
-            # Made here and not by `tempfile`, which hides it from others: the mode must follow the umask.
+            # Not with `tempfile`, which makes the file private: its mode must follow the umask.
             os.close(os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             container = av.open(self._temporary, "w", format="mp4", options={"movflags": "+faststart"})
             self._container = container
@@ -146,9 +146,9 @@ class VideoWriter:
         os.replace(self._temporary, self._target)
 
     def _discard(self) -> None:
-        """Close what is open and remove the temporary file, if it is still there."""
+        """Close the container and remove the temporary file, if they are still there."""
         if self._container is not None:
-            with contextlib.suppress(Exception):  # a container that failed may fail again; its file goes anyway
+            with contextlib.suppress(Exception):  # a container that failed may fail again; the file is removed below
                 self._container.close()
         if self._temporary is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -184,14 +184,14 @@ def export_to_video(
 
 
 def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
-    """Decode a video file, upright; colours without a tag are read as BT.601, as FFmpeg does.
+    """Decode a video file and turn it upright. Colours without a tag are read as BT.601, as FFmpeg does.
 
     Args:
         max_frames: frames after these are not decoded; at least 1.
     Returns:
         `[F, H, W, 3]` uint8 RGB on the CPU, and the mean frames per second.
     Raises:
-        ValueError: a file that is not a whole, readable video; `max_frames` below 1.
+        ValueError: the file is not a complete video that can be read; `max_frames` is below 1.
     """
     name = shown(os.fspath(path))
     if max_frames is not None and max_frames < 1:
@@ -219,7 +219,7 @@ def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> t
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what `metadata=` put into a written file."""
+    """Return the `metadata` that `VideoWriter` wrote into a file."""
     with _opened(path) as container:
         comment = container.metadata.get("comment", "")
     try:
@@ -233,7 +233,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_output_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute path behind links that a video can be written to, or raise `ValueError` saying why not."""
+    """Return the absolute path, links resolved, or raise `ValueError` if no video can be written there."""
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
     name = shown(os.fspath(path))
@@ -251,10 +251,10 @@ def check_output_path(path: str | os.PathLike[str]) -> str:
 
 
 def denormalize(video: Tensor) -> Tensor:
-    """Map the VAE's pixels from [-1, 1] to float32 in [0, 1], same shape, clamping what lies outside.
+    """Map the VAE's pixels from [-1, 1] to float32 in [0, 1], same shape. Values outside are clamped.
 
-    In fp32 this equals diffusers bit for bit. In low precision diffusers adds in that precision and so loses a bit of
-    the pixels; here the arithmetic is fp32.
+    For fp32 input this equals diffusers bit for bit. For low-precision input diffusers computes in that precision and
+    loses one bit; here the arithmetic is always fp32.
     """
     return (video.float() * 0.5 + 0.5).clamp(0, 1)
 
@@ -294,13 +294,13 @@ def _frames_to_uint8(frames: Iterable[Any]) -> Iterator[np.ndarray]:
         if dtype != "uint8" and not dtype.startswith(("float", "bfloat")):
             raise ValueError(f"{name}: got {dtype}, want uint8 0-255 or floating point in [0, 1]")
         tensor = frame.detach().cpu() if isinstance(frame, Tensor) else torch.tensor(frame)
-        if shape[2] != 3:  # with both 3, the last: a frame three pixels wide is odd and refused all the same
+        if shape[2] != 3:  # if both are 3, the last axis is RGB: a frame of odd width is refused anyway
             tensor = rearrange(tensor, "c h w -> h w c")
         yield (tensor if dtype == "uint8" else _to_uint8(tensor, name)).numpy()
 
 
 def _check_encoder() -> None:
-    """Raise unless PyAV can do what a writer needs: it is used only after the work that it would lose."""
+    """Raise unless PyAV can encode H.264. Checked early, because encoding follows hours of work."""
     versions.check("av")
     from av.codec import Codec
     from av.codec.codec import UnknownCodecError
@@ -314,7 +314,7 @@ def _check_encoder() -> None:
 def _frame_rate(fps: float | Fraction) -> Fraction:
     if not 0.01 <= fps <= 1000:  # NaN fails too
         raise ValueError(f"fps: got {fps}, want 0.01 to 1000 frames per second")
-    return Fraction(float(fps)).limit_denominator(1001)  # 24000/1001 and its like stay exact
+    return Fraction(float(fps)).limit_denominator(1001)  # rates such as 24000/1001 stay exact
 
 
 def _rgb_to_yuv(frame: VideoFrame) -> VideoFrame:
@@ -343,7 +343,7 @@ def _to_rgb(frame: VideoFrame) -> np.ndarray:
 
 
 def _interpolation() -> int:
-    """swscale's flags for the right rounding, full chroma and the same bits with every instruction set."""
+    """Return swscale's flags for exact rounding, full chroma and the same bits with every instruction set."""
     from av.video.reformatter import Interpolation as Flag
 
     return int(Flag.BICUBIC | Flag.ACCURATE_RND | Flag.FULL_CHR_H_INT | Flag.FULL_CHR_H_INP | Flag.BITEXACT)
@@ -351,7 +351,7 @@ def _interpolation() -> int:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a video for reading; what FFmpeg cannot read raises one `ValueError`."""
+    """Open a video for reading. An error of FFmpeg becomes a `ValueError`."""
     versions.check("av")
     import av
     from av.error import FFmpegError
@@ -362,9 +362,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     if not os.path.isfile(path):
         raise ValueError(f"video: got {name}, which does not exist, want a video file")
     try:
-        # An absolute path: FFmpeg would take what stands before a colon for a network protocol.
+        # An absolute path, because FFmpeg would read the text before a colon as a network protocol.
         with av.open(os.path.abspath(path)) as container:
-            if container.format.name == "tty":  # FFmpeg would show a text file as a film of a terminal
+            if container.format.name == "tty":  # FFmpeg would decode a text file as the picture of a terminal
                 raise ValueError(f"video: got {name}, which is a text file, want a video file")
             yield container
     except FFmpegError as error:

@@ -1,4 +1,4 @@
-"""Finding a checkpoint, and fetching it from a hub of one repository on this machine."""
+"""Find a checkpoint, and download it from a hub on this machine."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_shipped_packs_are_found_by_name(pristine: Path, monkeypatch: pytest.Mon
     assert find(f"./{pristine.name}") == Path(pristine.name)
 
 
-# Fetching, from a hub of one repository on this machine.
+# Downloads from a hub on this machine.
 
 FETCHED = {
     "model_index.json": b'{"m16": 1}',
@@ -103,7 +103,7 @@ FETCHED = {
     "vae/config.json": b'{"v15": 1}',
     "vae/diffusion_pytorch_model.safetensors": b"4" * 10_000_000,
 }
-HALF = {  # what a variant brings: shards of the transformer, and one file for two of the encoder
+HALF = {  # the files of a variant: the transformer in shards, the text encoder in one file
     "text_encoder/model.fp16.safetensors": b"5" * 25_000,
     "transformer/diffusion_pytorch_model.safetensors.index.fp16.json": b'{"t44": 1}',
     "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors": b"6" * 10_000,
@@ -114,7 +114,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download takes."""
+    """The part of the hub's protocol that a download needs."""
 
     files = FETCHED | HALF | dict.fromkeys(NOT_FETCHED, b"not wanted")
     repositories: ClassVar[dict[str, dict[str, bytes]]] = {

@@ -1,4 +1,4 @@
-"""Pictures of every mode, size and state of repair."""
+"""Pictures of every mode and size, whole and damaged."""
 
 import io
 import os
@@ -152,7 +152,7 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = load_image(_encoded(corners, format, exif=exif))
-    # Exif 2.32, 4.6.4: where the stored first row and first column are in the picture as it should be seen.
+    # Exif 2.32, 4.6.4: the sides of the upright picture at which the stored first row and first column are.
     row, column = {
         1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left"),
         5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom"),
@@ -176,7 +176,7 @@ def test_broken_exif_does_not_spoil_the_picture() -> None:
 
 
 def test_threads_leave_the_warnings_of_the_process_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Filters are global: of two that change them for a moment, the later to end may put back the other's change."""
+    """Warning filters are global. If two threads change and restore them, one may restore the other's change."""
     data, load, during = _encoded(_picture(64, 64)), ImageFile.ImageFile.load, []
 
     def spy(self: ImageFile.ImageFile) -> object:

@@ -1,4 +1,4 @@
-"""Pictures from http(s) URLs, against a server on this machine that behaves as badly as servers can."""
+"""Pictures from http(s) URLs, from a server on this machine that misbehaves in many ways."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from cogvid.download import download, one_line
 from cogvid.image import load_image
 
 PICTURE = Image.new("RGB", (6, 4), (200, 30, 40))
-LATE = 20  # seconds; what should have been left by then would go on for ever, and a busy machine may take some
+LATE = 20  # seconds; a request without a deadline would never end, and a busy machine may be slow
 
 
 def _png() -> bytes:
@@ -26,13 +26,15 @@ def _png() -> bytes:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Each path misbehaves in its own way."""
+    """A server in which each path misbehaves in another way."""
 
     stop: threading.Event  # set when the test is over
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client left, as it should
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # the client closed the connection, as it should
             getattr(self, path.strip("/").replace("-", "_").split(".")[0], self.missing)(query)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -134,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # a proxy would not reach this machine
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # a proxy could not reach this machine
         monkeypatch.delenv(name, raising=False)
     handler = type("Handler", (_Handler,), {"stop": threading.Event()})
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -217,7 +219,7 @@ def test_slow_servers_are_left_at_the_deadline(server: str, path: str) -> None:
     assert time.monotonic() - start < LATE
     for thread in _download_threads():
         thread.join(5)
-    assert _download_threads() == []  # nothing goes on behind the caller's back
+    assert _download_threads() == []  # no thread is left
 
 
 @pytest.mark.parametrize(
@@ -323,5 +325,5 @@ def test_proxies_of_the_environment_are_used(server: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("http_proxy", server)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with pytest.raises(ValueError, match="status 404"):  # the server is asked for a whole URL and knows no such path
+    with pytest.raises(ValueError, match="status 404"):  # as a proxy the server gets a full URL, which it does not know
         load_image("http://pictures.invalid/a.png", timeout=5)

@@ -1,4 +1,4 @@
-"""Text encoder: loading, its op, and what it refuses."""
+"""Text encoder: loading, ops and errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_prompts_do_not_see_each_other(checkpoint: Path) -> None:
 
 
 def test_padding_is_attended(checkpoint: Path) -> None:
-    """No mask is passed, so the same text comes out otherwise in a longer row."""
+    """There is no mask, so the same text has other embeddings in a longer row."""
     encoder = load_text_encoder(checkpoint)
     assert not torch.allclose(encoder(PROMPTS, 12)[:, :5], encoder(PROMPTS, 24)[:, :5], atol=1e-3)
 
@@ -110,7 +110,7 @@ def test_embedding_under_either_name(checkpoint: Path, tmp_path: Path) -> None:
         root = copy_of(checkpoint, tmp_path / str(names))
         save_file(stored | {name: shared.clone() for name in names}, root / "text_encoder" / "model.safetensors")
         encoder = load_text_encoder(root)
-        # Not bit for bit: matrices lie elsewhere in the file, and a BLAS may order its sums by their address.
+        # Not bit for bit: the matrices have other addresses in the file, and a BLAS may order its sums by address.
         assert rel_rms(encoder(PROMPTS, 8), expected) <= TEXT_FP32
         assert encoder.model.shared is encoder.model.encoder.embed_tokens
 
@@ -253,7 +253,7 @@ def test_a_variant_of_the_encoder(tmp_path: Path, shard: str) -> None:
 
 
 def test_ids_that_have_no_embedding_are_refused_when_they_occur(checkpoint: Path, tmp_path: Path) -> None:
-    """A vocabulary larger than the embedding is no fault of its own; diffusers runs it too."""
+    """A vocabulary larger than the embedding is allowed, as in diffusers."""
     root = copy_of(checkpoint, tmp_path)
     path = root / "text_encoder" / "model.safetensors"
     tokenizer = load_text_encoder(checkpoint).tokenizer
@@ -281,7 +281,7 @@ def test_unknown_words_are_named(checkpoint: Path) -> None:
 
 
 def test_a_large_vocabulary_spells_words_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is how T5 reads any rare word, so that only pieces without an id are unknown there."""
+    """T5 splits rare words into pieces, so there only words with the unknown piece are unknown."""
     monkeypatch.setattr("cogvid.text._WORD_LIST", 10)
     tokenizer = Tokenizer(train_tokenizer(tmp_path, "nmt_nfkc"))
     assert tokenizer.unknown_words("a bison 猫 dressed") == ["猫"]

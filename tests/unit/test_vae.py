@@ -1,4 +1,4 @@
-"""What the VAE promises by itself: causality, streaming, its cache, its errors, its gradients."""
+"""The VAE without diffusers: causality, streaming, cache, ops, hooks, errors, gradients."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_chunk_sizes(frames: int, size: int, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("latent_frames", [1, 2, 3, 4, 5, 7])
 def test_frame_counts(vae: VAE, latent_frames: int) -> None:
-    """An odd number of latent frames is 4T - 3 pixel frames, an even one 4T; encoding is the way back."""
+    """T latent frames are 4T - 3 pixel frames if T is odd, 4T if T is even. Encoding gives T again."""
     frames = 4 * latent_frames - 3 if latent_frames % 2 else 4 * latent_frames
     decoded = vae.decode(latents(latent_frames))
     assert decoded.shape == (1, 3, frames, 16, 24)
@@ -55,7 +55,7 @@ def test_frame_counts(vae: VAE, latent_frames: int) -> None:
 
 
 def test_encoding_is_causal(vae: VAE) -> None:
-    """A prefix of whole chunks gives a prefix of the latents, bit for bit, and the past does reach the next chunk."""
+    """A prefix of whole chunks gives a prefix of the latents, bit for bit. The past does reach the next chunk."""
     x = pixels(25)
     whole = vae.encode(x).mean
     assert torch.equal(whole[:, :, :3], vae.encode(x[:, :, :9]).mean)
@@ -101,7 +101,7 @@ def test_batch_of_two_is_two_of_one(vae: VAE) -> None:
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_cache_holds_two_frames_of_each_causal_convolution(vae: VAE, part: str) -> None:
-    """And nothing of the 1x1x1 ones, nor larger memory behind its tensors."""
+    """It holds nothing of the 1x1x1 convolutions, and its tensors are not views of larger memory."""
     module = getattr(vae, part)
     expected: dict[nn.Module, int] = {}
 
@@ -122,7 +122,7 @@ def test_cache_holds_two_frames_of_each_causal_convolution(vae: VAE, part: str) 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_layout_is_kept(vae: VAE, part: str) -> None:
-    """One layer that returns another layout makes all after it copy: right, but half as fast."""
+    """If one layer returns another layout, all later layers copy: the result is right, but half as fast."""
     others: list[str] = []
 
     def check(name: str, out: Tensor) -> None:

@@ -123,7 +123,7 @@ def test_file_is_h264_with_bt709_tags_and_its_index_first(tmp_path: Path) -> Non
         assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
     data = (tmp_path / "clip.mp4").read_bytes()
     assert 0 < data.index(b"moov") < data.index(b"mdat")
-    assert b"colrnclx\x00\x01\x00\x01\x00\x01\x00" in data  # the container says it too
+    assert b"colrnclx\x00\x01\x00\x01\x00\x01\x00" in data  # also in the container
 
 
 def test_colours_are_converted_with_the_bt709_matrix_and_rounded(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_colours_are_converted_with_the_bt709_matrix_and_rounded(tmp_path: Path)
     r, g, b = (np.array(colours) / 255).T  # ITU-R BT.709-6, items 3.2 to 3.5
     luma = 0.2126 * r + 0.7152 * g + 0.0722 * b
     exact = np.stack([16 + 219 * luma, 128 + 224 * (b - luma) / 1.8556, 128 + 224 * (r - luma) / 1.5748], axis=-1)
-    assert np.abs(written - exact).max() < 0.51  # a half is rounding; swscale's coefficients have 15 bits
+    assert np.abs(written - exact).max() < 0.51  # 0.5 is rounding; swscale's coefficients have 15 bits
     read = read_video(tmp_path / "colours.mp4")[0][:, 8, 8].numpy().astype(int)
     assert np.abs(read - np.array(colours)).max() <= 2  # 8-bit limited-range YCbCr cannot tell all colours apart
 
