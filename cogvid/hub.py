@@ -1,4 +1,4 @@
-"""Find a checkpoint: a shipped pack, a directory, or a repository of the hub, which is fetched.
+"""Find a checkpoint: a shipped pack, a directory, or a repository of the hub, which is downloaded.
 
 A checkpoint has the layout that diffusers' `save_pretrained` writes: `model_index.json` and a folder per component.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvid.config import CONFIGS
+from cogvid.download import one_line, shown
 
 PACKS = Path(__file__).parent / "packs"
 BASENAME = "diffusion_pytorch_model"
@@ -32,19 +33,19 @@ def find(
     components: Iterable[str] = COMPONENTS,
     variant: str | None = None,
 ) -> Path:
-    """Return the directory of a checkpoint, fetching it if it is named by a hub id.
+    """Return the directory of a checkpoint; download it first if `model` is a hub id.
 
     Args:
-        model: the name of a shipped pack, a directory, or a hub id such as "zai-org/CogVideoX-5b", in this order
-            ("./tiny-i2v" is a directory whatever packs there are).
+        model: the name of a shipped pack, a directory, or a hub id such as "zai-org/CogVideoX-5b", tried in this order
+            ("./tiny-i2v" is always a directory).
         revision: branch, tag or commit of a hub id.
-        local_files_only: take a hub id from the local cache, and never from the network.
-        components: what a hub id is fetched for.
-        variant: of the weights to fetch, such as "fp16"; see `component_variants`.
+        local_files_only: read a hub id from the local cache only, without the network.
+        components: the components of a hub id to download.
+        variant: variant of the weights to download, such as "fp16"; see `component_variants`.
 
     Raises:
-        ValueError: no such model, or not in this variant.
-        OSError: the hub cannot be reached, or there is no room.
+        ValueError: there is no such model, or none in this variant.
+        OSError: the hub cannot be reached, or the disk is full.
     """
     name = os.fspath(model)
     if name in packs():
@@ -53,12 +54,12 @@ def find(
     if name and path.is_dir():
         return path
     if name and path.exists():
-        raise ValueError(f"model: {name} is a file, wanted the directory of a checkpoint")
+        raise ValueError(f"model: got {shown(name)}, which is a file, want the directory of a checkpoint")
     if _HUB_ID.fullmatch(name) and isinstance(model, str):
         return _fetch(name, revision, local_files_only, components, variant)
-    known = f"; its weights are {CONFIGS[name].repo}" if name in CONFIGS and CONFIGS[name].repo else ""
+    known = f", whose weights are {CONFIGS[name].repo}," if name in CONFIGS and CONFIGS[name].repo else ""
     raise ValueError(
-        f"model: got {name!r}{known}; wanted a directory, a shipped pack ({', '.join(packs())}) or a hub id "
+        f"model: got {shown(name)}{known or ','} want a directory, a shipped pack ({', '.join(packs())}) or a hub id "
         f"such as {CONFIGS['cogvideox-5b-i2v'].repo}"
     )
 
@@ -69,14 +70,14 @@ def packs() -> list[str]:
 
 
 def weight_files(names: Collection[str], basename: str, variant: str | None, where: object) -> list[str]:
-    """Return which files of a folder hold the weights of a variant: one file, or an index and its shards, or none.
+    """Return the files of a folder that hold the weights of a variant: one file, or an index and its shards, or none.
 
     The names are those that diffusers and transformers write: `{basename}.fp16.safetensors`, or
-    `{basename}.safetensors.index.fp16.json` with `{basename}.fp16-00001-of-00002.safetensors` and so on; without
-    `fp16` where there is no variant.
+    `{basename}.safetensors.index.fp16.json` with `{basename}.fp16-00001-of-00002.safetensors` and so on. Without a
+    variant they have no `fp16`.
 
     Raises:
-        ValueError: they are there in other variants alone.
+        ValueError: the folder holds weights, but only in other variants.
     """
     stem, infix = (basename, "") if variant is None else (f"{basename}.{variant}", f".{variant}")
     if (index := f"{basename}.safetensors.index{infix}.json") in names:
@@ -90,7 +91,7 @@ def weight_files(names: Collection[str], basename: str, variant: str | None, whe
 
 
 def stored_variants(names: Collection[str], basename: str) -> list[str | None]:
-    """Return the variants of the weights in a folder, sorted; None stands for files without one, and comes first."""
+    """Return the variants of the weights in a folder, sorted. None stands for files without a variant and is first."""
     plain = f"{basename}.safetensors", f"{basename}.safetensors.index.json"
     pattern = re.compile(
         re.escape(basename) + r"\.(?:(.+?)(?:-\d+-of-\d+)?\.safetensors|safetensors\.index\.(.+)\.json)"
@@ -100,9 +101,10 @@ def stored_variants(names: Collection[str], basename: str) -> list[str | None]:
 
 
 def component_variants(directory: Path, variant: str | None) -> dict[str, str | None]:
-    """Say which variant of each component's weights to load, and warn of those that lack the one asked for.
+    """Return the variant to load of each component's weights.
 
-    As in diffusers' pipelines, these are loaded from the plain files.
+    As in diffusers' pipelines, a component without the requested variant is loaded from its plain files; a warning
+    names it.
 
     Raises:
         ValueError: no component has the variant.
@@ -118,7 +120,7 @@ def component_variants(directory: Path, variant: str | None) -> dict[str, str | 
 
 
 def _choose(folders: Mapping[str, Collection[str]], variant: str | None, where: object) -> dict[str, str | None]:
-    """Return the variant to take of each folder of weights: the one asked for, or None where it is lacking."""
+    """Return the variant to load from each folder: the requested one, or None (plain files) where it is missing."""
     stored = {part: stored_variants(names, WEIGHTS[part]) for part, names in folders.items()}
     if variant is not None and any(stored.values()) and not any(variant in found for found in stored.values()):
         there = sorted({found for part in stored.values() for found in part}, key=str)
@@ -132,6 +134,7 @@ def _fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         DryRunError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -144,6 +147,7 @@ def _fetch(
         files += [f"{part}/{name}" for name in (TOKENIZER_FILES if part == "tokenizer" else [CONFIG_FILES[part]])]
     any_variant = [f"{part}/{WEIGHTS[part]}*.{end}" for part in weighted for end in ("safetensors", "json")]
     where = repo + (f" at {revision}" if revision else "")
+    got = f"model: got {repo!r}" + (f" at {revision!r}" if revision else "")
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
         try:
@@ -159,7 +163,7 @@ def _fetch(
                 files += [f"{part}/{name}" for name in found]
             if sizes := [there[name] for name in files if there[name]]:
                 print(f"fetching {where}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
-        except DryRunError:  # no hub to be reached, or none wanted: it may all be in the local cache
+        except DryRunError:  # no network, or local_files_only: the files may be in the local cache
             cache = Path(snapshot_download(repo, allow_patterns=files[:1], **options))
             folders = {part: [path.name for path in (cache / part).glob("*")] for part in weighted}
             for part, found in _choose(folders, variant, f"the local cache of {where}").items():
@@ -168,26 +172,30 @@ def _fetch(
                 files += [f"{part}/{WEIGHTS[part]}.safetensors.index{infix}.json"]
         return Path(snapshot_download(repo, allow_patterns=files, **options))
     except RevisionNotFoundError as error:
-        raise ValueError(f"model: the hub has no revision {revision!r} of {repo}") from error
+        raise ValueError(f"revision: got {revision!r}, want a branch, tag or commit of {repo}") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"model: {repo} is no directory here and no repository of the hub that you can read"
-        ) from error
+        raise ValueError(f"{got}, want a directory or a repository of the hub that you can read") from error
     except LocalEntryNotFoundError as error:
         if local_files_only:
-            raise ValueError(f"model: {where} is no directory here and not whole in the hub's local cache") from error
-        raise OSError(f"model: {where} is no directory here, and the hub cannot be reached to fetch it") from error
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # the hub's client lets the errors of its HTTP library through
-        raise OSError(f"model: fetching {where} broke off: {error}; what is there is kept, try again") from error
+            wanted = "a directory or a repository that is complete in the hub's local cache"
+            raise ValueError(f"{got} without network access, want {wanted}") from error
+        raise OSError(f"{got} and no connection to the hub, want a directory or a connection") from error
+    except HFValidationError as error:
+        raise ValueError(f"{got}, want a valid hub id ({one_line(error)})") from error
+    except Exception as error:  # the hub's client also raises errors of its HTTP library
+        of_machine = isinstance(error, OSError) and error.errno is not None  # such as a full disk
+        if of_machine or (isinstance(error, ValueError) and not isinstance(error, OSError)):
+            raise
+        reason = f"could not be fetched whole ({one_line(error)})"
+        raise OSError(f"{got}, which {reason}, want another try: what was fetched is kept") from error
 
 
 def component_directory(model: str | Path, component: str, variant: str | None = None) -> Path:
-    """Return the directory of one component, given the checkpoint's (as for `find`) or the component's own."""
+    """Return the directory of one component. `model` is a checkpoint, as for `find`, or the component's directory."""
     directory = find(model, components=(component,), variant=variant)
     if (directory / component).is_dir():
         return directory / component
     if (directory / CONFIG_FILES[component]).is_file() and not (directory / "model_index.json").is_file():
         return directory
-    raise ValueError(f"{directory}: neither a {component}/ nor a {CONFIG_FILES[component]} in it")
+    wanted = f"a directory with a {component}/ or a {CONFIG_FILES[component]} in it"
+    raise ValueError(f"model: got {shown(os.fspath(directory))}, want {wanted}")

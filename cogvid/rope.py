@@ -1,8 +1,8 @@
-"""Position tables of the video tokens and the grid rules behind them; pure functions.
+"""Position tables of the video tokens, and the rules that give each token its position. Pure functions.
 
 `rotary_table` must equal diffusers' `get_3d_rotary_pos_embed` and `sincos_table` its `get_3d_sincos_pos_embed`.
-A grid is (frames, height, width) in patches; tokens run over it in that order, width fastest.
-`widths` says how many channels time, height and width get.
+A grid is (frames, height, width) in patches. Tokens are in that order, width fastest.
+`widths` are the numbers of channels for time, height and width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def rotary_table(positions: Positions, widths: tuple[int, int, int]) -> tuple[Te
     """
     time, rows, columns = (_angles(p, width) for p, width in zip(positions, widths, strict=True))
     angles = time[:, None, None], rows[None, :, None], columns[None, None, :]
-    # Cosine and sine are taken on the axes, which are short, and only then spread over the grid.
+    # Cosine and sine are computed along each axis, which is short, and then expanded over the grid.
     return _over_grid(*(a.cos() for a in angles)), _over_grid(*(a.sin() for a in angles))
 
 
@@ -35,10 +35,10 @@ def _angles(position: Tensor, width: int) -> Tensor:
 
 
 def resize_crop_positions(grid: Grid, base: tuple[int, int], device: torch.device | None = None) -> Positions:
-    """Lay the grid over the training grid, as CogVideoX 1.0 does: fit it inside, keep the centre, scale the steps.
+    """Fit the grid into the training grid, as CogVideoX 1.0 does: keep its aspect ratio, centre it, scale its steps.
 
-    base: height and width, in patches, of the videos the model was trained on. Frames are numbered from 0.
-    At the training size this is a plain count along every axis.
+    base: height and width, in patches, of the videos that the model was trained on. Frames are numbered from 0.
+    At the training size the positions are 0, 1, 2, ... along every axis.
     """
     frames, height, width = grid
     base_height, base_width = base
@@ -56,14 +56,15 @@ def resize_crop_positions(grid: Grid, base: tuple[int, int], device: torch.devic
 
 
 def _steps(start: int, stop: int, count: int, device: torch.device | None) -> Tensor:
-    # The last step is a fraction of `stop`, not of the distance: exact only where start is 0, and how the models run.
+    # The last position is a fraction of `stop`, not of `stop - start`. That is exact only if start is 0, but it is how
+    # the models run.
     return torch.linspace(start, stop * (count - 1) / count, count, dtype=torch.float32, device=device)
 
 
 def index_positions(grid: Grid, device: torch.device | None = None) -> Positions:
-    """Count along every axis, as CogVideoX 1.5 does.
+    """Return positions 0, 1, 2, ... along every axis, as CogVideoX 1.5 does.
 
-    Upstream cuts the same numbers out of a table of the configured size, and fails where the grid is larger.
+    diffusers slices the same numbers from a table of the configured size, and fails if the grid is larger.
     """
     frames, height, width = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
     return frames, height, width
@@ -79,8 +80,8 @@ def sincos_table(
 ) -> Tensor:
     """Return the table that CogVideoX-2B adds to its video tokens, fp64 `[frames * height * width, sum(widths)]`.
 
-    spatial_scale, temporal_scale: positions are divided by them. Channels are those of time, then of WIDTH, then of
-    height (upstream swapped the two), each with its sines before its cosines.
+    spatial_scale, temporal_scale: positions are divided by them. The channels are those of time, then of WIDTH, then
+    of height (upstream swaps the two); in each, sines come before cosines.
     """
     frames, height, width = index_positions(grid, device)
     time_width, height_width, width_width = widths
@@ -97,6 +98,6 @@ def _sincos(position: Tensor, width: int) -> Tensor:
 
 
 def _over_grid(*tables: Tensor) -> Tensor:
-    """Spread tables `[frames or 1, height or 1, width or 1, channels]` over the grid and join their channels."""
+    """Expand tables `[frames or 1, height or 1, width or 1, channels]` over the grid and concatenate their channels."""
     grid = torch.broadcast_shapes(*(table.shape[:3] for table in tables))
     return torch.cat([table.expand(*grid, -1) for table in tables], dim=-1).flatten(0, 2)

@@ -1,12 +1,12 @@
 """The 3-D causal VAE of CogVideoX; equals diffusers' `AutoencoderKLCogVideoX`.
 
-Letters: `F` pixel frames, `T` frames of whatever passes through, `H W` pixel and `h w` latent height and width,
-`z` a chunk of latents. Everything is `[B, C, T, height, width]`.
+Letters: `F` pixel frames, `T` frames at any resolution, `H W` pixel and `h w` latent height and width, `z` a chunk of
+latents. Every activation is `[B, C, T, height, width]`.
 
-Time is worked off in chunks (8 pixel frames, 2 latent frames; what is left over joins the first chunk). Convolutions
-see across the border through a `ConvCache`; group norms do not, so the chunk sizes are part of the model and other
-sizes give other pixels. In an odd number of frames the first one is special: it is one frame at every temporal
-resolution, and the frames after it come in pairs.
+Frames are processed in chunks of 8 pixel frames or 2 latent frames; the remainder joins the first chunk. Convolutions
+see the end of the previous chunk through a `ConvCache`. Group norms see only their own chunk, so the chunk sizes are
+part of the model: other sizes give other pixels. If the number of frames is odd, the first frame is special: it stays
+one frame at every temporal resolution, and the frames after it form pairs.
 
 Parameter names follow diffusers' with the wrapper modules dropped:
 
@@ -32,12 +32,12 @@ PIXEL_CHUNK = 8  # frames that the encoder takes at a time
 LATENT_CHUNK = 2  # frames that the decoder takes at a time
 FINAL_NORM_EPS = 1e-6  # of the decoder's norms and the encoder's last one, whatever the config says
 MID_BLOCK_LAYERS = 2
-# Of all activations. Measured on a CPU: 16-bit convolutions are 3 times faster channels-last, fp32 ones as fast, and
-# neither needs reordered copies of its input and output.
+# The memory format of all activations. Measured on a CPU: channels-last makes 16-bit convolutions 3 times faster and
+# fp32 ones no slower, and neither needs reordered copies of its input and output.
 LAYOUT = torch.channels_last_3d
-# Larger inputs of a convolution are worked off some frames at a time: without a second copy of all of it (for the past
-# frames, or enlarged), and with indices that stay far below 2**31. On a CPU 2**22 elements cost no speed. A GPU needs
-# more work at a time (a frame of 480x720 is 2**25 elements); which number is best there was not measured.
+# A convolution processes a larger input some frames at a time. This avoids a second copy of all of it (with the past
+# frames in front, or upsampled) and keeps indices far below 2**31. On a CPU 2**22 elements cost no speed. A GPU needs
+# more work at a time (a frame of 480x720 is 2**25 elements); the best number there was not measured.
 CONV_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 
 
@@ -49,10 +49,22 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig, ops: Ops | None = None) -> None:
         super().__init__()
-        ops = ops or Ops.torch()
         self.config = config
-        self.encoder = Encoder(config, ops)
-        self.decoder = Decoder(config, ops)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.set_ops(ops or Ops.torch())
+
+    @property
+    def ops(self) -> Ops:
+        """The operations that the VAE runs; `set_ops` changes them."""
+        return self._ops
+
+    def set_ops(self, ops: Ops) -> None:
+        """Run these operations from now on."""
+        self._ops = ops
+        for module in self.modules():
+            if isinstance(module, NormSiLU):
+                module.ops = ops
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Encode pixels to the distribution of their latents.
@@ -61,12 +73,12 @@ class VAE(nn.Module):
             x: `[B, 3, F, H, W]` in [-1, 1]; H and W multiples of 8.
 
         Returns:
-            Distribution over `[B, 16, T, H / 8, W / 8]`; T is (F + 3) // 4 for F = 8N or 8N + 1.
+            Distribution over `[B, 16, T, H / 8, W / 8]`; T is (F + 3) // 4 for F = 8N and F = 8N + 1.
         """
         stride = self.config.spatial_compression_ratio
         _check_video("x", x, self.config.in_channels)
         if x.shape[3] % stride or x.shape[4] % stride:
-            raise ValueError(f"x has height x width {x.shape[3]} x {x.shape[4]}, wanted multiples of {stride}")
+            raise ValueError(f"x: got height {x.shape[3]} and width {x.shape[4]}, want multiples of {stride}")
         cache = ConvCache()
         chunks = [
             self.encoder(c.contiguous(memory_format=LAYOUT), cache)
@@ -86,7 +98,7 @@ class VAE(nn.Module):
         return torch.cat(list(self.decode_chunks(z)), dim=2)
 
     def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
-        """Yield the frames of `decode(z)`, 8 at a time (the first chunk: 8, or 9 when T is odd) as they are ready."""
+        """Yield the frames of `decode(z)` as they are ready: 8 at a time, but first 9 (1 if T is 1) when T is odd."""
         _check_video("z", z, self.config.latent_channels)
         return self._decode_chunks(z)
 
@@ -116,9 +128,9 @@ class DiagonalGaussian:
 
 
 class ConvCache:
-    """The last input frames of every causal convolution, carried from one chunk to the next.
+    """The last two input frames of every causal convolution, kept from one chunk for the next.
 
-    Lives for one `encode` or `decode`. Convolutions of temporal size 1 look at no past and are not in it.
+    One `encode` or `decode` uses one cache. Convolutions of temporal size 1 need no past frames and are not in it.
     """
 
     def __init__(self) -> None:
@@ -132,20 +144,20 @@ class ConvCache:
 class Encoder(nn.Module):
     """Pixels to the parameters of the latent distribution; `CogVideoXEncoder3D`."""
 
-    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels = config.block_out_channels
         groups, eps, depth = config.norm_num_groups, config.norm_eps, config.layers_per_block
         self.conv_in = CausalConv3d(config.in_channels, channels[0])
         self.down_blocks = nn.ModuleList()
         for i, (before, after) in enumerate(zip((channels[0], *channels), channels, strict=False)):
-            block = nn.ModuleDict({"resnets": _resnets(before, after, depth, groups=groups, eps=eps, ops=ops)})
+            block = nn.ModuleDict({"resnets": _resnets(before, after, depth, groups=groups, eps=eps)})
             if i < len(channels) - 1:
                 block["downsample"] = Downsample(after, compress_time=2**i < config.temporal_compression_ratio)
             self.down_blocks.append(block)
-        middle = _resnets(channels[-1], channels[-1], MID_BLOCK_LAYERS, groups=groups, eps=eps, ops=ops)
+        middle = _resnets(channels[-1], channels[-1], MID_BLOCK_LAYERS, groups=groups, eps=eps)
         self.mid_block = nn.ModuleDict({"resnets": middle})
-        self.norm_out = NormSiLU(channels[-1], groups=groups, eps=FINAL_NORM_EPS, ops=ops)
+        self.norm_out = NormSiLU(channels[-1], groups=groups, eps=FINAL_NORM_EPS)
         self.conv_out = CausalConv3d(channels[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
@@ -159,20 +171,20 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents to pixels; `CogVideoXDecoder3D`."""
 
-    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels = config.block_out_channels[::-1]
         latent, groups, depth = config.latent_channels, config.norm_num_groups, config.layers_per_block + 1
         self.conv_in = CausalConv3d(latent, channels[0])
-        middle = _resnets(channels[0], channels[0], MID_BLOCK_LAYERS, latent, groups=groups, ops=ops)
+        middle = _resnets(channels[0], channels[0], MID_BLOCK_LAYERS, latent, groups=groups)
         self.mid_block = nn.ModuleDict({"resnets": middle})
         self.up_blocks = nn.ModuleList()
         for i, (before, after) in enumerate(zip((channels[0], *channels), channels, strict=False)):
-            block = nn.ModuleDict({"resnets": _resnets(before, after, depth, latent, groups=groups, ops=ops)})
+            block = nn.ModuleDict({"resnets": _resnets(before, after, depth, latent, groups=groups)})
             if i < len(channels) - 1:
                 block["upsample"] = Upsample(after, compress_time=2**i < config.temporal_compression_ratio)
             self.up_blocks.append(block)
-        self.norm_out = NormSiLU(channels[-1], latent, groups=groups, ops=ops)
+        self.norm_out = NormSiLU(channels[-1], latent, groups=groups)
         self.conv_out = CausalConv3d(channels[-1], config.out_channels)
 
     def forward(self, z: Tensor, cache: ConvCache) -> Tensor:
@@ -184,7 +196,7 @@ class Decoder(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """`CogVideoXResnetBlock3D`; its norms are spatial norms when `latent_channels` is given, as in the decoder."""
+    """`CogVideoXResnetBlock3D`. With `latent_channels`, as in the decoder, its norms are spatial norms."""
 
     def __init__(
         self,
@@ -194,27 +206,27 @@ class ResnetBlock(nn.Module):
         *,
         groups: int,
         eps: float,
-        ops: Ops,
     ) -> None:
         super().__init__()
-        self.norm1 = NormSiLU(in_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        self.norm1 = NormSiLU(in_channels, latent_channels, groups=groups, eps=eps)
         self.conv1 = CausalConv3d(in_channels, out_channels)
-        self.norm2 = NormSiLU(out_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        self.norm2 = NormSiLU(out_channels, latent_channels, groups=groups, eps=eps)
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.conv_shortcut = None if in_channels == out_channels else PointwiseConv3d(in_channels, out_channels)
 
     def forward(self, x: Tensor, z: Tensor | None, cache: ConvCache) -> Tensor:
         y = self.conv1(self.norm1(x, z), cache)
         y = self.conv2(self.norm2(y, z), cache)
-        # In place: the convolution's own output is needed by nobody else, not even by its backward.
-        return y.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        # In place: nothing else uses the output of the convolution, unless a hook has kept it.
+        return y + residual if self.conv2._forward_hooks else y.add_(residual)
 
 
 class NormSiLU(nn.Module):
     """Group norm and SiLU; with `latent_channels`, scaled and shifted by the latents: `CogVideoXSpatialNorm3D`.
 
     diffusers upsamples the latents to the size of `x` and convolves them there. A convolution of size 1 commutes with
-    nearest-neighbour upsampling, so here it runs at latent resolution and the op gathers its result.
+    nearest-neighbour upsampling, so here it runs at latent resolution and the op upsamples its result.
     """
 
     def __init__(
@@ -224,12 +236,11 @@ class NormSiLU(nn.Module):
         *,
         groups: int,
         eps: float = FINAL_NORM_EPS,
-        ops: Ops,
     ) -> None:
         super().__init__()
         self.groups = groups
         self.eps = eps
-        self.ops = ops
+        self.ops = Ops.torch()  # until `VAE.set_ops`
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.scale = None if latent_channels is None else PointwiseConv3d(latent_channels, channels)
@@ -244,9 +255,9 @@ class NormSiLU(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """3x3x3 convolution that sees the present and two past frames; `CogVideoXCausalConv3d`.
+    """3x3x3 convolution over the current frame and the two frames before it; `CogVideoXCausalConv3d`.
 
-    The past comes from the cache; at the start of a video it is the first frame, twice.
+    The past frames come from the cache. At the start of a video, the first frame is used twice instead.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -256,24 +267,24 @@ class CausalConv3d(nn.Conv3d):
         past = cache.frames.pop(self, None)
         if past is None:
             past = torch.cat([x[:, :, :1], x[:, :, :1]], dim=2)
-        # A copy, because a view would keep all of x alive until the next chunk.
+        # A copy, because a view would keep all of x in memory until the next chunk.
         cache.frames[self] = (x if x.shape[2] > 1 else torch.cat([past, x], dim=2))[:, :, -2:].clone()
 
-        weight = self.weight.contiguous(memory_format=LAYOUT)  # once here, not in every call below
+        weight = self.weight.contiguous(memory_format=LAYOUT)  # once here, instead of in every call below
 
         def convolve(frames: slice) -> Tensor:
             if frames.start < 2:
                 part = torch.cat([past[:, :, frames.start :], x[:, :, : frames.stop]], dim=2)
             else:
                 part = x[:, :, frames.start - 2 : frames.stop]
-            # Small inputs go to an implementation of convolution that knows no layout but its own.
+            # For small inputs PyTorch picks a convolution that returns its own memory format.
             return F.conv3d(part, weight, self.bias, padding=self.padding).contiguous(memory_format=LAYOUT)
 
         return map_frames(convolve, x.shape[2], _frames_at_once(x), LAYOUT)
 
 
 class PointwiseConv3d(nn.Conv3d):
-    """1x1x1 convolution, as the matrix product that it is: faster, and without a copy in a channels-last layout."""
+    """1x1x1 convolution, computed as a matrix product: faster, and without a copy in a channels-last layout."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
@@ -291,9 +302,9 @@ class Downsample(nn.Conv2d):
 
     def forward(self, x: Tensor, z: None, cache: ConvCache) -> Tensor:  # noqa: ARG002
         if self.compress_time and x.shape[2] > 1:
-            alone = x.shape[2] % 2
-            pairs = (x[:, :, alone::2] + x[:, :, alone + 1 :: 2]) / 2  # avg_pool3d knows no bf16 on CPU
-            x = torch.cat([x[:, :, :alone], pairs], dim=2)
+            odd = x.shape[2] % 2
+            pairs = (x[:, :, odd::2] + x[:, :, odd + 1 :: 2]) / 2  # avg_pool3d has no bf16 on a CPU
+            x = torch.cat([x[:, :, :odd], pairs], dim=2)
         images = F.pad(_as_images(x), (0, 1, 0, 1))
         return _as_videos(super().forward(images), len(x))
 
@@ -301,9 +312,9 @@ class Downsample(nn.Conv2d):
 class Upsample(nn.Conv2d):
     """Repeat pixels (and frames, if `compress_time`), then a 3x3 convolution; `CogVideoXUpsample3D`.
 
-    Neither repetition is carried out before the convolution. It looks at one frame at a time, so frames are repeated
-    after it. And among repeated pixels its nine taps fall on four different ones: each of the four positions that an
-    input pixel becomes is a 2x2 convolution of the input, with 4/9 of the multiplications.
+    Nothing is repeated before the convolution. The convolution sees one frame at a time, so frames are repeated after
+    it. In an image of repeated pixels its nine taps cover only four different pixels. So each of the four output
+    positions of an input pixel is a 2x2 convolution of the input, with 4/9 of the multiplications.
     """
 
     def __init__(self, channels: int, *, compress_time: bool) -> None:
@@ -325,24 +336,24 @@ class Upsample(nn.Conv2d):
 
         y = map_frames(convolve, x.shape[2], _frames_at_once(x, scale=4), LAYOUT)
         if self.compress_time and y.shape[2] > 1:
-            alone = y.shape[2] % 2
-            pairs = y[:, :, alone:].movedim(1, -1).repeat_interleave(2, dim=1).movedim(-1, 1)  # stays channels-last
-            y = torch.cat([y[:, :, :alone], pairs], dim=2)
+            odd = y.shape[2] % 2
+            pairs = y[:, :, odd:].movedim(1, -1).repeat_interleave(2, dim=1).movedim(-1, 1)  # stays channels-last
+            y = torch.cat([y[:, :, :odd], pairs], dim=2)
         return y
 
     def position_kernels(self) -> Tensor:
-        """Return `[2, 2, C, C, 2, 2]`: the kernel that gives output pixels (2i + first index, 2j + second index).
+        """Return `[2, 2, C, C, 2, 2]`: entry `[a, b]` is the kernel of the output pixels (2i + a, 2j + b).
 
-        Rows 2i see input rows i - 1, i, i; rows 2i + 1 see i, i, i + 1; columns likewise.
+        Rows 2i see input rows i - 1, i, i; rows 2i + 1 see i, i, i + 1. Columns do the same.
         """
         taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=self.weight.device)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)  # sums of weights are rounded once
+        wide = torch.promote_types(self.weight.dtype, torch.float32)  # so that sums of weights are rounded once
         weight, taps = self.weight.to(wide), taps.to(wide)
         return torch.einsum("oiyx,pay,qbx->pqoiab", weight, taps, taps).to(self.weight.dtype)
 
 
 def chunk_sizes(frames: int, size: int) -> list[int]:
-    """Split `frames` into chunks of `size`; what is left over joins the first one: (13, 2) -> [3, 2, 2, 2, 2, 2]."""
+    """Split `frames` into chunks of `size`; the remainder joins the first chunk: (13, 2) -> [3, 2, 2, 2, 2, 2]."""
     count = max(frames // size, 1)
     return [frames - size * (count - 1)] + [size] * (count - 1)
 
@@ -355,19 +366,18 @@ def _resnets(
     *,
     groups: int,
     eps: float = FINAL_NORM_EPS,
-    ops: Ops,
 ) -> nn.ModuleList:
     return nn.ModuleList(
-        ResnetBlock(out_channels if i else in_channels, out_channels, latent_channels, groups=groups, eps=eps, ops=ops)
+        ResnetBlock(out_channels if i else in_channels, out_channels, latent_channels, groups=groups, eps=eps)
         for i in range(count)
     )
 
 
 def _layers(*blocks: nn.Module) -> Iterator[nn.Module]:
-    """Yield what `blocks` run, in order.
+    """Yield the layers of `blocks` in the order in which they run.
 
-    The caller loops over single layers, not over blocks, because a block's caller keeps its input alive until the
-    block is done, and at full resolution that is the largest tensor there is.
+    The caller loops over layers, not over blocks. Calling a whole block would keep its input in memory until the block
+    is done, and at full resolution that is the largest tensor.
     """
     for block in blocks:
         for child in block.children():
@@ -375,7 +385,7 @@ def _layers(*blocks: nn.Module) -> Iterator[nn.Module]:
 
 
 def _as_images(x: Tensor) -> Tensor:
-    return rearrange(x, "b c t h w -> (b t) c h w")  # a view, thanks to the layout
+    return rearrange(x, "b c t h w -> (b t) c h w")  # a view in this memory format
 
 
 def _as_videos(images: Tensor, batch: int) -> Tensor:
@@ -383,11 +393,11 @@ def _as_videos(images: Tensor, batch: int) -> Tensor:
 
 
 def _frames_at_once(x: Tensor, scale: int = 1) -> int:
-    """Return how many frames of `x`, `scale` times enlarged, make up `CONV_ELEMENTS`; at least one."""
+    """Return how many frames of `x`, with `scale` times the pixels, have at most `CONV_ELEMENTS`; at least one."""
     limit = CONV_ELEMENTS.get(x.device.type, CONV_ELEMENTS["cpu"])
     return max(limit // (scale * x[:, :, 0].numel()), 1)
 
 
 def _check_video(name: str, x: Tensor, channels: int) -> None:
     if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-        raise ValueError(f"{name} has shape {list(x.shape)}, wanted [batch, {channels}, frames, height, width]")
+        raise ValueError(f"{name}: got shape {list(x.shape)}, want [batch, {channels}, frames, height, width]")

@@ -1,4 +1,4 @@
-"""The lowest versions of the dependencies, checked before a run: an old one would be noticed after hours of work."""
+"""The lowest versions of the dependencies. They are checked before a run, so that it does not fail after hours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-LOWEST = {  # what pyproject.toml asks for; a test holds the two together
+LOWEST = {  # the same as in pyproject.toml; a test compares the two
     "torch": "2.11",
     "triton": "3.6",
     "einops": "0.8",
@@ -23,7 +23,7 @@ LOWEST = {  # what pyproject.toml asks for; a test holds the two together
 
 
 def check(*names: str) -> None:
-    """Raise `ImportError` unless these packages are installed and new enough; without names, all but triton."""
+    """Raise `ImportError` unless these packages are installed and new enough. Default: all except triton."""
     for name in names or [name for name in LOWEST if name != "triton"]:
         try:
             got = version(name)
@@ -33,8 +33,8 @@ def check(*names: str) -> None:
 
 
 def check_triton() -> None:
-    """Raise `ImportError` unless Triton is there and new enough, and, where kernels are interpreted, NumPy suits it."""
-    # Asked itself, because the package goes by several names, one for each make of GPU.
+    """Raise `ImportError` unless Triton is installed and new enough, and its interpreter, if used, fits NumPy."""
+    # The module is imported, because the package has another name for each maker of GPUs.
     try:
         triton = importlib.import_module("triton").__version__
     except ModuleNotFoundError:
@@ -52,7 +52,7 @@ def _check(name: str, got: str | None) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Return the numbers of a release; what follows them ("rc1", "+cpu") does not count, and 5 is 5.0."""
+    """Return the numbers of a version without trailing zeros (5.0 equals 5) and suffixes ("rc1", "+cpu")."""
     match = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(number) for number in match[0].split(".")] if match else []
     while numbers and numbers[-1] == 0:

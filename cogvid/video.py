@@ -1,7 +1,7 @@
-"""Frames to an H.264 MP4 and back through PyAV, and the one place where pixels become 8-bit.
+"""Write frames to an H.264 MP4 and read them back with PyAV; round pixels to 8 bits.
 
-`denormalize` and `to_uint8` must equal diffusers' `VideoProcessor.postprocess_video` in fp32. A written file appears
-under its name whole or not at all. Its colours are BT.709 in limited range, converted with that matrix and tagged so.
+`denormalize` and `to_uint8` must equal diffusers' `VideoProcessor.postprocess_video` in fp32. A file appears under its
+name complete or not at all. Colours are converted to BT.709 in limited range, and the file is tagged so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvid import versions
+from cogvid.download import shown
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -34,17 +35,17 @@ PRESETS = (
 _BT709 = 1  # the same number as matrix, as primaries and as transfer (ITU-T H.273), and in swscale
 _BT601 = 5
 _LIMITED, _FULL = 1, 2  # colour ranges, as FFmpeg numbers them
-# The same frames must give the same bytes. x264's output depends on the number of threads, by default that of the
-# cores; and with AVX-512 it was seen to differ from run to run, unless told to match every other processor.
+# The same frames must give the same bytes. x264's output depends on its number of threads, which by default follows
+# the number of cores. With AVX-512 it also differed from run to run without `cpu-independent`.
 _REPRODUCIBLE = {"threads": "4", "x264-params": "cpu-independent=1"}
 
 
 class VideoWriter:
     """Write one H.264 MP4 (yuv420p, BT.709, index first) chunk by chunk, as a context manager.
 
-    Frames go to a temporary file beside the target, which takes the target's name when the block is left without an
-    exception; with one, it is removed and what was at the target stays. The same frames give the same bytes however
-    they are cut into chunks.
+    Frames go to a temporary file in the target's directory. When the `with` block ends without an exception, this file
+    replaces the target. After an exception it is removed and the target stays as it was. The same frames give the same
+    bytes, whatever the chunks.
 
     Args:
         path: `.mp4` file to write; its directory must exist.
@@ -54,7 +55,7 @@ class VideoWriter:
         preset: x264's speed preset, one of `PRESETS`.
         metadata: JSON-serialisable values for the file's comment, which `read_metadata` returns.
     Raises:
-        ValueError: on construction, for arguments that cannot work; by `write`, for frames that are not `[f, H, W, 3]`.
+        ValueError: on construction, for arguments out of range; by `write`, for frames that are not `[f, H, W, 3]`.
         ImportError: on construction, for a PyAV that is too old or has no libx264.
     """
 
@@ -73,11 +74,11 @@ class VideoWriter:
         for argument, size in (("height", height), ("width", width)):
             if size < 2 or size % 2:
                 reason = "H.264 in yuv420p has one colour sample for 2x2 pixels"
-                raise ValueError(f"{argument} is {size}, wanted a positive even number: {reason}")
+                raise ValueError(f"{argument}: got {size}, want a positive even number, because {reason}")
         if not 0 <= crf <= 51:  # NaN fails too
-            raise ValueError(f"crf is {crf}, wanted 0 (lossless) to 51 (worst)")
+            raise ValueError(f"crf: got {crf}, want 0 (lossless) to 51 (worst)")
         if preset not in PRESETS:
-            raise ValueError(f"preset is {preset!r}, wanted one of {', '.join(PRESETS)}")
+            raise ValueError(f"preset: got {preset!r}, want one of {', '.join(PRESETS)}")
         self.height, self.width = height, width
         self._rate = _frame_rate(fps)
         self._options = {"crf": f"{crf:g}", "preset": preset, **_REPRODUCIBLE}
@@ -92,7 +93,7 @@ class VideoWriter:
 
         self._temporary = os.path.join(os.path.dirname(self._target), f".cogvid-{secrets.token_hex(6)}.mp4")
         try:
-            # Made here and not by `tempfile`, which hides it from others: the mode must follow the umask.
+            # Not with `tempfile`, which makes the file private: its mode must follow the umask.
             os.close(os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             container = av.open(self._temporary, "w", format="mp4", options={"movflags": "+faststart"})
             self._container = container
@@ -114,11 +115,11 @@ class VideoWriter:
         import av
 
         if self._container is None or self._stream is None:
-            raise RuntimeError("VideoWriter writes inside its `with` block only")
+            raise RuntimeError("write: got a call outside the `with` block, want it inside")
         array = np.asarray(frames.detach().cpu() if isinstance(frames, Tensor) else frames)
         if array.shape[1:] != (self.height, self.width, 3) or array.dtype != np.uint8:
             wanted = f"[f, {self.height}, {self.width}, 3] uint8"
-            raise ValueError(f"frames is {list(array.shape)} {array.dtype}, wanted {wanted}")
+            raise ValueError(f"frames: got {list(array.shape)} {array.dtype}, want {wanted}")
         for pixels in array:
             frame = _rgb_to_yuv(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"))
             frame.pts, frame.time_base = self._count, 1 / self._rate
@@ -139,15 +140,15 @@ class VideoWriter:
         assert self._stream is not None
         assert self._temporary is not None
         if self._count == 0:
-            raise ValueError("frames is empty, wanted at least one frame")
+            raise ValueError("frames: got none, want at least one frame")
         self._container.mux(self._stream.encode(None))
         self._container.close()
         os.replace(self._temporary, self._target)
 
     def _discard(self) -> None:
-        """Close what is open and remove the temporary file, if it is still there."""
+        """Close the container and remove the temporary file, if they are still there."""
         if self._container is not None:
-            with contextlib.suppress(Exception):  # a container that failed may fail again; its file goes anyway
+            with contextlib.suppress(Exception):  # a container that failed may fail again; the file is removed below
                 self._container.close()
         if self._temporary is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -171,11 +172,11 @@ def export_to_video(
         fps: frames per second of the written file, not of the model.
     """
     if isinstance(frames, (str, bytes)) or not isinstance(frames, (Iterable, Tensor)):
-        raise ValueError(f"frames is {type(frames).__name__}, wanted the frames of one video")
+        raise ValueError(f"frames: got {type(frames).__name__}, want the frames of one video")
     arrays = _frames_to_uint8(frames)
     first = next(arrays, None)
     if first is None:
-        raise ValueError("frames is empty, wanted at least one frame")
+        raise ValueError("frames: got none, want at least one frame")
     with VideoWriter(path, first.shape[0], first.shape[1], fps, crf, preset, metadata) as writer:
         writer.write(first[None])
         for array in arrays:
@@ -183,41 +184,42 @@ def export_to_video(
 
 
 def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
-    """Decode a video file, upright; colours without a tag are read as BT.601, as FFmpeg does.
+    """Decode a video file and turn it upright. Colours without a tag are read as BT.601, as FFmpeg does.
 
     Args:
-        max_frames: frames after these are not decoded.
+        max_frames: frames after these are not decoded; at least 1.
     Returns:
         `[F, H, W, 3]` uint8 RGB on the CPU, and the mean frames per second.
     Raises:
-        ValueError: a file that is not a whole, readable video.
+        ValueError: the file is not a complete video that can be read; `max_frames` is below 1.
     """
-    name = repr(os.fspath(path))
+    name = shown(os.fspath(path))
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames: got {max_frames}, want at least 1")
     frames: list[np.ndarray] = []
     with _opened(path) as container:
         if not container.streams.video:
-            raise ValueError(f"video {name} holds no pictures, wanted a video stream")
+            raise ValueError(f"video: got {name}, which holds no pictures, want a video stream")
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
         for packet in container.demux(stream):
             if packet.is_corrupt:
-                raise ValueError(f"cannot read video {name}: it is cut off or damaged")
+                raise ValueError(f"video: got {name}, which is cut off or damaged, want a whole video")
             frames += (_to_rgb(frame) for frame in packet.decode())
             if max_frames is not None and len(frames) >= max_frames:
                 frames = frames[:max_frames]
                 break
         else:
             if len(frames) < stream.frames:  # the index lists frames that the data does not hold
-                raise ValueError(
-                    f"cannot read video {name}: it holds {len(frames)} of the {stream.frames} frames it lists"
-                )
+                held = f"holds {len(frames)} of the {stream.frames} frames that it lists"
+                raise ValueError(f"video: got {name}, which {held}, want a whole video")
     if not frames or not rate:
-        raise ValueError(f"video {name} holds no frames, wanted at least one")
+        raise ValueError(f"video: got {name}, which holds no frames, want at least one")
     return torch.from_numpy(np.stack(frames)), float(rate)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what `metadata=` put into a written file."""
+    """Return the `metadata` that `VideoWriter` wrote into a file."""
     with _opened(path) as container:
         comment = container.metadata.get("comment", "")
     try:
@@ -225,44 +227,49 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     except json.JSONDecodeError:
         values = None
     if not isinstance(values, dict):
-        raise ValueError(f"video {os.fspath(path)!r} holds no record of how it was made, wanted a file made by cogvid")
+        reason = "holds no record of how it was made"
+        raise ValueError(f"video: got {shown(os.fspath(path))}, which {reason}, want a file made by cogvid")
     return values
 
 
 def check_output_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute path behind links that a video can be written to, or raise `ValueError` saying why not."""
+    """Return the absolute path, links resolved, or raise `ValueError` if no video can be written there."""
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
-    name = repr(os.fspath(path))
+    name = shown(os.fspath(path))
     if os.path.isdir(target):
-        raise ValueError(f"output {name} is a directory, wanted a file name ending in .mp4")
+        raise ValueError(f"output: got {name}, which is a directory, want a file name ending in .mp4")
     if os.path.splitext(target)[1].lower() != ".mp4":
-        raise ValueError(f"output {name} does not end in .mp4, wanted an MP4 file name")
+        raise ValueError(f"output: got {name}, want a file name ending in .mp4")
     if not os.path.isdir(directory):
-        raise ValueError(f"output directory {directory!r} does not exist, wanted an existing one")
+        raise ValueError(f"output: got {name}, whose directory does not exist, want one in an existing directory")
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise ValueError(f"output directory {directory!r} is not writable, wanted one that is")
+        raise ValueError(f"output: got {name}, whose directory is not writable, want one in a writable directory")
     if os.path.exists(target) and not (os.path.isfile(target) and os.access(target, os.W_OK)):
-        raise ValueError(f"output {name} exists and is not a writable file, wanted one that may be replaced")
+        raise ValueError(f"output: got {name}, which exists and is not a writable file, want one that may be replaced")
     return target
 
 
 def denormalize(video: Tensor) -> Tensor:
-    """Map the VAE's pixels from [-1, 1] to float32 in [0, 1], same shape, clamping what lies outside.
+    """Map the VAE's pixels from [-1, 1] to float32 in [0, 1], same shape. Values outside are clamped.
 
-    In fp32 this equals diffusers bit for bit. In low precision diffusers adds in that precision and so loses a bit of
-    the pixels; here the arithmetic is fp32.
+    For fp32 input this equals diffusers bit for bit. For low-precision input diffusers computes in that precision and
+    loses one bit; here the arithmetic is always fp32.
     """
     return (video.float() * 0.5 + 0.5).clamp(0, 1)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
     """Round pixels in [0, 1] to uint8 0-255, same shape, ties to even as diffusers' `numpy_to_pil` does."""
+    return _to_uint8(pixels, "pixels")
+
+
+def _to_uint8(pixels: Tensor, name: str) -> Tensor:
     pixels = pixels.float()
     if pixels.numel():
         low, high = (bound.item() for bound in pixels.aminmax())
         if not (low >= 0 and high <= 1):  # NaN fails too
-            raise ValueError(f"pixels lie between {low:g} and {high:g}, wanted [0, 1]")
+            raise ValueError(f"{name}: got values from {low:g} to {high:g}, want [0, 1]")
     return (pixels * 255).round().to(torch.uint8)
 
 
@@ -274,29 +281,26 @@ def _frames_to_uint8(frames: Iterable[Any]) -> Iterator[np.ndarray]:
         name = f"frames[{index}]"
         if isinstance(frame, pil.Image):
             if frame.mode != "RGB":
-                raise ValueError(f"{name} is a PIL image of mode {frame.mode}, wanted RGB")
+                raise ValueError(f"{name}: got a PIL image of mode {frame.mode}, want RGB")
             yield np.asarray(frame)
             continue
         if not isinstance(frame, (np.ndarray, Tensor)):
-            hint = "; one video at a time: pass frames[0]" if isinstance(frame, (list, tuple)) else ""
-            raise ValueError(f"{name} is {type(frame).__name__}, wanted a PIL image, an array or a tensor{hint}")
+            hint = " of one video, such as frames[0]" if isinstance(frame, (list, tuple)) else ""
+            raise ValueError(f"{name}: got {type(frame).__name__}, want a PIL image, an array or a tensor{hint}")
         shape, dtype = list(frame.shape), str(frame.dtype).removeprefix("torch.")
         if frame.ndim != 3 or 3 not in (shape[0], shape[2]):
-            hint = "; one video at a time: pass frames[0]" if frame.ndim == 4 else ""
-            raise ValueError(f"{name} has shape {shape}, wanted [H, W, 3] or [3, H, W]{hint}")
+            hint = " of one video, such as frames[0]" if frame.ndim == 4 else ""
+            raise ValueError(f"{name}: got shape {shape}, want [H, W, 3] or [3, H, W]{hint}")
         if dtype != "uint8" and not dtype.startswith(("float", "bfloat")):
-            raise ValueError(f"{name} is {dtype}, wanted uint8 0-255 or floating point in [0, 1]")
+            raise ValueError(f"{name}: got {dtype}, want uint8 0-255 or floating point in [0, 1]")
         tensor = frame.detach().cpu() if isinstance(frame, Tensor) else torch.tensor(frame)
-        if shape[2] != 3:  # with both 3, the last: a frame three pixels wide is odd and refused all the same
+        if shape[2] != 3:  # if both are 3, the last axis is RGB: a frame of odd width is refused anyway
             tensor = rearrange(tensor, "c h w -> h w c")
-        try:
-            yield (tensor if dtype == "uint8" else to_uint8(tensor)).numpy()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        yield (tensor if dtype == "uint8" else _to_uint8(tensor, name)).numpy()
 
 
 def _check_encoder() -> None:
-    """Raise unless PyAV can do what a writer needs: it is used only after the work that it would lose."""
+    """Raise unless PyAV can encode H.264. Checked early, because encoding follows hours of work."""
     versions.check("av")
     from av.codec import Codec
     from av.codec.codec import UnknownCodecError
@@ -309,8 +313,8 @@ def _check_encoder() -> None:
 
 def _frame_rate(fps: float | Fraction) -> Fraction:
     if not 0.01 <= fps <= 1000:  # NaN fails too
-        raise ValueError(f"fps is {fps}, wanted 0.01 to 1000 frames per second")
-    return Fraction(float(fps)).limit_denominator(1001)  # 24000/1001 and its like stay exact
+        raise ValueError(f"fps: got {fps}, want 0.01 to 1000 frames per second")
+    return Fraction(float(fps)).limit_denominator(1001)  # rates such as 24000/1001 stay exact
 
 
 def _rgb_to_yuv(frame: VideoFrame) -> VideoFrame:
@@ -339,7 +343,7 @@ def _to_rgb(frame: VideoFrame) -> np.ndarray:
 
 
 def _interpolation() -> int:
-    """swscale's flags for the right rounding, full chroma and the same bits with every instruction set."""
+    """Return swscale's flags for exact rounding, full chroma and the same bits with every instruction set."""
     from av.video.reformatter import Interpolation as Flag
 
     return int(Flag.BICUBIC | Flag.ACCURATE_RND | Flag.FULL_CHR_H_INT | Flag.FULL_CHR_H_INP | Flag.BITEXACT)
@@ -347,21 +351,22 @@ def _interpolation() -> int:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a video for reading; what FFmpeg cannot read raises one `ValueError`."""
+    """Open a video for reading. An error of FFmpeg becomes a `ValueError`."""
     versions.check("av")
     import av
     from av.error import FFmpegError
 
-    name = repr(os.fspath(path))
+    name = shown(os.fspath(path))
     if os.path.isdir(path):
-        raise ValueError(f"video {name} is a directory, wanted a video file")
+        raise ValueError(f"video: got {name}, which is a directory, want a video file")
     if not os.path.isfile(path):
-        raise ValueError(f"video {name} does not exist, wanted a video file")
+        raise ValueError(f"video: got {name}, which does not exist, want a video file")
     try:
-        # An absolute path: FFmpeg would take what stands before a colon for a network protocol.
+        # An absolute path, because FFmpeg would read the text before a colon as a network protocol.
         with av.open(os.path.abspath(path)) as container:
-            if container.format.name == "tty":  # FFmpeg would show a text file as a film of a terminal
-                raise ValueError(f"video {name} is a text file, wanted a video file")
+            if container.format.name == "tty":  # FFmpeg would decode a text file as the picture of a terminal
+                raise ValueError(f"video: got {name}, which is a text file, want a video file")
             yield container
     except FFmpegError as error:
-        raise ValueError(f"cannot read video {name}: {error.strerror}") from error
+        reason = f"cannot be read ({error.strerror})"
+        raise ValueError(f"video: got {name}, which {reason}, want a whole video") from error

@@ -101,7 +101,7 @@ def test_ids_of_any_text(tokenizers: tuple[Tokenizer, Any], text: str, glue: str
 
 
 def test_marks_that_transformers_loses(tmp_path: Path) -> None:
-    """The one departure: a letter under two marks keeps both, as in sentencepiece, and not only the first."""
+    """The one exception: a letter with two marks keeps both, as in sentencepiece, not only the first."""
     path = train_tokenizer(tmp_path, "nmt_nfkc")
     text = "e\u0302\u0301"
     got, theirs = ids_of_both((Tokenizer(path), T5Tokenizer.from_pretrained(tmp_path)), text, 4)
@@ -158,12 +158,12 @@ def test_prompt_embeds_fp32(tmp_path: Path, shard: str, max_length: int) -> None
     assert rel_rms(ours, expected) <= TEXT_FP32
 
 
-# Without padding, which repeats one token and so one rounding error.
+# Without padding, because padding repeats one token and so one rounding error.
 FILLED = [f"the {word} circle moves up and down, " * 3 for word in ("red", "blue", "green", "white", "small", "still")]
 
 
 def test_prompt_embeds_bf16(tmp_path: Path) -> None:
-    """The weights are stored in bf16, so the fp64 truth and both others have the same ones; over four seeds."""
+    """The weights are stored in bf16, so the fp64 truth and both bf16 runs use the same; over four seeds."""
     errors = []
     for seed in range(4):
         directory = tmp_path / str(seed)

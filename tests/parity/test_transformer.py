@@ -100,7 +100,9 @@ def test_embedded_tokens(variant: str, size: Size) -> None:
     kept: list[Tensor] = []
 
     class Keep:
-        def run(self, x: Tensor, temb: Tensor, blocks: Callable[..., Tensor]) -> Tensor:  # noqa: ARG002
+        state: ClassVar[dict[str, Any]] = {}
+
+        def run(self, x: Tensor, context: BlockContext, blocks: Callable[..., Tensor]) -> Tensor:  # noqa: ARG002
             kept.append(x)
             return x
 
@@ -121,7 +123,8 @@ def test_block(variant: str) -> None:
 
     video, text = reference.transformer_blocks[1](x[:, TEXT:], x[:, :TEXT], temb, image_rotary_emb=rotary)
     rope = None if rotary is None else (rotary[0][:, ::2], rotary[1][:, ::2])
-    ours = model.blocks[1](x, torch.nn.functional.silu(temb), rope, TEXT)
+    shard = Shard(0, TEXT + video_len, TEXT + video_len)
+    ours = model.blocks[1](x, BlockContext(torch.nn.functional.silu(temb), rope, TEXT, (3, 4, 6), shard))
     assert rel_rms(ours, torch.cat([text, video], dim=1)) < BLOCK_FP32
 
 

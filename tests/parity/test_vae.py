@@ -1,4 +1,4 @@
-"""The VAE against diffusers' `AutoencoderKLCogVideoX`: every stage, then whole videos of every kind of length."""
+"""The VAE against diffusers' `AutoencoderKLCogVideoX`: every stage, then videos of every kind of length."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_configs(name: str) -> None:
 def test_any_split_of_the_work_is_the_same(
     pair: tuple[AutoencoderKLCogVideoX, VAE], monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
-    """Convolutions and norms work off large tensors some frames at a time; here already these small ones."""
+    """Convolutions and norms process large tensors some frames at a time; here these small ones too."""
     theirs, ours = pair
     monkeypatch.setitem(cogvid.vae.CONV_ELEMENTS, "cpu", elements)
     monkeypatch.setattr(cogvid.ops, "_frames_in_cache", lambda x: max(elements // x[:, :, 0].numel(), 1))
@@ -94,7 +94,7 @@ def test_any_split_of_the_work_is_the_same(
 
 
 def test_bf16_is_no_worse() -> None:
-    """Against fp64 with the same bf16 weights and inputs, over four seeds: what is left is the arithmetic."""
+    """Against fp64 with the same bf16 weights and inputs, over four seeds: only the arithmetic differs."""
     encoded, decoded = [], []
     for seed in range(4):
         theirs, ours = (m.to(torch.bfloat16) for m in build(seed=seed))
@@ -110,7 +110,7 @@ def test_bf16_is_no_worse() -> None:
 
 
 def test_rewrites_are_exact(pair: tuple[AutoencoderKLCogVideoX, VAE]) -> None:
-    """Norms at latent resolution, upsampling as 2x2 convolutions and the rest are algebra: in fp64 nothing is left."""
+    """Norms at latent resolution, upsampling as 2x2 convolutions and the others are exact algebra: equal in fp64."""
     theirs, ours = (copy.deepcopy(m).double() for m in pair)
     x, z = randn(1, 3, 17, 16, 24).clamp(-1, 1).double(), randn(1, 4, 5, 2, 3).double()
     assert rel_rms(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) <= VAE_FP64

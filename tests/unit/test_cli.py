@@ -133,7 +133,8 @@ def test_every_option_arrives(t2v: Path, out: Path, tmp_path: Path) -> None:
     assert fps == 12
     made = read_metadata(out)
     expected = {
-        "task": "video-to-video", "negative_prompt": ["two dogs"], "guidance_scale": 2.5, "use_dynamic_cfg": "diffusers",
+        "task": "video-to-video", "negative_prompt": ["two dogs"], "guidance_scale": 2.5,
+        "use_dynamic_cfg": "diffusers",
         "scheduler": "ddim", "strength": 0.5, "resize": "crop", "image_latent_scale": "none", "seed": 7,
         "dtype": "bfloat16", "device": "cpu", "ops": "torch", "num_inference_steps": 4, "source": str(t2v),
     }  # fmt: skip
@@ -203,7 +204,7 @@ def test_inspect(t2v: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--resize", "squeeze"], "resize: got 'squeeze', want one of stretch, crop, pad"),
         (["--image-latent-scale", "half"], "image_latent_scale: got 'half'"),
         (["--model", "no-such-model"], "model: got 'no-such-model'"),
-        (["--model", "/dev/null"], "model: /dev/null is a file"),
+        (["--model", "/dev/null"], "model: got '/dev/null', which is a file, want"),
         (["--video", "/no/such/clip.mp4"], "/no/such/clip.mp4"),
         (["--image", "x.png", "--video", "x.mp4"], "image, video: got both"),
         (["--heigth", "32"], "unrecognized arguments: --heigth 32"),

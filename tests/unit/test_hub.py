@@ -1,9 +1,10 @@
-"""Finding a checkpoint, and fetching it from a hub of one repository on this machine."""
+"""Find a checkpoint, and download it from a hub on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import pytest
+from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalEntryNotFoundError
 
 import cogvid
 from cogvid import cli, plan
@@ -30,18 +33,49 @@ from tests.checkpoints import digest
 @pytest.mark.parametrize("name", ["no-such-model", "./nothing", "/nothing/here", "a/b/c", "", "a b/c"])
 def test_what_is_nowhere_is_refused_with_what_there_is(name: str) -> None:
     with pytest.raises(
-        ValueError, match=r"^model: got .*wanted a directory, a shipped pack \(.*\) or a hub id such as"
+        ValueError, match=r"^model: got .*, want a directory, a shipped pack \(.*\) or a hub id such as"
     ):
         find(name)
 
 
 def test_the_short_name_of_an_official_model_says_its_hub_id() -> None:
-    with pytest.raises(ValueError, match=r"got 'cogvideox-5b'; its weights are zai-org/CogVideoX-5b; wanted"):
+    with pytest.raises(ValueError, match=r"got 'cogvideox-5b', whose weights are zai-org/CogVideoX-5b, want a dir"):
         find("cogvideox-5b")
 
 
+def test_secrets_of_a_url_are_not_shown() -> None:
+    with pytest.raises(ValueError, match=r"^model: got 'https://huggingface\.co/a/b', want a directory") as caught:
+        find("https://user:SECRET@huggingface.co/a/b?token=SECRET")
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (
+            HfHubHTTPError("500 for url\n'https://cdn/x?sig=SECRET'", response=Mock()),
+            r"^model: got 'a/b' at 'v1', which could not be fetched whole \(500 for url 'https://cdn/x'\), want",
+        ),
+        (
+            BadRequestError("400 for url\n'https://cdn/x?sig=SECRET'", response=Mock()),
+            r"^model: got 'a/b' at 'v1', which could not be fetched whole \(400 for url 'https://cdn/x'\), want",
+        ),
+        (RuntimeError("broke"), r"^model: got 'a/b' at 'v1', which could not be fetched whole \(broke\), want another"),
+        (LocalEntryNotFoundError("x"), r"^model: got 'a/b' at 'v1' and no connection to the hub, want a directory or"),
+        (OSError(errno.ENOSPC, "No space left on device"), r"^\[Errno 28\] No space left on device$"),
+    ],
+    ids=["http", "bad-request", "other", "offline", "disk"],
+)
+def test_failures_of_a_download_are_one_line(monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: str) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=raised))
+    with pytest.raises(OSError, match=expected) as caught:
+        find("a/b", revision="v1")
+    assert "SECRET" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_file_is_not_a_checkpoint(pristine: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_index\.json is a file, wanted the directory of a checkpoint$"):
+    with pytest.raises(ValueError, match=r"model_index\.json', which is a file, want the directory of a checkpoint$"):
         find(pristine / "model_index.json")
 
 
@@ -53,7 +87,7 @@ def test_shipped_packs_are_found_by_name(pristine: Path, monkeypatch: pytest.Mon
     assert find(f"./{pristine.name}") == Path(pristine.name)
 
 
-# Fetching, from a hub of one repository on this machine.
+# Downloads from a hub on this machine.
 
 FETCHED = {
     "model_index.json": b'{"m16": 1}',
@@ -69,7 +103,7 @@ FETCHED = {
     "vae/config.json": b'{"v15": 1}',
     "vae/diffusion_pytorch_model.safetensors": b"4" * 10_000_000,
 }
-HALF = {  # what a variant brings: shards of the transformer, and one file for two of the encoder
+HALF = {  # the files of a variant: the transformer in shards, the text encoder in one file
     "text_encoder/model.fp16.safetensors": b"5" * 25_000,
     "transformer/diffusion_pytorch_model.safetensors.index.fp16.json": b'{"t44": 1}',
     "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors": b"6" * 10_000,
@@ -80,7 +114,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download takes."""
+    """The part of the hub's protocol that a download needs."""
 
     files = FETCHED | HALF | dict.fromkeys(NOT_FETCHED, b"not wanted")
     repositories: ClassVar[dict[str, dict[str, bytes]]] = {
@@ -170,6 +204,7 @@ result = [
     files(find("acme/tiny", local_files_only=True)),
     said(lambda: find("acme/other")),
     said(lambda: find("acme/tiny", revision="v9")),
+    said(lambda: find("acme/a--b")),
 ]
 print(json.dumps(result))
 """
@@ -177,7 +212,10 @@ print(json.dumps(result))
 
 def test_fetching_takes_the_files_that_are_needed_and_says_how_large_they_are(hub: Callable[..., str]) -> None:
     result = json.loads(hub(FETCH))
-    assert result[0].startswith("ValueError: model: acme/tiny is no directory here and not whole in the hub's local")
+    assert result[0] == (
+        "ValueError: model: got 'acme/tiny' without network access, want a directory or a repository that is complete "
+        "in the hub's local cache"
+    )
     assert result[1] == ["fetching acme/tiny: 3 files, 0.010 GB"]
     assert result[2] == [name for name in sorted(FETCHED) if name.startswith(("model_index", "vae"))]
     assert result[3] == ["fetching acme/tiny: 9 files, 0.000 GB"]  # without the three that are there
@@ -185,9 +223,11 @@ def test_fetching_takes_the_files_that_are_needed_and_says_how_large_they_are(hu
     assert result[5] == []
     assert result[6] == sorted(FETCHED)
     assert (
-        result[7] == "ValueError: model: acme/other is no directory here and no repository of the hub that you can read"
+        result[7]
+        == "ValueError: model: got 'acme/other', want a directory or a repository of the hub that you can read"
     )
-    assert result[8] == "ValueError: model: the hub has no revision 'v9' of acme/tiny"
+    assert result[8] == "ValueError: revision: got 'v9', want a branch, tag or commit of acme/tiny"
+    assert result[9].startswith("ValueError: model: got 'acme/a--b', want a valid hub id (Cannot have -- or ..")
 
 
 FETCH_VARIANTS = """

@@ -1,4 +1,4 @@
-"""Position tables against diffusers' functions and against the rule its pipelines choose the grid by."""
+"""Position tables against diffusers' functions and the grid rules of its pipelines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTHS = (16, 24, 24)
 def pipeline_rope(
     grid: tuple[int, int, int], patch_size_t: int | None, sample_height: int, sample_width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call the real pipeline's method, which reads nothing of its object but these."""
+    """Call the method of diffusers' pipeline, which reads only these attributes of its object."""
     diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
     config = SimpleNamespace(
         patch_size=2,
@@ -43,7 +43,7 @@ def pipeline_rope(
 def assert_same_rotation(positions: Positions, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
     for ours, theirs in zip(rotary_table(positions, WIDTHS), expected, strict=True):
         assert ours.dtype == torch.float32
-        # Theirs holds every angle twice, once for each channel of the pair.
+        # Theirs has every angle twice, once for each channel of a pair.
         assert torch.equal(ours.repeat_interleave(2, dim=1), theirs)
 
 
@@ -55,7 +55,7 @@ def test_resize_crop_rotation_is_that_of_the_pipeline(grid: tuple[int, int, int]
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 @pytest.mark.parametrize("sample", [(300, 300), (96, 170)], ids=["300x300", "96x170"])
 def test_index_rotation_is_that_of_the_pipeline(grid: tuple[int, int, int], sample: tuple[int, int]) -> None:
-    """The two sizes that 1.5 configs are found with give the same numbers, where upstream gives any."""
+    """The two sizes in 1.5 configs give the same numbers, wherever upstream does not fail."""
     if grid[1] * 2 > sample[0] or grid[2] * 2 > sample[1]:
         with pytest.raises(RuntimeError):
             pipeline_rope(grid, 2, *sample)
@@ -75,5 +75,5 @@ def test_sincos_table_is_that_of_diffusers(grid: tuple[int, int, int], scales: t
     frames, height, width = grid
     theirs = embeddings.get_3d_sincos_pos_embed(sum(WIDTHS), (width, height), frames, *scales).flatten(0, 1)
     ours = sincos_table(grid, WIDTHS, spatial_scale=scales[0], temporal_scale=scales[1])
-    # fp64 on both sides. Rounded to fp32, as the models use it, equal bits would be luck: some value is near a tie.
+    # Compared in fp64. After rounding to fp32, as in the models, some values near a tie could differ.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-15)

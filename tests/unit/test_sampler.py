@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -237,10 +238,10 @@ def test_a_sampler_may_ask_the_network_twice_in_a_step() -> None:
         return 0.7 * alpha.sqrt(), (0.3**2 * alpha + 1 - alpha).sqrt()  # mean and deviation at a level
 
     for name, sampler, steps in (("heun", heun, 20), ("ddim", "ddim", 40)):
-        schedule, seen = make_schedule(config, steps), []
-        sample(
-            gaussian(schedule, 0.7, 0.3), x, schedule, sampler=sampler, on_step=lambda _step, x, _state: seen.append(x)
-        )
+        schedule = make_schedule(config, steps)
+        seen: list[Tensor] = []
+        keep = partial(lambda seen, _step, x, _state: seen.append(x), seen)
+        sample(gaussian(schedule, 0.7, 0.3), x, schedule, sampler=sampler, on_step=keep)
         (mean, std), (start_mean, start_std) = flow(schedule.alpha(249)), flow(schedule.alpha(999))
         expected = mean + (x - start_mean) / start_std * std
         at_249 = schedule.prev_timesteps.index(249)

@@ -1,4 +1,4 @@
-"""Text encoder: loading, its op, and what it refuses."""
+"""Text encoder: loading, ops and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import T5EncoderModel
 from cogvid.hub import PACKS
 from cogvid.load import load_text_encoder
 from cogvid.ops import Ops, rms_norm
-from cogvid.text import Tokenizer, use_ops
+from cogvid.text import TextEncoder, Tokenizer, use_ops
 from measure import rel_rms
 from tests.tiny_text import save_text_parts, train_tokenizer
 from tests.tolerances import TEXT_FP32
@@ -47,22 +47,52 @@ def test_prompts_do_not_see_each_other(checkpoint: Path) -> None:
 
 
 def test_padding_is_attended(checkpoint: Path) -> None:
-    """No mask is passed, so the same text comes out otherwise in a longer row."""
+    """There is no mask, so the same text has other embeddings in a longer row."""
     encoder = load_text_encoder(checkpoint)
     assert not torch.allclose(encoder(PROMPTS, 12)[:, :5], encoder(PROMPTS, 24)[:, :5], atol=1e-3)
 
 
-def test_every_norm_runs_on_the_op(checkpoint: Path) -> None:
-    calls: list[tuple[int, ...]] = []
+class Counted:
+    """Ops that note the shape of each input of `rms_norm`."""
 
-    def counted(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-        calls.append(tuple(x.shape))
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.ops = dataclasses.replace(Ops.torch(), rms_norm=self.rms_norm)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        self.shapes.append(tuple(x.shape))
         return rms_norm(x, weight, eps=eps)
 
-    encoder = load_text_encoder(checkpoint, ops=dataclasses.replace(Ops.torch(), rms_norm=counted))
+
+def test_every_norm_runs_on_the_op(checkpoint: Path) -> None:
+    counted = Counted()
+    encoder = load_text_encoder(checkpoint, ops=counted.ops)
     expected = load_text_encoder(checkpoint, ops="torch")(PROMPTS, 8)
     assert torch.equal(encoder(PROMPTS, 8), expected)
-    assert calls == [(2, 8, 40)] * 7  # two in each of three layers, and the last
+    assert counted.shapes == [(2, 8, 40)] * 7  # two in each of three layers, and the last
+
+
+def test_ops_can_be_set_later(checkpoint: Path) -> None:
+    encoder = load_text_encoder(checkpoint, ops="torch")
+    first, second = Counted(), Counted()
+    expected = encoder(PROMPTS, 8)
+    for counted in (first, second):
+        encoder.set_ops(counted.ops)
+        assert torch.equal(encoder(PROMPTS, 8), expected)
+    assert len(first.shapes) == len(second.shapes) == 7
+    encoder.set_ops(Ops.torch())
+    encoder(PROMPTS, 8)
+    assert len(second.shapes) == 7
+
+
+def test_ops_can_be_set_on_a_model_of_transformers(checkpoint: Path) -> None:
+    encoder = TextEncoder(
+        T5EncoderModel.from_pretrained(checkpoint / "text_encoder"), load_text_encoder(checkpoint).tokenizer
+    )
+    counted = Counted()
+    encoder.set_ops(counted.ops)
+    encoder(PROMPTS, 8)
+    assert len(counted.shapes) == 7
 
 
 def test_use_ops_keeps_names_and_weights(checkpoint: Path) -> None:
@@ -81,7 +111,7 @@ def test_embedding_under_either_name(checkpoint: Path, tmp_path: Path) -> None:
         root = copy_of(checkpoint, tmp_path / str(names))
         save_file(stored | {name: shared.clone() for name in names}, root / "text_encoder" / "model.safetensors")
         encoder = load_text_encoder(root)
-        # Not bit for bit: matrices lie elsewhere in the file, and a BLAS may order its sums by their address.
+        # Not bit for bit: the matrices have other addresses in the file, and a BLAS may order its sums by address.
         assert rel_rms(encoder(PROMPTS, 8), expected) <= TEXT_FP32
         assert encoder.model.shared is encoder.model.encoder.embed_tokens
 
@@ -126,9 +156,9 @@ def test_truncation_warns_and_names_the_prompt(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("prompts", "max_length", "message"),
     [
-        ("a red circle", 8, "prompts: got str 'a red circle', wanted a list of str"),
-        ([None], 8, r"prompts: got list [None], wanted a list of str"),
-        (["a"], 0, "max_length: got 0, wanted at least 1"),
+        ("a red circle", 8, "prompts: got str 'a red circle', want a list of str"),
+        ([None], 8, r"prompts: got list [None], want a list of str"),
+        (["a"], 0, "max_length: got 0, want at least 1"),
     ],
     ids=["str", "none", "length"],
 )
@@ -144,12 +174,12 @@ def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
 
     root = broken("no-spiece")
     (root / "tokenizer" / "spiece.model").unlink()
-    with pytest.raises(ValueError, match=r"spiece.model: no such file, wanted a sentencepiece model"):
+    with pytest.raises(ValueError, match=r"spiece\.model: got no file, want a sentencepiece model$"):
         load_text_encoder(root)
 
     root = broken("bad-spiece")
     (root / "tokenizer" / "spiece.model").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"spiece.model: not a sentencepiece model"):
+    with pytest.raises(ValueError, match=r"spiece\.model: got a broken file .+, want a sentencepiece model$"):
         load_text_encoder(root)
 
     root = broken("bad-config")
@@ -224,7 +254,7 @@ def test_a_variant_of_the_encoder(tmp_path: Path, shard: str) -> None:
 
 
 def test_ids_that_have_no_embedding_are_refused_when_they_occur(checkpoint: Path, tmp_path: Path) -> None:
-    """A vocabulary larger than the embedding is no fault of its own; diffusers runs it too."""
+    """A vocabulary larger than the embedding is allowed, as in diffusers."""
     root = copy_of(checkpoint, tmp_path)
     path = root / "text_encoder" / "model.safetensors"
     tokenizer = load_text_encoder(checkpoint).tokenizer
@@ -235,7 +265,7 @@ def test_ids_that_have_no_embedding_are_refused_when_they_occur(checkpoint: Path
     (root / "text_encoder" / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
     encoder = load_text_encoder(root)
     assert torch.equal(encoder(PROMPTS, 8), load_text_encoder(checkpoint)(PROMPTS, 8))
-    words = rf"^prompt 'red <extra_id_99>': got the piece '<extra_id_99>' of id {size}, want ids below {size}, the text"
+    words = rf"^prompt: got 'red <extra_id_99>' with the piece '<extra_id_99>' of id {size}, want ids below {size}, "
     with pytest.raises(ValueError, match=words):
         encoder(["a red circle", "red <extra_id_99>"], 8)
 
@@ -252,7 +282,7 @@ def test_unknown_words_are_named(checkpoint: Path) -> None:
 
 
 def test_a_large_vocabulary_spells_words_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is how T5 reads any rare word, so that only pieces without an id are unknown there."""
+    """T5 splits rare words into pieces, so there only words with the unknown piece are unknown."""
     monkeypatch.setattr("cogvid.text._WORD_LIST", 10)
     tokenizer = Tokenizer(train_tokenizer(tmp_path, "nmt_nfkc"))
     assert tokenizer.unknown_words("a bison 猫 dressed") == ["猫"]
@@ -283,5 +313,5 @@ def test_model_without_pad_is_refused(tmp_path: Path) -> None:
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    with pytest.raises(ValueError, match=r"got no pad token, wanted a T5 model"):
+    with pytest.raises(ValueError, match=r"got no pad token, want a T5 model$"):
         Tokenizer(tmp_path / "other.model")

@@ -1,13 +1,18 @@
-"""What the VAE promises by itself: causality, streaming, its cache, its errors, its gradients."""
+"""The VAE without diffusers: causality, streaming, cache, ops, hooks, errors, gradients."""
 
 from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cogvid.config import VAEConfig
-from cogvid.vae import LAYOUT, VAE, CausalConv3d, ConvCache, DiagonalGaussian, chunk_sizes
+from cogvid.ops import Ops
+from cogvid.vae import LAYOUT, VAE, CausalConv3d, ConvCache, DiagonalGaussian, NormSiLU, chunk_sizes
 from measure import rel_rms
 from tests.reference import perturb
 from tests.tolerances import VAE_BATCH_FP32
@@ -42,7 +47,7 @@ def test_chunk_sizes(frames: int, size: int, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("latent_frames", [1, 2, 3, 4, 5, 7])
 def test_frame_counts(vae: VAE, latent_frames: int) -> None:
-    """An odd number of latent frames is 4T - 3 pixel frames, an even one 4T; encoding is the way back."""
+    """T latent frames are 4T - 3 pixel frames if T is odd, 4T if T is even. Encoding gives T again."""
     frames = 4 * latent_frames - 3 if latent_frames % 2 else 4 * latent_frames
     decoded = vae.decode(latents(latent_frames))
     assert decoded.shape == (1, 3, frames, 16, 24)
@@ -50,7 +55,7 @@ def test_frame_counts(vae: VAE, latent_frames: int) -> None:
 
 
 def test_encoding_is_causal(vae: VAE) -> None:
-    """A prefix of whole chunks gives a prefix of the latents, bit for bit, and the past does reach the next chunk."""
+    """A prefix of whole chunks gives a prefix of the latents, bit for bit. The past does reach the next chunk."""
     x = pixels(25)
     whole = vae.encode(x).mean
     assert torch.equal(whole[:, :, :3], vae.encode(x[:, :, :9]).mean)
@@ -96,7 +101,7 @@ def test_batch_of_two_is_two_of_one(vae: VAE) -> None:
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_cache_holds_two_frames_of_each_causal_convolution(vae: VAE, part: str) -> None:
-    """And nothing of the 1x1x1 ones, nor larger memory behind its tensors."""
+    """It holds nothing of the 1x1x1 convolutions, and its tensors are not views of larger memory."""
     module = getattr(vae, part)
     expected: dict[nn.Module, int] = {}
 
@@ -117,7 +122,7 @@ def test_cache_holds_two_frames_of_each_causal_convolution(vae: VAE, part: str) 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_layout_is_kept(vae: VAE, part: str) -> None:
-    """One layer that returns another layout makes all after it copy: right, but half as fast."""
+    """If one layer returns another layout, all later layers copy: the result is right, but half as fast."""
     others: list[str] = []
 
     def check(name: str, out: Tensor) -> None:
@@ -132,6 +137,46 @@ def test_layout_is_kept(vae: VAE, part: str) -> None:
     for hook in hooks:
         hook.remove()
     assert others == []
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_hooks_fire_on_every_layer_and_keep_what_they_saw(vae: VAE, part: str) -> None:
+    """A layer whose weights were read past its call would run without its hook."""
+    layers = {
+        name: module
+        for name, module in getattr(vae, part).named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, NormSiLU)) or not list(module.children())
+    }
+    owners = {name.rpartition(".")[0] for name, _ in getattr(vae, part).named_parameters()}
+    assert owners == set(layers)  # all that has weights
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, out: Tensor) -> None:
+        seen[name] = out, out.clone()
+
+    hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: keep(n, out)) for n, m in layers.items()]
+    try:
+        result = vae.encode(pixels(9)).mean if part == "encoder" else vae.decode(latents(3))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert set(seen) == set(layers)
+    assert [name for name, (kept, copied) in seen.items() if not torch.equal(kept, copied)] == []
+    assert torch.equal(result, vae.encode(pixels(9)).mean if part == "encoder" else vae.decode(latents(3)))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_what_a_hook_returns_takes_effect(vae: VAE, part: str) -> None:
+    def run() -> Tensor:
+        return vae.encode(pixels(9)).mean if part == "encoder" else vae.decode(latents(3))
+
+    plain = run()
+    for name, module in getattr(vae, part).named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, NormSiLU)):
+            hook = module.register_forward_hook(lambda _m, _i, out: 1.5 * out)
+            changed = run()
+            hook.remove()
+            assert not torch.equal(changed, plain), name
 
 
 def test_every_parameter_gets_a_gradient() -> None:
@@ -150,14 +195,47 @@ def test_inputs_are_left_alone(vae: VAE) -> None:
     assert torch.equal(z, latents(3))
 
 
+def test_ops_can_be_set_later(vae: VAE) -> None:
+    """Every norm runs them, in both directions, and nothing else does."""
+    calls: Counter[str] = Counter()
+
+    def group_norm_silu(*args: Tensor, num_groups: int, eps: float) -> Tensor:
+        calls["group"] += 1
+        return Ops.torch().group_norm_silu(*args, num_groups=num_groups, eps=eps)
+
+    def spatial_norm_silu(*args: Tensor, num_groups: int, eps: float) -> Tensor:
+        calls["spatial"] += 1
+        return Ops.torch().spatial_norm_silu(*args, num_groups=num_groups, eps=eps)
+
+    x, z = pixels(9), latents(3)  # one chunk each
+    encoded, decoded = vae.encode(x).mean, vae.decode(z)
+    counting = dataclasses.replace(Ops.torch(), group_norm_silu=group_norm_silu, spatial_norm_silu=spatial_norm_silu)
+    ours = copy.deepcopy(vae)
+    ours.set_ops(counting)
+    assert ours.ops is counting
+    assert torch.equal(ours.encode(x).mean, encoded)
+    assert calls == {"group": sum(isinstance(m, NormSiLU) for m in ours.encoder.modules())}
+    calls.clear()
+    assert torch.equal(ours.decode(z), decoded)
+    assert calls == {"spatial": sum(isinstance(m, NormSiLU) for m in ours.decoder.modules())}
+    assert VAE(CONFIG, counting).ops is counting
+
+
+def test_ops_are_set_by_the_method_only(vae: VAE) -> None:
+    """An attribute would be set and reach no norm."""
+    with pytest.raises(AttributeError):
+        vae.ops = Ops.torch()  # pyright: ignore[reportAttributeAccessIssue]
+    assert vae.ops == Ops.torch()
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 4, 9, 16, 24), r"x has shape \[1, 4, 9, 16, 24\], wanted \[batch, 3, frames, height, width\]"),
-        ((3, 9, 16, 24), r"x has shape \[3, 9, 16, 24\]"),
-        ((1, 3, 0, 16, 24), r"x has shape \[1, 3, 0, 16, 24\]"),
-        ((1, 3, 9, 20, 24), "x has height x width 20 x 24, wanted multiples of 8"),
-        ((1, 3, 9, 16, 25), "x has height x width 16 x 25, wanted multiples of 8"),
+        ((1, 4, 9, 16, 24), r"^x: got shape \[1, 4, 9, 16, 24\], want \[batch, 3, frames, height, width\]$"),
+        ((3, 9, 16, 24), r"^x: got shape \[3, 9, 16, 24\], want"),
+        ((1, 3, 0, 16, 24), r"^x: got shape \[1, 3, 0, 16, 24\], want"),
+        ((1, 3, 9, 20, 24), "^x: got height 20 and width 24, want multiples of 8$"),
+        ((1, 3, 9, 16, 25), "^x: got height 16 and width 25, want multiples of 8$"),
     ],
 )
 def test_encode_refuses(vae: VAE, shape: tuple[int, ...], message: str) -> None:
@@ -167,7 +245,7 @@ def test_encode_refuses(vae: VAE, shape: tuple[int, ...], message: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 2, 3), (4, 3, 2, 3), (1, 4, 0, 2, 3), (0, 4, 3, 2, 3)])
 def test_decode_refuses_at_once(vae: VAE, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"z has shape .* wanted \[batch, 4, frames, height, width\]"):
+    with pytest.raises(ValueError, match=r"^z: got shape .*, want \[batch, 4, frames, height, width\]$"):
         vae.decode_chunks(torch.zeros(shape))
 
 

@@ -112,7 +112,7 @@ def test_nan_and_a_wrong_token_exceed_every_bound() -> None:
         (["tiny-t2v", "--device", "tpu"], "device: got 'tpu'"),
         (["tiny-t2v", "--parts", "nothing"], "argument --parts: invalid choice: 'nothing'"),
         (["tiny-t2v", "--json", "/no/such/place/x.json"], "json: got /no/such/place/x.json"),
-        (["a/b", "--local-files-only"], "model: a/b is no directory here"),
+        (["a/b", "--local-files-only"], "model: got 'a/b' without network access, want a directory"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

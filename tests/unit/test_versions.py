@@ -1,4 +1,4 @@
-"""What is too old, or not there, is refused in one line before any work."""
+"""A package that is too old or missing is refused in one line before any work."""
 
 from __future__ import annotations
 

@@ -1,0 +1,189 @@
+"""Download a picture from an http or https URL, within a time limit and a size limit.
+
+No message shows the secrets of a URL: `shown` and `one_line` leave out its userinfo, its query and its fragment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import socket
+import string
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_URL_START = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/+")  # also "http:/", which `Path` makes of "http://"
+_HOST = re.compile(r"([^:@]*|\[[^\]]*\])(:\d*)?")
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+
+
+class Refused(Exception):
+    """The picture is not accepted. The message continues "image: got NAME, which"."""
+
+
+def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) -> bytes:
+    """Fetch a URL within `timeout` seconds, whatever the server does.
+
+    Args:
+        url: http or https, without user name and password. Proxies of the environment are used.
+        timeout: seconds for the whole download: host name look-up, connection, redirects and body.
+        max_bytes: largest body to accept.
+        max_redirects: most redirects to follow; the rules for `url` hold for each target.
+    Raises:
+        ValueError: no picture was received within these limits.
+    """
+    # The timeout of a socket restarts with each byte, and a name look-up has no timeout. So a thread does the work, and
+    # the caller stops waiting at the deadline. Closing the sockets then ends the thread.
+    deadline = time.monotonic() + timeout
+    sockets: list[socket.socket] = []
+    result: list[bytes | BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(_fetch(url, deadline, sockets, max_bytes, max_redirects))
+        except BaseException as error:  # the caller raises it
+            result.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="cogvid-download")
+    thread.start()
+    try:
+        thread.join(timeout)
+    finally:
+        finished = bool(result)
+        for sock in list(sockets):
+            with contextlib.suppress(OSError):  # it was closed already
+                sock.shutdown(socket.SHUT_RDWR)
+    outcome = result[0] if finished else TimeoutError()
+    if isinstance(outcome, bytes):
+        return outcome
+    raise ValueError(f"image: got {shown(url)}, which {_reason(outcome, timeout)}")
+
+
+def _reason(error: BaseException | str, timeout: float) -> str:
+    """Say what went wrong, without the words of a library or a server that may repeat the URL."""
+    if isinstance(error, urllib.error.URLError):
+        error = error.reason
+    if isinstance(error, TimeoutError):
+        return f"was not received within {timeout:g} seconds, want a server that answers in time"
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"cannot be fetched ({one_line(error)}), want a picture that can be downloaded"
+    if isinstance(error, (http.client.InvalidURL, ValueError, str)):
+        return "is not a valid URL or has an invalid proxy set for it, want valid ones"
+    if isinstance(error, http.client.IncompleteRead):
+        return "broke off, want a whole picture"
+    if isinstance(error, http.client.HTTPException):
+        return "was answered with something that is not HTTP, want an http or https server"
+    raise error
+
+
+def _fetch(url: str, deadline: float, sockets: list[socket.socket], max_bytes: int, max_redirects: int) -> bytes:
+    opener = _opener(deadline, sockets)
+    for _ in range(max_redirects + 1):
+        request = urllib.request.Request(_escaped(url), headers={"User-Agent": "cogvid", "Accept": "image/*"})
+        with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+            location = response.headers.get("Location")
+            if response.status in _REDIRECTS and location:
+                url = urllib.parse.urljoin(url, location)
+                continue
+            return _read_body(response, max_bytes)
+    raise Refused(f"redirects more than {max_redirects} times, want at most that many redirects")
+
+
+def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    if response.status != 200:
+        status = f"{response.status} {http.client.responses.get(response.status, '')}".strip()
+        raise Refused(f"was answered with status {status}, want 200")
+    if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+        raise Refused("is an HTML page, want the address of the picture itself")
+    announced = response.length  # None where the server does not say
+    if announced is not None and announced > max_bytes:
+        raise Refused(f"has {announced} bytes, want at most {max_bytes}")
+    body = bytearray()
+    while chunk := response.read1(65536):
+        body += chunk
+        if len(body) > max_bytes:
+            raise Refused(f"has more than {max_bytes} bytes, want at most that many")
+    if announced is not None and len(body) < announced:
+        raise Refused(f"broke off after {len(body)} of {announced} bytes, want a whole picture")
+    if not body:
+        raise Refused("is empty, want a picture")
+    return bytes(body)
+
+
+def _opener(deadline: float, sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
+    """Make an opener for http and https only. It uses the proxies of the environment and lists its sockets."""
+
+    class Plain(http.client.HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            _register(self.sock)
+
+    class Secure(http.client.HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            _register(self.sock)
+
+    def _register(sock: socket.socket) -> None:
+        sockets.append(sock)
+        if time.monotonic() > deadline:  # the caller no longer waits
+            raise TimeoutError
+
+    class HTTP(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(Plain, req)
+
+    class HTTPS(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(Secure, req)
+
+    opener = urllib.request.OpenerDirector()
+    # No redirect handler and no error processor: `_fetch` sees every answer and checks every address itself.
+    for handler in (urllib.request.ProxyHandler(), HTTP(), HTTPS()):
+        opener.add_handler(handler)
+    return opener
+
+
+def _escaped(url: str) -> str:
+    """Check a URL, drop its fragment and encode the characters that a request line does not allow."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # raises unless it is a number
+    except ValueError:
+        raise Refused("is not a valid URL, want an http or https URL") from None
+    if parts.scheme not in ("http", "https"):
+        raise Refused(f"leads to the scheme {parts.scheme!r}, want http or https")
+    if "@" in parts.netloc:  # it would be taken for a part of the host name
+        raise Refused("has a user name or a password, want a URL without them")
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode("ascii")
+    path, query = (urllib.parse.quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+    return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+
+
+def shown(name: str | bytes) -> str:
+    """Quote a path or a URL for a message: one short line, without the secrets of a URL."""
+    if isinstance(name, str) and (start := _URL_START.match(name)):
+        name = start[0] + _without_secrets(name[start.end() :])
+    text = repr(name)
+    return text if len(text) <= 200 else f"{text[:98]}...{text[-99:]}"  # the end of a path says most
+
+
+def one_line(error: object) -> str:
+    """Return the words of an error for a message: one short line, without the secrets of URLs in it."""
+    text = " ".join(str(error).split())
+    text = _URL_IN_TEXT.sub(lambda url: "//".join(map(_without_secrets, url[0].split("//", 1))), text)
+    return text[:300] or type(error).__name__
+
+
+def _without_secrets(rest: str) -> str:
+    """Cut what follows the `//` of a URL to its host and path, or to `...` where they cannot be told from secrets."""
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    host = host.rpartition("@")[2]
+    return host + slash + path if _HOST.fullmatch(host) else "..."
