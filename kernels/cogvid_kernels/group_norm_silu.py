@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._rows import check_parameter
@@ -165,7 +165,6 @@ def _apply_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     pieces = tl.cdiv(width, BLOCK_P)
     i_row = tl.program_id(0) // pieces * ROWS
@@ -213,7 +212,7 @@ def _apply_kernel(
         b_y = b_y * b_scale + b_shift
 
     b_y = b_y / (1 + tl.exp(-b_y))
-    tl.store(out + o_x, round_to(b_y, out.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(out + o_x, round_to(b_y, out.dtype.element_ty), mask=mask)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
@@ -471,7 +470,6 @@ def _apply_arguments(
         "ALONE": scale is not None and _first_is_alone(frames),
         "UP_H": height // latent[1],
         "UP_W": width // latent[2],
-        "INTERPRETED": is_interpreted(_apply_kernel),
         "enable_fp_fusion": True,
         **_blocks("group_norm/apply", x, width, arch),
     }

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._rows import check_parameter, check_rows, row_tile
@@ -61,7 +61,6 @@ def _modulate_kernel(
     NORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     o_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
@@ -79,9 +78,7 @@ def _modulate_kernel(
         p_y = y + (o_b * stride_yb + o_n * stride_yn)[:, None] + o_d[None, :]
         b_y = tl.load(p_y, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         p_gate = gate + (o_b * stride_gate_b + stream * stride_gate_row)[:, None] + o_d[None, :]
-        b_sum = round_to(
-            b_x + tl.load(p_gate, mask=mask, other=0.0).to(tl.float32) * b_y, x.dtype.element_ty, INTERPRETED
-        )
+        b_sum = round_to(b_x + tl.load(p_gate, mask=mask, other=0.0).to(tl.float32) * b_y, x.dtype.element_ty)
         tl.store(out_sum + o_out, b_sum, mask=mask)
         # The norm sees the rounded sum, which is what the next residual adds to.
         b_x = b_sum.to(tl.float32)
@@ -95,7 +92,7 @@ def _modulate_kernel(
         b_gain = 1 + tl.load(p_scale, mask=mask, other=0.0).to(tl.float32)
         b_shift = tl.load(p_shift, mask=mask, other=0.0).to(tl.float32)
         b_out = (b_x * b_inverse[:, None] * b_w[None, :] + b_b[None, :]) * b_gain + b_shift
-        tl.store(out_norm + o_out, round_to(b_out, x.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(out_norm + o_out, round_to(b_out, x.dtype.element_ty), mask=mask)
 
 
 def layer_norm_modulate(
@@ -314,7 +311,6 @@ def _arguments(
         "D": width,
         "GATE": y is not None,
         "NORM": weight is not None,
-        "INTERPRETED": is_interpreted(_modulate_kernel),
         "enable_fp_fusion": True,
         **row_tile(width, arch).options,
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._tiles import architecture, tile_for
@@ -32,7 +32,6 @@ def _bias_gelu_kernel(
     num_elements,
     width,  # M
     BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     o = tl.arange(0, BLOCK)
@@ -44,7 +43,7 @@ def _bias_gelu_kernel(
     # 0.5 * (1 + tanh(z)) is sigmoid(2 z); 2 * sqrt(2 / pi) = 1.5957691216057308.
     b_z = 1.5957691216057308 * (b_y + 0.044715 * b_y * b_y * b_y)
     b_out = b_y / (1 + tl.exp(-b_z))
-    tl.store(x + start + o, round_to(b_out, x.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(x + start + o, round_to(b_out, x.dtype.element_ty), mask=mask)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None = None) -> Tensor:
@@ -123,7 +122,6 @@ def _arguments(out: Tensor, bias: Tensor, arch: int) -> dict[str, Any]:
         "bias": bias,
         "num_elements": out.numel(),
         "width": out.shape[-1],
-        "INTERPRETED": is_interpreted(_bias_gelu_kernel),
         "enable_fp_fusion": True,
         **tile_for("elements", "any", arch).options,
     }

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._rows import check_parameter, check_rows, row_tile
@@ -85,7 +85,6 @@ def _qk_norm_rope_kernel(
     WRITE_NORMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     o_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
@@ -111,8 +110,8 @@ def _qk_norm_rope_kernel(
         b_q = _rotate(b_q, b_cos, b_sin, BLOCK_ROWS, BLOCK_D)
         b_k = _rotate(b_k, b_cos, b_sin, BLOCK_ROWS, BLOCK_D)
     o_out = o_r.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
-    b_k = round_to(b_k, out_k.dtype.element_ty, INTERPRETED)
-    tl.store(out_q + o_out, round_to(b_q, out_q.dtype.element_ty, INTERPRETED), mask=mask)
+    b_k = round_to(b_k, out_k.dtype.element_ty)
+    tl.store(out_q + o_out, round_to(b_q, out_q.dtype.element_ty), mask=mask)
     tl.store(out_k + o_out, b_k, mask=mask)
     if WRITE_NORMS:
         # Of what was written: a bound must hold for the rounded keys.
@@ -267,7 +266,6 @@ def _arguments(
         "CENTRED": centred,
         "ROTATE": cos is not None,
         "WRITE_NORMS": outputs[2] is not None,
-        "INTERPRETED": is_interpreted(_qk_norm_rope_kernel),
         "enable_fp_fusion": True,
         **row_tile(head_dim, arch).options,
     }

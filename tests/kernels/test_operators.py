@@ -56,7 +56,7 @@ def make(name: str) -> tuple[list[Any], dict[str, Any]]:
 
 FURTHER = {  # arguments that change an operator's outputs or what it checks
     "attention-lse": ("attention", {"return_lse": True, "scale": 0.3}),
-    "attention-bounded": ("attention", {"variant": "pointer_bounded", "key_norms": torch.full((2, 2), 9.0)}),
+    "attention-bounded": ("attention", {"variant": "pointer_bounded"}),
     "attention-tile": ("attention", {"tile": cogvid_kernels._tiles.Tile({"BLOCK_M": 16, "BLOCK_N": 16})}),
     "qk_norm_rope-norms": ("qk_norm_rope", {"return_key_norms": True, "centred": True}),
     "linear_gelu-kernel": ("linear_gelu", {"variant": "kernel"}),
