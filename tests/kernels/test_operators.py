@@ -58,7 +58,7 @@ FURTHER = {  # arguments that change an operator's outputs or what it checks
     "attention-lse": ("attention", {"return_lse": True, "scale": 0.3}),
     "attention-bounded": ("attention", {"variant": "pointer_bounded"}),
     "attention-tile": ("attention", {"tile": cogvid_kernels._tiles.Tile({"BLOCK_M": 16, "BLOCK_N": 16})}),
-    "qk_norm_rope-norms": ("qk_norm_rope", {"return_key_norms": True, "centred": True}),
+    "qk_norm_rope-centred": ("qk_norm_rope", {"centred": True}),
     "linear_gelu-kernel": ("linear_gelu", {"variant": "kernel"}),
 }
 NAMES = cogvid_kernels.__all__
