@@ -51,12 +51,15 @@ class QKNormRopeOp(Protocol):
         *,
         text_len: int,
         eps: float,
+        centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """LayerNorm q and k over the head width, then rotate the video tokens.
+        """Norm q and k over the head width, then rotate the video tokens.
 
         q, k: `[B, N, heads, hd]`, any strides as long as the last one is 1. q_weight, q_bias, k_weight, k_bias: `[hd]`.
         rope: None, or cos and sin, each fp32 `[S, hd / 2]`: one angle per pair of neighbouring channels, for the
-        tokens from `text_len` on. Returns q and k, each `[B, N, heads, hd]`.
+        tokens from `text_len` on. centred: False is LayerNorm; True says that q and k have mean zero over each head,
+        because their projections were centred: the norm is then RMSNorm with this weight and bias. Returns q and k,
+        each `[B, N, heads, hd]`.
         """
         ...
 
@@ -214,22 +217,30 @@ def qk_norm_rope(
     *,
     text_len: int,
     eps: float,
+    centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `QKNormRopeOp`: the q and k half of diffusers' `CogVideoXAttnProcessor2_0`."""
     return (
-        _norm_rotate(q, q_weight, q_bias, rope, text_len, eps),
-        _norm_rotate(k, k_weight, k_bias, rope, text_len, eps),
+        _norm_rotate(q, q_weight, q_bias, rope, text_len, eps, centred),
+        _norm_rotate(k, k_weight, k_bias, rope, text_len, eps, centred),
     )
 
 
-def _norm_rotate(x: Tensor, weight: Tensor, bias: Tensor, rope: Rope | None, text_len: int, eps: float) -> Tensor:
-    if rope is None:
+def _norm_rotate(
+    x: Tensor, weight: Tensor, bias: Tensor, rope: Rope | None, text_len: int, eps: float, centred: bool
+) -> Tensor:
+    if rope is None and not centred:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)  # fp32 inside, whatever the dtype
     wide = _wide_dtype(x)
-    out = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
-    # A pair of neighbouring channels is one complex number, and the rotation one product, written in place.
-    cos, sin = (table.to(wide) for table in rope)
-    torch.view_as_complex(out[:, text_len:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
+    weight, bias = weight.to(wide), bias.to(wide)
+    if centred:
+        out = F.rms_norm(x.to(wide), x.shape[-1:], weight, eps) + bias
+    else:
+        out = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
+    if rope is not None:
+        # A pair of neighbouring channels is one complex number, and the rotation one product, written in place.
+        cos, sin = (table.to(wide) for table in rope)
+        torch.view_as_complex(out[:, text_len:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
     return out.to(x.dtype)
 
 

@@ -195,6 +195,10 @@ def diffusers_qk_norm_rope(inputs: Inputs) -> Runner:
     return run, lambda out: [x.transpose(1, 2) for x in out]
 
 
+def torch_centred_norm(inputs: Inputs) -> Runner:
+    return functools.partial(ops.qk_norm_rope, **public(inputs), centred=True), same
+
+
 def set_affine(norm: Any, weight: Tensor, bias: Tensor) -> None:
     norm.weight, norm.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
 
@@ -488,7 +492,8 @@ def make_registry() -> list[Op]:
         Op(
             "qk_norm_rope", "byte", "4 B N H hd elements (q and k read and written)",
             projected_cases("qk", lambda batch, tokens, heads, size: 4.0 * batch * tokens * heads * 64 * size),
-            ops.qk_norm_rope, cogvid_kernels.qk_norm_rope, {"diffusers": diffusers_qk_norm_rope},
+            ops.qk_norm_rope, cogvid_kernels.qk_norm_rope,
+            {"diffusers": diffusers_qk_norm_rope, "torch centred": torch_centred_norm},
             {"centred": {"centred": True}},
         ),
         Op(

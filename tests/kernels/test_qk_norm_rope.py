@@ -15,6 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 EPS = 1e-6
 
+each_form = pytest.mark.parametrize("centred", [False, True], ids=["layer", "rms"])
+
 
 def make(batch: int, tokens: int, heads: int, head_dim: int, text_len: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Return q and k with the four affine vectors, and the rotary table."""
@@ -26,6 +28,7 @@ def make(batch: int, tokens: int, heads: int, head_dim: int, text_len: int) -> t
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rotate", [True, False], ids=["rope", "plain"])
+@each_form
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "head_dim", "text_len"),
     [(1, 1, 1, 64, 0), (3, 17, 5, 64, 4), (2, 23, 3, 30, 23), (1, 9, 2, 80, 2), (2, 5, 1, 128, 1)],
@@ -37,13 +40,15 @@ def test_sizes(
     heads: int,
     head_dim: int,
     text_len: int,
+    centred: bool,
     rotate: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
+    """Rows here have a mean, so that the two forms differ and each is held against its own reference."""
     arguments, rope = make(batch, tokens, heads, head_dim, text_len)
-    table = rope if rotate else None
-    assert_accurate("qk_norm_rope", *arguments, table, text_len=text_len, eps=EPS, device=device, dtype=dtype)
+    options = {"text_len": text_len, "eps": EPS, "centred": centred, "device": device, "dtype": dtype}
+    assert_accurate("qk_norm_rope", *arguments, rope if rotate else None, **options)
 
 
 def test_strides(device: torch.device) -> None:
@@ -79,7 +84,8 @@ def test_text_is_not_rotated(device: torch.device) -> None:
         assert not torch.isclose(a[:, 5:], b[:, 5:]).all(-1).any()
 
 
-def test_extremes(device: torch.device) -> None:
+@each_form
+def test_extremes(centred: bool, device: torch.device) -> None:
     arguments, rope = make(2, 8, 2, 64, 3)
     q, k = arguments[:2]
     for x in (q, k):
@@ -87,8 +93,32 @@ def test_extremes(device: torch.device) -> None:
     q[1, 5, 0, 3], k[1, 6, 1, 2], k[0, 7, 0, 9] = float("nan"), float("inf"), -float("inf")
     arguments = [argument.to(device) for argument in arguments]
     rope = tuple(t.to(device) for t in rope)
-    got, want = (f(*arguments, rope, text_len=3, eps=EPS) for f in (qk_norm_rope, ops.qk_norm_rope))
+    got, want = (f(*arguments, rope, text_len=3, eps=EPS, centred=centred) for f in (qk_norm_rope, ops.qk_norm_rope))
     assert_same_specials(got, want)
+
+
+@pytest.mark.parametrize("rotate", [True, False], ids=["rope", "plain"])
+def test_the_forms_agree_on_rows_without_a_mean(rotate: bool) -> None:
+    """In fp64: LayerNorm of a row is RMSNorm of the row less its mean."""
+    arguments, rope = make(2, 9, 3, 64, 4)
+    q, k, *affine = (argument.double() for argument in arguments)
+    table = rope if rotate else None
+    layer = ops.qk_norm_rope(q, k, *affine, table, text_len=4, eps=EPS)
+    q, k = (x - x.mean(-1, keepdim=True) for x in (q, k))
+    rms = ops.qk_norm_rope(q, k, *affine, table, text_len=4, eps=EPS, centred=True)
+    for got, want in zip(rms, layer, strict=True):
+        assert got.dtype == torch.float64
+        assert rel_rms(got, want) <= tolerances.QK_NORM_FP64
+
+
+def test_the_centred_form_subtracts_no_mean(device: torch.device) -> None:
+    arguments, _ = make(2, 9, 3, 64, 4)
+    q, k, *affine = (argument.to(device) for argument in arguments)
+    got = qk_norm_rope(q, k, *affine, None, text_len=4, eps=EPS, centred=True)
+    for g, x, weight, bias in zip(got, (q, k), affine[::2], affine[1::2], strict=True):
+        wide = x.double()
+        want = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight + bias
+        assert rel_rms(g, want) <= tolerances.KERNEL_FP32
 
 
 def test_a_centred_projection_needs_no_mean(device: torch.device) -> None:
