@@ -435,21 +435,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, variant: str | 
     check_tensor("q", q, shape=(None, None, None, None))
     batch, _, num_heads, head_dim = q.shape
     if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"q: got head_dim {head_dim}, wanted at most {MAX_HEAD_DIM}")
+        raise ValueError(f"q: got head_dim {head_dim}, want at most {MAX_HEAD_DIM}")
     check_tensor("k", k, shape=(batch, None, num_heads, head_dim), dtypes=(q.dtype,), device=q.device)
     check_tensor("v", v, shape=k.shape, dtypes=(q.dtype,), device=q.device)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         # Offsets inside one tile of at most 128 tokens are 32-bit.
         if tensor.stride(1) >= 2**24:
-            raise ValueError(f"{name}: got a stride of {tensor.stride(1)} between tokens, wanted less than {2**24}")
+            raise ValueError(f"{name}: got a stride of {tensor.stride(1)} between tokens, want less than {2**24}")
     # Not `scale <= 0`, which would let NaN pass.
     if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale: got {scale}, wanted a finite number above 0")
+        raise ValueError(f"scale: got {scale}, want a finite number above 0")
     if variant is not None:
         if variant not in VARIANTS:
-            raise ValueError(f"variant: got {variant!r}, wanted one of {', '.join(VARIANTS)}")
+            raise ValueError(f"variant: got {variant!r}, want one of {', '.join(VARIANTS)}")
         if VARIANTS[variant].load == "tma" and q.element_size() != 2:
-            raise ValueError(f"variant: got {variant!r} with {q.dtype}, wanted bfloat16 or float16 for TMA")
+            raise ValueError(f"variant: got {variant!r} with {q.dtype}, want bfloat16 or float16 for TMA")
 
 
 def _arguments(

@@ -1,4 +1,4 @@
-"""What stands between the linears of a block: gated residual, LayerNorm, modulation; one pass over the tokens.
+"""What a block computes between its linears: gated residual, LayerNorm, modulation; one pass over the tokens.
 
 One kernel, three functions, equal to diffusers' `CogVideoXLayerNormZero` and the residual additions of its
 `CogVideoXBlock`:
@@ -9,9 +9,9 @@ One kernel, three functions, equal to diffusers' `CogVideoXLayerNormZero` and th
 
 Modulation has two rows, one for the text tokens and one for the video tokens after them, picked by token index.
 
-Bound by memory. A program takes one row; weight, bias, shift, scale and gate are a few rows for all tokens, so they
-come from the L1 cache: held in registers over several rows they would fill half of them and leave too few programs on
-a multiprocessor to keep enough loads in flight.
+Bound by memory. A program computes one row. Weight, bias, shift, scale and gate are a few rows that all tokens share,
+so they come from the L1 cache. Kept in registers for several rows, they would fill half of the registers, and too few
+programs would fit on a multiprocessor to keep enough loads in flight.
 
 Letters: B batch, N tokens, D model width.
 """
@@ -72,7 +72,7 @@ def _modulate_kernel(
     o_out = o_r.to(tl.int64)[:, None] * D + o_d[None, :]
 
     p_x = x + (o_b * stride_xb + o_n * stride_xn)[:, None] + o_d[None, :]
-    # Tokens pass through once; what should stay in the L1 cache are the few rows that all of them read.
+    # Each token is read once; the L1 cache is for the few rows that all of them share.
     b_x = tl.load(p_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if GATE:
         p_y = y + (o_b * stride_yb + o_n * stride_yn)[:, None] + o_d[None, :]
@@ -254,7 +254,7 @@ def _check(
     for name, parameter in modulation.items():
         check_parameter(name, parameter, (batch, 2, width), x.device)
     if not 0 <= text_len <= num_tokens:
-        raise ValueError(f"text_len: got {text_len}, wanted 0 to {num_tokens}, the number of tokens")
+        raise ValueError(f"text_len: got {text_len}, want 0 to {num_tokens}, the number of tokens")
     check_runnable("x", x, _modulate_kernel)
 
 

@@ -1,11 +1,11 @@
 """Linear and tanh-GELU: `gelu(x @ weight.T + bias)`, as in diffusers' `FeedForward("gelu-approximate")`.
 
-The product is cuBLAS's. On CUDA its bias and GELU run in the product's epilogue (cublasLt), on the fp32 sums: no pass
-over the wide activation and no rounding before the GELU. `torch._addmm_activation` is how PyTorch gives access to it;
-with use_gelu its GELU is the tanh form on CUDA alone (on a CPU it is the erf form), fused or not.
+cuBLAS computes the product. On CUDA, bias and GELU run in its epilogue (cublasLt), on the fp32 sums: no second pass
+over the wide activation and no rounding before the GELU. PyTorch gives access to it as `torch._addmm_activation`. With
+use_gelu this computes the tanh form on CUDA only, fused or not; on a CPU it computes the erf form.
 
-Where that is not to be had, and as the other side of the benchmark, one kernel adds the bias and applies the GELU in
-place after the product.
+Elsewhere, and for comparison in the benchmark, one kernel adds the bias and applies the GELU in place, after the
+product.
 """
 
 from typing import Any
@@ -72,15 +72,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None 
 def _outputs(x: Tensor, weight: Tensor, bias: Tensor, variant: str | None) -> Tensor:
     check_tensor("x", x, contiguous=True)
     if x.ndim == 0:
-        raise ValueError("x: got shape [], wanted [..., K]")
+        raise ValueError("x: got shape [], want [..., K]")
     check_tensor("weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype,), device=x.device, contiguous=True)
     check_tensor("bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), device=x.device, contiguous=True)
     if variant not in (None, *VARIANTS):
-        raise ValueError(f"variant: got {variant!r}, wanted one of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant: got {variant!r}, want one of {', '.join(VARIANTS)}")
     if variant == "epilogue" and x.device.type not in ("cuda", "meta"):
-        raise ValueError(f"variant: got 'epilogue' on {x.device}, wanted cuda: elsewhere it is not the tanh form")
-    if not _takes_epilogue(x, variant):
-        check_runnable("x", x, _bias_gelu_kernel)
+        raise ValueError(f"variant: got 'epilogue' on {x.device}, want cuda: elsewhere it is not the tanh form")
+    check_runnable("x", x, _bias_gelu_kernel)
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 

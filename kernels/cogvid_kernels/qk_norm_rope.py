@@ -36,7 +36,7 @@ def _norm(
     BLOCK_D: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Load rows and norm them; fp32."""
+    """Load rows and norm them in fp32."""
     o_d = tl.arange(0, BLOCK_D)
     in_row = o_d < HEAD_DIM
     b_x = tl.load(p_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -171,10 +171,10 @@ def _outputs(
     for name, parameter in names.items():
         check_parameter(name, parameter, (head_dim,), q.device)
     if not 0 <= text_len <= num_tokens:
-        raise ValueError(f"text_len: got {text_len}, wanted 0 to {num_tokens}, the number of tokens")
+        raise ValueError(f"text_len: got {text_len}, want 0 to {num_tokens}, the number of tokens")
     if cos is not None and sin is not None:
         if head_dim % 2:
-            raise ValueError(f"q: got head_dim {head_dim} with rope, wanted an even one")
+            raise ValueError(f"q: got head_dim {head_dim} with rope, want an even one")
         for name, table in (("rope[0]", cos), ("rope[1]", sin)):
             if text_len < num_tokens:
                 check_tensor(

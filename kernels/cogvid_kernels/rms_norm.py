@@ -1,7 +1,7 @@
 """RMSNorm over the last axis: `x / sqrt(mean(x^2) + eps) * weight`, statistics in fp32.
 
-Equal to transformers' `T5LayerNorm`. Bound by memory: one read and one write; a program takes one long row or several
-short ones.
+Equal to transformers' `T5LayerNorm`. Bound by memory: one read and one write. A program computes one long row or
+several short ones.
 
 Letters: D row width.
 """
@@ -39,7 +39,7 @@ def _rms_norm_kernel(
     o_d = tl.arange(0, BLOCK_D)
     mask = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
     o_x = (o_r // inner).to(tl.int64) * stride_outer + (o_r % inner).to(tl.int64) * stride_inner
-    # x passes through once; what should stay in the L1 cache is the weight, which every row reads.
+    # x is read once; the L1 cache is for the weight, which every row shares.
     b_x = tl.load(x + o_x[:, None] + o_d[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_out = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None] * b_w[None, :]

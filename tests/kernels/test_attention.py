@@ -267,17 +267,17 @@ def test_folded_scale_in_fp64() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(2, 4, 64)}, r"q: got shape \[2, 4, 64\], wanted \[any, any, any, any\]"),
-        ({"q": torch.zeros(1, 4, 2, 64, dtype=torch.float64)}, "q: got dtype float64, wanted float32"),
-        ({"q": torch.zeros(1, 0, 2, 64)}, "q: got shape .* wanted no size to be zero"),
-        ({"q": torch.zeros(1, 4, 64, 2).transpose(2, 3)}, "q: got strides .* wanted a last stride of 1"),
-        ({"k": torch.zeros(1, 4, 2, 32)}, r"k: got shape \[1, 4, 2, 32\], wanted \[1, any, 2, 64\]"),
-        ({"k": torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)}, "k: got dtype bfloat16, wanted float32"),
-        ({"k": torch.zeros(1, 4, 2, 64, device="meta")}, "k: got device meta, wanted"),
-        ({"v": torch.zeros(1, 5, 2, 64)}, r"v: got shape \[1, 5, 2, 64\], wanted \[1, 4, 2, 64\]"),
-        ({"scale": 0.0}, "scale: got 0.0, wanted a finite number above 0"),
+        ({"q": torch.zeros(2, 4, 64)}, r"q: got shape \[2, 4, 64\], want \[any, any, any, any\]"),
+        ({"q": torch.zeros(1, 4, 2, 64, dtype=torch.float64)}, "q: got dtype float64, want float32"),
+        ({"q": torch.zeros(1, 0, 2, 64)}, "q: got shape .* want no size to be zero"),
+        ({"q": torch.zeros(1, 4, 64, 2).transpose(2, 3)}, "q: got strides .* want a last stride of 1"),
+        ({"k": torch.zeros(1, 4, 2, 32)}, r"k: got shape \[1, 4, 2, 32\], want \[1, any, 2, 64\]"),
+        ({"k": torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)}, "k: got dtype bfloat16, want float32"),
+        ({"k": torch.zeros(1, 4, 2, 64, device="meta")}, "k: got device meta, want"),
+        ({"v": torch.zeros(1, 5, 2, 64)}, r"v: got shape \[1, 5, 2, 64\], want \[1, 4, 2, 64\]"),
+        ({"scale": 0.0}, "scale: got 0.0, want a finite number above 0"),
         ({"scale": math.nan}, "scale: got nan"),
-        ({"variant": "fastest"}, "variant: got 'fastest', wanted one of pointer"),
+        ({"variant": "fastest"}, "variant: got 'fastest', want one of pointer"),
         ({"variant": "tma"}, "variant: got 'tma' with torch.float32"),
     ],
 )
@@ -308,5 +308,5 @@ def test_tma_takes_axes_of_one_with_any_stride(device: torch.device) -> None:
 
 def test_wide_heads_are_refused(device: torch.device) -> None:
     q = torch.zeros(1, 4, 1, 192, device=device)
-    with pytest.raises(ValueError, match="q: got head_dim 192, wanted at most 128"):
+    with pytest.raises(ValueError, match="q: got head_dim 192, want at most 128"):
         attention(q, q, q)

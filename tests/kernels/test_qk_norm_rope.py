@@ -162,7 +162,7 @@ def test_a_centred_projection_needs_no_mean(device: torch.device) -> None:
         ({"rope": (torch.zeros(4, 4, dtype=torch.bfloat16), torch.zeros(4, 4))}, r"rope\[0\]: got dtype bfloat16"),
         ({"rope": (torch.zeros(4, 8)[:, ::2], torch.zeros(4, 4))}, r"rope\[0\]: got strides"),
         ({"text_len": -1}, "text_len: got -1"),
-        ({"text_len": 7}, "text_len: got 7, wanted 0 to 6"),
+        ({"text_len": 7}, "text_len: got 7, want 0 to 6"),
     ],
 )
 def test_refusals(change: dict, message: str, device: torch.device) -> None:
@@ -185,5 +185,5 @@ def test_refusals(change: dict, message: str, device: torch.device) -> None:
 def test_odd_heads_cannot_be_rotated(device: torch.device) -> None:
     q, affine = torch.zeros(1, 2, 1, 7, device=device), torch.zeros(7, device=device)
     table = torch.zeros(2, 3, device=device)
-    with pytest.raises(ValueError, match="q: got head_dim 7 with rope, wanted an even one"):
+    with pytest.raises(ValueError, match="q: got head_dim 7 with rope, want an even one"):
         qk_norm_rope(q, q, affine, affine, affine, affine, (table, table), text_len=0, eps=EPS)
