@@ -106,11 +106,12 @@ class QKNormRopeOp(Protocol):
         eps: float,
         centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """LayerNorm q and k over the head width, then rotate the video tokens.
+        """Norm q and k over the head width, then rotate the video tokens.
 
         q, k: `[B, N, heads, hd]`, any strides as long as the last one is 1. q_weight, q_bias, k_weight, k_bias: `[hd]`.
         rope: None, or the table for the tokens from `text_len` on.
-        centred: every head of q and k has mean zero, because its projection was centred; the norm is then RMSNorm.
+        centred: False is LayerNorm. True says that q and k have mean zero over each head, because their projections
+        were centred: the norm is then RMSNorm with this weight and bias.
         Returns q and k, each `[B, N, heads, hd]`.
         """
         ...

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bars against the limit")
     args = parser.parse_args(argv)
     if args.runs < 1:
-        parser.error(f"--runs: got {args.runs}, wanted at least 1")
+        parser.error(f"--runs: got {args.runs}, want at least 1")
     if args.overhead:
         print(json.dumps(operator_overhead()))
         return
@@ -179,7 +179,9 @@ class Reference:
         if self.rows is not None:
             got = [tensor[:, self.rows] for tensor in got]
         if [g.shape for g in got] != [w.shape for w in self.want]:
-            raise ValueError(f"got shapes {[list(g.shape) for g in got]}, wanted {[list(w.shape) for w in self.want]}")
+            raise ValueError(
+                f"result: got shapes {[list(g.shape) for g in got]}, want {[list(w.shape) for w in self.want]}"
+            )
         return max(relative_rms(g, w) for g, w in zip(got, self.want, strict=True))
 
 

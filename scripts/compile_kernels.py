@@ -1,8 +1,8 @@
 """Compile every Triton kernel for real architectures, without a GPU, and check what came out.
 
 Each module of `cogvid_kernels` that has `compile_cases(architecture)` is compiled for sm_80, sm_89, sm_90 and sm_100. A
-case fails when it does not compile, spills registers to local memory, needs more shared memory than the chip gives a
-block, or lacks an instruction that it was written for (wgmma, TMA, 128-bit loads).
+case fails if it does not compile, spills registers to local memory, needs more shared memory than a block may have, or
+lacks an instruction that it was written for (wgmma, TMA, 128-bit loads).
 
     python scripts/compile_kernels.py                       check everything, print the table
     python scripts/compile_kernels.py --write               and write it to kernels/COMPILED.md
@@ -90,7 +90,7 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
-            raise ValueError(f"{parameter.name}: got {type(value).__name__}, wanted a tensor, a number or None")
+            raise ValueError(f"{parameter.name}: got {type(value).__name__}, want a tensor, a number or None")
     return signature, constants, attributes
 
 
@@ -201,12 +201,12 @@ def document(results: list[Result]) -> str:
 
     return (
         "# What the kernels compile to\n\n"
-        "Written by `python scripts/compile_kernels.py --write`, which needs no GPU; do not edit. "
+        "Written by `python scripts/compile_kernels.py --write`, without a GPU. Do not edit. "
         f"Triton {triton.__version__} and its own ptxas.\n\n"
-        "Registers and local memory are a thread's, shared memory a block's, in bytes; local memory above zero is a "
-        "spill and fails the check. The other columns count instructions in the machine code (static, not executed): "
-        "HGMMA is wgmma, UTCHMMA the fifth-generation tensor core, UTMALDG a TMA load, LDGSTS an asynchronous copy to "
-        "shared memory.\n\n" + table(results)
+        "Registers and local memory are per thread, shared memory is per block; memory is in bytes. Local memory above "
+        "zero is a spill and fails the check. The other columns count instructions in the machine code, not how often "
+        "they run: HGMMA is wgmma, UTCHMMA a product on fifth-generation tensor cores, UTMALDG a TMA load, LDGSTS an "
+        "asynchronous copy to shared memory.\n\n" + table(results)
     )
 
 
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sass", type=Path, metavar="DIRECTORY", help="keep the machine code there")
     args = parser.parse_args(argv)
     if args.write and (args.only or set(args.arch) != set(ARCHITECTURES)):
-        parser.error("--write: got a part of the cases, wanted all of them (no --only, no --arch)")
+        parser.error("--write: got a part of the cases, want all of them (no --only, no --arch)")
     # An interpreted kernel cannot be compiled, and the choice is made when the module is imported.
     os.environ.pop("TRITON_INTERPRET", None)
 
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
                 state = "; ".join(result.problems) or f"{result.registers} registers, {result.shared} shared"
                 print(f"sm_{arch} {result.name}: {state} ({result.seconds} s)", file=sys.stderr, flush=True)
     if not results:
-        parser.error(f"--only: got {args.only!r}, wanted a part of a case's name")
+        parser.error(f"--only: got {args.only!r}, want a part of a case's name")
     print(table(results))
     failed = [result for result in results if result.problems]
     for result in failed:

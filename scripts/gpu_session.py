@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.budget > 0:
         parser.error(f"--budget: got {args.budget:g}, want more than 0")
     if not args.resume and (args.out / RESULTS).exists():
-        parser.error(f"--out: got {args.out}, which holds results; want another directory, or --resume")
+        parser.error(f"--out: got {args.out} with results in it, want another directory, or --resume")
     args.out.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     command = " ".join(["python scripts/gpu_session.py", *(sys.argv[1:] if argv is None else argv)])

@@ -117,8 +117,8 @@ def limits_of(recorder: Recorder) -> dict[str, float]:
 def attention_jobs(device: str) -> list[tuple[str, tuple[int, int, int, int]]]:
     tiles = ATTENTION_TILES if device == "cuda" else [(32, 32, 4, 1), (16, 32, 4, 1)]
     capability = torch.cuda.get_device_capability()[0] if device == "cuda" else 9
-    variants = [v for v in VARIANTS if capability >= 9 or not v.startswith("tma")]
-    return [(variant, tile) for variant in variants for tile in tiles]
+    names = [name for name, variant in VARIANTS.items() if capability >= 9 or variant.load == "pointer"]
+    return [(name, tile) for name in names for tile in tiles]
 
 
 def as_tile(numbers: tuple[int, int, int, int]) -> Tile:
@@ -277,10 +277,9 @@ def attention(recorder: Recorder, device: str, compile: bool) -> None:
         call = functools.partial(op.ours, **inputs, variant=variant, tile=tile)
         error = allowed(reference.error(call()), MAX_ERROR[BF16])
         milliseconds = median_ms(call, device, 5 if device == "cuda" else 1)
-        schedule = "tma_ahead" if "ahead" in variant else "tma" if variant.startswith("tma") else "pointer"
         arch = _tiles.architecture(inputs["q"])
         return {
-            **tile_record("attention", f"{schedule}/16x64", arch, tile),
+            **tile_record("attention", f"{VARIANTS[variant].tile_class}/16x64", arch, tile),
             "variant": variant, "error": error, "median_ms": milliseconds, "tflops": 1e-9 * case.work / milliseconds,
         }  # fmt: skip
 

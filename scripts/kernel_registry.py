@@ -195,6 +195,10 @@ def diffusers_qk_norm_rope(inputs: Inputs) -> Runner:
     return run, lambda out: [x.transpose(1, 2) for x in out]
 
 
+def torch_centred_norm(inputs: Inputs) -> Runner:
+    return functools.partial(ops.qk_norm_rope, **public(inputs), centred=True), same
+
+
 def set_affine(norm: Any, weight: Tensor, bias: Tensor) -> None:
     norm.weight, norm.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
 
@@ -447,6 +451,7 @@ def vae_cases(spatial: bool) -> Callable[[str, bool, torch.dtype], list[Case]]:
 def make_registry() -> list[Op]:
     import cogvid_kernels
     from cogvid_kernels.attention import VARIANTS as ATTENTION_VARIANTS
+    from cogvid_kernels.attention import Variant
     from cogvid_kernels.linear_gelu import VARIANTS as GELU_VARIANTS
 
     def torch_norm_rope_attention(v: Tensor, **inputs: Any) -> Any:
@@ -454,11 +459,10 @@ def make_registry() -> list[Op]:
         return ops.attention(q, k, v)
 
     def our_norm_rope_attention(v: Tensor, bounded: bool = False, **inputs: Any) -> Any:
-        q, k, *norms = cogvid_kernels.qk_norm_rope(**inputs, return_key_norms=bounded)
-        if not bounded:
-            return cogvid_kernels.attention(q, k, v)
-        loads = "tma" if q.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 9 else "pointer"
-        return cogvid_kernels.attention(q, k, v, variant=f"{loads}_bounded", key_norms=norms[0].amax(1))
+        q, k = cogvid_kernels.qk_norm_rope(**inputs)
+        tma = q.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 9
+        variant = Variant("tma" if tma else "pointer", bounded=True).name if bounded else None
+        return cogvid_kernels.attention(q, k, v, variant=variant)
 
     backends = {
         f"SDPA {name}": sdpa(f"{name}_ATTENTION" if name in ("FLASH", "CUDNN", "EFFICIENT") else name)
@@ -488,7 +492,8 @@ def make_registry() -> list[Op]:
         Op(
             "qk_norm_rope", "byte", "4 B N H hd elements (q and k read and written)",
             projected_cases("qk", lambda batch, tokens, heads, size: 4.0 * batch * tokens * heads * 64 * size),
-            ops.qk_norm_rope, cogvid_kernels.qk_norm_rope, {"diffusers": diffusers_qk_norm_rope},
+            ops.qk_norm_rope, cogvid_kernels.qk_norm_rope,
+            {"diffusers": diffusers_qk_norm_rope, "torch centred": torch_centred_norm},
             {"centred": {"centred": True}},
         ),
         Op(

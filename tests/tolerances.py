@@ -38,6 +38,7 @@ BATCH_FP32 = 1e-6  # rel rms; matrix products block other batches otherwise (mea
 ATTENTION_FP32 = 1e-6  # rel rms of output and log-sum-exp against fp64; order of sums, exp2 (measured 4.7e-7)
 ATTENTION_LOW_PRECISION = 2.0  # error against fp64 over that of PyTorch's own op in that dtype (measured 1.22)
 ATTENTION_FP64 = 5e-15  # rel rms of exact rewrites carried out in fp64; rounding of fp64 (measured 8.2e-16)
+QK_NORM_FP64 = 2e-15  # rel rms of RMSNorm of centred rows against LayerNorm; rounding of fp64 (measured 1.1e-16)
 KERNEL_FP32 = 1e-6  # rel rms of the other kernels against fp64; order of sums, rsqrt (measured 1.5e-7)
 KERNEL_LOW_PRECISION = 2.0  # their error against fp64 over that of PyTorch's own op in that dtype (measured 1.0002)
 PIPELINE_TRITON_FRAMES = 3e-6  # rel rms of frames with kernels and without; rounding through it all (measured 6.5e-7)

@@ -1,10 +1,13 @@
 """Triton kernels for CogVideoX, one file per operation; they import torch and triton only.
 
-A function and its file share a name: `cogvid_kernels.attention` is the function, and
-`from cogvid_kernels.attention import VARIANTS` reaches into the file.
+They run on NVIDIA GPUs of compute capability 8.0 or later, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1 set
+before the import). On any other device a call raises ValueError before it launches anything.
 
-Each function is also an operator of torch, `torch.ops.cogvid_kernels.attention`, which FakeTensor, torch.compile and
-torch.export see through; that costs the host about 8 us a call (kernels/RESULTS.md). gate_residual, linear_gelu and
+A function and its file share a name: `cogvid_kernels.attention` is the function, and
+`from cogvid_kernels.attention import VARIANTS` imports from the file.
+
+Each function is also an operator of torch, `torch.ops.cogvid_kernels.attention`, so FakeTensor, torch.compile and
+torch.export work with it; that costs the host about 8 us per call (kernels/RESULTS.md). gate_residual, linear_gelu and
 rms_norm are differentiable; a backward pass through the others raises.
 """
 

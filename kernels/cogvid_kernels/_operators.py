@@ -1,11 +1,10 @@
 """Every public function is a registered operator, `torch.ops.cogvid_kernels.NAME`.
 
-FakeTensor, torch.compile and torch.export see an operator by its fake implementation and never look into a launch; and
-autograd meets it, so that a backward pass gets a gradient or an error, never silence.
+FakeTensor, torch.compile and torch.export use an operator's fake implementation and never trace the launch. Autograd
+knows the operator too, so a backward pass gets a gradient or an error, never a wrong result.
 
-`torch.library.custom_op` and not `triton_op`, which looks into the launch and so cannot run in Triton's interpreter.
-What a call of an operator costs over one of its implementation: `python scripts/bench_kernels.py --overhead`, and
-kernels/RESULTS.md.
+This is `torch.library.custom_op` and not `triton_op`, which traces the launch and so cannot run in Triton's
+interpreter. What an operator costs per call: `python scripts/bench_kernels.py --overhead`, and kernels/RESULTS.md.
 """
 
 from collections.abc import Callable
@@ -44,4 +43,4 @@ def want_tensors(**arguments: Any) -> None:
     """Raise ValueError unless all are tensors: the operator itself would name neither the argument nor the type."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: got {type(value).__name__}, wanted a tensor")
+            raise ValueError(f"{name}: got {type(value).__name__}, want a tensor")

@@ -1,4 +1,4 @@
-"""What the kernels that work on rows share: how many rows a program takes, and how a tensor is a list of rows."""
+"""What the kernels that work on rows share: how many rows a program computes, and how a tensor is read as rows."""
 
 import torch
 import triton
@@ -22,7 +22,7 @@ def check_rows(name: str, x: Tensor, ndim: int | None = None) -> None:
     """Raise ValueError unless x is `[..., D]` as the kernels take it."""
     check_tensor(name, x, shape=None if ndim is None else (None,) * ndim)
     if x.ndim == 0 or x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"{name}: got shape {list(x.shape)}, wanted a last size of at most {MAX_WIDTH}")
+        raise ValueError(f"{name}: got shape {list(x.shape)}, want a last size of at most {MAX_WIDTH}")
 
 
 def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -48,7 +48,7 @@ def as_rows(name: str, x: Tensor) -> tuple[int, int, int, int]:
         else:
             axes.append((size, stride))
     if len(axes) > 2:
-        raise ValueError(f"{name}: got strides {x.stride()}, wanted leading axes that merge into at most two")
+        raise ValueError(f"{name}: got strides {x.stride()}, want leading axes that merge into at most two")
     while len(axes) < 2:
         axes.append((1, 0))
     (outer, stride_outer), (inner, stride_inner) = axes

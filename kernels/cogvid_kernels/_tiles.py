@@ -1,10 +1,11 @@
 """Block sizes per operation, shape class and architecture: one committed table, no autotuning at run time.
 
-`scripts/bench_kernels.py` measures candidates and its winners are written here by hand, with the measurement logged in
-`kernels/RESULTS.md`. The entries that no GPU has judged yet were chosen from compiler output alone: no spills, the
-shared memory of the chip, the wanted instructions, and how many programs fit on one multiprocessor.
+`scripts/gpu_session.py` measures candidates. The fastest are written here by hand, and the measurement goes into
+`kernels/RESULTS.md`. Entries that were not measured yet were chosen from compiler output alone: no spills, a fit in
+shared memory, the instructions that the kernel was written for, and how many programs fit on one multiprocessor.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,20 +30,26 @@ class Tile:
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+@functools.cache
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA device, or None where it is not there (a FakeTensor may name it)."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
 def architecture(tensor: Tensor) -> int:
     """Return the table's column for the tensor's device: 80, 89, 90, 100, or INTERPRETER for a CPU.
 
-    A chip without a column of its own takes the one that it can run: its shared memory is never smaller.
+    A chip without a column of its own takes one that it can run: that of a chip with no more shared memory.
     """
     if tensor.device.type == "cpu":
         return INTERPRETER
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    if major == 9:
+    capability = compute_capability(tensor.device) or (0, 0)
+    if capability[0] == 9:
         return 90
-    if major in (10, 11):
+    if capability[0] in (10, 11):
         return 100
     # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block, 8.0 and 8.7 have 163.
-    return 80 if (major, minor) in ((8, 0), (8, 7)) else 89
+    return 80 if capability in ((8, 0), (8, 7)) else 89
 
 
 def tile_for(operation: str, shape_class: str, arch: int) -> Tile:
@@ -56,7 +63,7 @@ def tile_for(operation: str, shape_class: str, arch: int) -> Tile:
     except KeyError:
         known = sorted(name for op, name in TILES if op == operation)
         raise ValueError(
-            f"{operation}: got shape class {shape_class!r} on architecture {arch}, wanted one of {known}"
+            f"{operation}: got shape class {shape_class!r} on architecture {arch}, want one of {known}"
         ) from None
 
 
@@ -67,8 +74,8 @@ def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> T
 def _everywhere(tile: Tile, interpreter: Tile) -> dict[int, Tile]:
     """Give every architecture one tile.
 
-    Bound by memory, a tile depends on the shape alone: 16 bytes a load, and enough loads in flight. The interpreter
-    takes larger ones, because its time goes into the number of programs.
+    The tile of a kernel that is bound by memory depends on the shape alone: 16 bytes per load, and enough loads in
+    flight. The interpreter takes larger tiles, because its time depends on the number of programs.
     """
     return {INTERPRETER: interpreter} | dict.fromkeys(ARCHITECTURES, tile)
 
@@ -103,8 +110,8 @@ _POINTER_16x128 = {
 # fp32 runs on the CUDA cores (no tensor core multiplies fp32 exactly): small tiles, whose operands stay in registers.
 _POINTER_32x64 = {arch: _attention(32, 16, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
 _POINTER_32x128 = {arch: _attention(16, 16, 4, 1) for arch in (INTERPRETER, *ARCHITECTURES)}
-# On Hopper 128x128 takes 154 registers of 256 threads, so one program fits on a multiprocessor and its warps wait for
-# each other; 128x64 takes 106, so two fit, and one's softmax can run under the other's wgmma.
+# On Hopper 128x128 takes 154 registers in each of 256 threads, so one program fits on a multiprocessor and its warps
+# wait for each other. 128x64 takes 106, so two fit, and the softmax of one can run during the wgmma of the other.
 _TMA_16x64 = {
     INTERPRETER: _TOY,
     90: _attention(128, 64, 8, 3),
@@ -115,7 +122,7 @@ _TMA_16x128 = {
     90: _attention(128, 64, 8, 3),
     100: _attention(128, 64, 8, 2),
 }
-# One program of 232 registers a thread; its own next logits run under its softmax.
+# 232 registers per thread, so one program fits; it computes its own next logits during its softmax.
 _TMA_AHEAD_16x64 = {
     INTERPRETER: _TOY,
     90: _attention(128, 128, 8, 2),

@@ -5,29 +5,31 @@ are read where their projections left them and the output is written as the next
 transposed on either side.
 
 Softmax runs in base 2: `exp(scale * s - max) = exp2(c * s - max')` with `c = scale * log2(e)`, one fused multiply-add
-and one `ex2` a score. Folding c into the weight of the QK norm instead would save nothing here, because the subtraction
-of the shift is that same instruction; a caller whose q is already scaled passes what is left as `scale`.
+and one `ex2` per score. Folding c into the weight of the QK norm instead would save nothing here, because the
+subtraction of the shift is the same instruction. A caller whose q is already scaled passes what is left as `scale`.
 
 Letters: B batch, H heads, N query tokens, M key tokens, hd head_dim.
 
-Two forms of the softmax:
+A `Variant` is one choice of each of these three:
 
-- online: the running maximum of each row is the shift, and every tile rescales what came before (FlashAttention).
-- bounded: `|q_i| * max_j |k_j| * c` bounds every logit of row i (Cauchy-Schwarz), and softmax does not care which shift
-  it is given as long as nothing over- or underflows. So the shift is fixed before the loop, which then has no maximum,
-  no rescaling and no dependency between tiles. The row sum itself says afterwards whether the bound was too loose: a
-  sum of at least 2**-80 means that the keys lost to underflow (each below 2**-126) are less than M * 2**-46 of it. A
-  tile with any row outside the safe range, or NaN, is computed again in the online form, inside the same program; so
-  any bound is safe, a bad one is only slow.
-
-Two ways of loading: plain pointers, and TMA descriptors made by the host (Hopper and later). Two schedules beside the
-plain one, with TMA: persistent (each program takes several tiles of queries) and ahead (the logits of the next keys are
-computed under the softmax of these).
+- load: plain pointers, or TMA descriptors made by the host (Hopper and later).
+- schedule: plain (a program computes one tile of queries), or one of two that need TMA. Persistent: a program computes
+  several tiles of queries, one after the other. Ahead: the logits of the next keys are computed during the softmax of
+  the present ones.
+- softmax: online or bounded.
+  Online: the running maximum of each row is the shift, and each tile rescales the sums so far (FlashAttention).
+  Bounded: `|q_i| * max_j |k_j| * c` bounds every logit of row i (Cauchy-Schwarz). Any shift gives the same softmax as
+  long as nothing over- or underflows. So the bound is the shift, fixed before the loop, and the loop has no maximum, no
+  rescaling and no dependency between tiles. The row sum shows afterwards whether the bound was too loose: if it is at
+  least 2**-80, then the keys lost to underflow (each below 2**-126) are less than M * 2**-46 of it. A tile with any row
+  outside the safe range, or with NaN, is computed again in the online form by the same program. A loose bound costs
+  time and never correctness.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import triton
@@ -36,30 +38,44 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_aligned, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_aligned
 from cogvid_kernels._interpreter import dot, round_to
+from cogvid_kernels._key_norms import largest_key_norms
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._tiles import INTERPRETER, Tile, architecture, tile_for
 
-VARIANTS = (
-    "pointer",
-    "pointer_bounded",
-    "tma",
-    "tma_bounded",
-    "tma_persistent",
-    "tma_persistent_bounded",
-    "tma_ahead",
-    "tma_ahead_bounded",
-)
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of the attention kernel; the module's docstring explains the choices."""
+
+    load: Literal["pointer", "tma"]
+    schedule: Literal["plain", "persistent", "ahead"] = "plain"
+    bounded: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return what `attention(variant=...)` takes, for example "tma_persistent_bounded"."""
+        schedule = [] if self.schedule == "plain" else [self.schedule]
+        return "_".join([self.load, *schedule, *(["bounded"] if self.bounded else [])])
+
+    @property
+    def tile_class(self) -> str:
+        """Return the part of the tile table's shape class that depends on the variant."""
+        return "tma_ahead" if self.schedule == "ahead" else self.load
+
+
+_PLACES: tuple[Any, ...] = (("pointer", "plain"), ("tma", "plain"), ("tma", "persistent"), ("tma", "ahead"))
+VARIANTS = {v.name: v for place in _PLACES for v in (Variant(*place), Variant(*place, bounded=True))}
 MAX_HEAD_DIM = 128
 
 _FLOAT_MIN: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# The row sums between which the bounded form stands (see above; the upper end keeps the accumulator finite).
+# The range of row sums in which the bounded form is right (see above; the upper end keeps the accumulator finite).
 _SAFE_LOW: tl.constexpr = tl.constexpr(2.0**-80)
 _SAFE_HIGH: tl.constexpr = tl.constexpr(2.0**60)
-# fp16 weights end at 2**16 and lose bits below 2**-14: lift them to just under the top, and ask for a mean weight of
-# 2**-13, whose absolute rounding error of 2**-25 is then one unit of fp16's own relative rounding.
+# fp16 ends at 2**16 and loses bits below 2**-14. So weights are lifted to just under the top, and the mean weight must
+# be at least 2**-13: its absolute rounding error of 2**-25 is then one unit of fp16's own relative rounding.
 _FP16_LIFT: tl.constexpr = tl.constexpr(15.0)
 _FP16_SAFE_MEAN: tl.constexpr = tl.constexpr(2.0**-13)
 
@@ -78,7 +94,7 @@ def _load_tile(
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Load tokens start.. of one head as [BLOCK, BLOCK_D]; what lies outside is zero."""
+    """Load the tokens from `start` on of one head as [BLOCK, BLOCK_D]; what lies outside is zero."""
     if TMA:
         return source.load([batch, head, start, 0]).reshape(BLOCK, BLOCK_D)
     else:
@@ -103,21 +119,20 @@ def _logits(
     num_keys,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
-    """Return q k^T, unscaled, for keys start..start+BLOCK_N: [BLOCK_M, BLOCK_N] fp32."""
-    b_k = _load_tile(k, stride_k, batch, head, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, TMA)
-    b_zero = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)
-    return dot(b_q, b_k.T, b_zero, PRECISION, INTERPRETED)
+    """Return q k^T, unscaled, for BLOCK_N keys from `start` on: [BLOCK_M, BLOCK_N] fp32."""
+    b_k = _load_tile(
+        k, stride=stride_k, batch=batch, head=head, start=start, num_tokens=num_keys,
+        HEAD_DIM=HEAD_DIM, BLOCK=BLOCK_N, BLOCK_D=b_q.shape[1], MASKED=MASKED, TMA=TMA,
+    )  # fmt: skip
+    return dot(b_q, b_k.T, tl.zeros([b_q.shape[0], BLOCK_N], tl.float32))
 
 
 @triton.jit
 def _add_keys(
-    b_s,  # [BLOCK_M, BLOCK_N] fp32, the logits of keys start..
+    b_s,  # [BLOCK_M, BLOCK_N] fp32, the logits of the keys from `start` on
     b_acc,  # [BLOCK_M, BLOCK_D] fp32
     b_sum,  # [BLOCK_M] fp32
     b_shift,  # [BLOCK_M] fp32, base 2
@@ -129,17 +144,13 @@ def _add_keys(
     num_keys,
     scale_log2,
     HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
     BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
-    """Add keys start..start+BLOCK_N to the running sums."""
+    """Add these keys to the running sums."""
     if MASKED:
-        b_s = tl.where((start + tl.arange(0, BLOCK_N) < num_keys)[None, :], b_s, float("-inf"))
+        b_s = tl.where((start + tl.arange(0, b_s.shape[1]) < num_keys)[None, :], b_s, float("-inf"))
     if not BOUNDED:
         b_max = tl.maximum(b_shift, tl.max(b_s, 1) * scale_log2)
         b_decay = tl.exp2(b_shift - b_max)
@@ -148,15 +159,17 @@ def _add_keys(
         b_shift = b_max
     b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
     b_sum += tl.sum(b_p, 1)
-    b_v = _load_tile(v, stride_v, batch, head, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, TMA)
-    b_acc = dot(round_to(b_p, b_v.dtype, INTERPRETED), b_v, b_acc, PRECISION, INTERPRETED)
-    return b_acc, b_sum, b_shift
+    b_v = _load_tile(
+        v, stride=stride_v, batch=batch, head=head, start=start, num_tokens=num_keys,
+        HEAD_DIM=HEAD_DIM, BLOCK=b_s.shape[1], BLOCK_D=b_acc.shape[1], MASKED=MASKED, TMA=TMA,
+    )  # fmt: skip
+    return dot(round_to(b_p, b_v.dtype), b_v, b_acc), b_sum, b_shift
 
 
 @triton.jit
 def _attend(
-    b_q,
-    b_shift,
+    b_q,  # [BLOCK_M, BLOCK_D]
+    b_shift,  # [BLOCK_M] fp32, base 2: the bound, or where the running maximum begins
     k,
     v,
     stride_k,
@@ -166,150 +179,54 @@ def _attend(
     num_keys,
     scale_log2,
     HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
     AHEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Attend from one tile of queries to every key. Returns the weighted values, the row sums and the shifts."""
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    # The tail is peeled, so that no other tile pays for a mask; fp32 is bound by its multiplications and keeps one
-    # loop, because a second copy of them takes more registers than there are.
-    peel: tl.constexpr = PRECISION != "ieee"
+    b_acc = tl.zeros([b_q.shape[0], b_q.shape[1]], tl.float32)
+    b_sum = tl.zeros([b_q.shape[0]], tl.float32)
+    # The last, partial tile is computed after the loop, so that no other tile needs a mask. Not in fp32, which is bound
+    # by its multiplications: a second copy of them takes more registers than there are.
+    peel: tl.constexpr = b_q.dtype != tl.float32
     full = num_keys // BLOCK_N * BLOCK_N if peel else num_keys
     if AHEAD:
-        # The next logits do not depend on these weights: their wgmma runs under this tile's exp2. The last trip asks
-        # for keys past the end, which a descriptor reads as zeros.
         b_s = _logits(
-            b_q, k, stride_k, batch, head, 0, num_keys,
-            HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, PRECISION, INTERPRETED,
+            b_q, k, stride_k=stride_k, batch=batch, head=head, start=0, num_keys=num_keys,
+            HEAD_DIM=HEAD_DIM, BLOCK_N=BLOCK_N, MASKED=True, TMA=TMA,
         )  # fmt: skip
-        for start in tl.range(0, full, BLOCK_N):
+    for start in tl.range(0, full, BLOCK_N):
+        if AHEAD:
+            # These logits do not depend on this tile's weights, so their wgmma runs during this tile's exp2. The last
+            # pass asks for keys after the end, which a descriptor reads as zeros.
             b_next = _logits(
-                b_q, k, stride_k, batch, head, start + BLOCK_N, num_keys,
-                HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, PRECISION, INTERPRETED,
+                b_q, k, stride_k=stride_k, batch=batch, head=head, start=start + BLOCK_N, num_keys=num_keys,
+                HEAD_DIM=HEAD_DIM, BLOCK_N=BLOCK_N, MASKED=True, TMA=TMA,
             )  # fmt: skip
-            b_acc, b_sum, b_shift = _add_keys(
-                b_s, b_acc, b_sum, b_shift, v, stride_v, batch, head, start, num_keys, scale_log2,
-                HEAD_DIM, BLOCK_N, BLOCK_D, False, TMA, BOUNDED, PRECISION, INTERPRETED,
-            )  # fmt: skip
-            b_s = b_next
-    else:
-        for start in tl.range(0, full, BLOCK_N):
+        else:
             b_s = _logits(
-                b_q, k, stride_k, batch, head, start, num_keys,
-                HEAD_DIM, BLOCK_N, BLOCK_D, not peel, TMA, PRECISION, INTERPRETED,
+                b_q, k, stride_k=stride_k, batch=batch, head=head, start=start, num_keys=num_keys,
+                HEAD_DIM=HEAD_DIM, BLOCK_N=BLOCK_N, MASKED=not peel, TMA=TMA,
             )  # fmt: skip
-            b_acc, b_sum, b_shift = _add_keys(
-                b_s, b_acc, b_sum, b_shift, v, stride_v, batch, head, start, num_keys, scale_log2,
-                HEAD_DIM, BLOCK_N, BLOCK_D, not peel, TMA, BOUNDED, PRECISION, INTERPRETED,
-            )  # fmt: skip
-    # A branch at run time, not a constexpr: as straight-line code after the loop, the tail makes ptxas serialize every
+        b_acc, b_sum, b_shift = _add_keys(
+            b_s, b_acc, b_sum, b_shift, v, stride_v=stride_v, batch=batch, head=head, start=start, num_keys=num_keys,
+            scale_log2=scale_log2, HEAD_DIM=HEAD_DIM, MASKED=not peel, TMA=TMA, BOUNDED=BOUNDED,
+        )  # fmt: skip
+        if AHEAD:
+            b_s = b_next
+    # A branch at run time, not a constexpr: as straight-line code after the loop, the tail makes ptxas wait after every
     # wgmma of the kernel.
     if peel and full < num_keys:
         b_s = _logits(
-            b_q, k, stride_k, batch, head, full, num_keys,
-            HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, PRECISION, INTERPRETED,
+            b_q, k, stride_k=stride_k, batch=batch, head=head, start=full, num_keys=num_keys,
+            HEAD_DIM=HEAD_DIM, BLOCK_N=BLOCK_N, MASKED=True, TMA=TMA,
         )  # fmt: skip
         b_acc, b_sum, b_shift = _add_keys(
-            b_s, b_acc, b_sum, b_shift, v, stride_v, batch, head, full, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_N, BLOCK_D, True, TMA, BOUNDED, PRECISION, INTERPRETED,
+            b_s, b_acc, b_sum, b_shift, v, stride_v=stride_v, batch=batch, head=head, start=full, num_keys=num_keys,
+            scale_log2=scale_log2, HEAD_DIM=HEAD_DIM, MASKED=True, TMA=TMA, BOUNDED=BOUNDED,
         )  # fmt: skip
     return b_acc, b_sum, b_shift
-
-
-@triton.jit
-def _attend_queries(
-    i_tile,
-    q,
-    k,
-    v,
-    key_norms,
-    out,
-    lse,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    num_queries,
-    num_keys,
-    num_heads,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    WRITE_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Compute and store one tile of queries of one head."""
-    tiles_per_head = tl.cdiv(num_queries, BLOCK_M)
-    i_bh = i_tile // tiles_per_head
-    i_b = i_bh // num_heads
-    i_h = i_bh % num_heads
-    start_m = i_tile % tiles_per_head * BLOCK_M
-    if TMA:
-        q_head = q
-        k_head = k
-        v_head = v
-    else:
-        q_head = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
-        k_head = k + i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh
-        v_head = v + i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
-
-    b_q = _load_tile(q_head, stride_qn, i_b, i_h, start_m, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True, TMA)
-    # Not -inf: a first tile of logits that are all -inf must not turn later, finite ones into NaN.
-    b_lowest = tl.full([BLOCK_M], _FLOAT_MIN, tl.float32)
-    if BOUNDED:
-        b_q32 = b_q.to(tl.float32)
-        b_bound = tl.sqrt(tl.sum(b_q32 * b_q32, 1)) * tl.load(key_norms + i_bh) * scale_log2
-        safe_low = _SAFE_LOW
-        if b_q.dtype == tl.float16:
-            b_bound -= _FP16_LIFT
-            safe_low = num_keys * _FP16_SAFE_MEAN
-        b_acc, b_sum, b_shift = _attend(
-            b_q, b_bound, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, AHEAD, True, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        # NaN compares false, so it takes the online form too.
-        safe = (b_sum >= safe_low) & (b_sum <= _SAFE_HIGH)
-        if b_q.dtype == tl.float16:
-            # A bound that was too small may have made a weight infinite in fp16 while the fp32 sum is not.
-            safe = safe & (tl.sum(b_acc * 0.0, 1) == 0.0)
-        if tl.min(safe.to(tl.int32), 0) == 0:
-            b_acc, b_sum, b_shift = _attend(
-                b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, AHEAD, False, PRECISION, INTERPRETED,
-            )  # fmt: skip
-    else:
-        b_acc, b_sum, b_shift = _attend(
-            b_q, b_lowest, k_head, v_head, stride_kn, stride_vn, i_b, i_h, num_keys, scale_log2,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, TMA, AHEAD, False, PRECISION, INTERPRETED,
-        )  # fmt: skip
-
-    b_out = b_acc / b_sum[:, None]
-    o_m = start_m + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    p_row = out + ((i_b.to(tl.int64) * num_queries + o_m) * num_heads + i_h) * HEAD_DIM
-    m_out = (o_m < num_queries)[:, None] & (o_d < HEAD_DIM)[None, :]
-    tl.store(p_row[:, None] + o_d[None, :], round_to(b_out, out.dtype.element_ty, INTERPRETED), mask=m_out)
-    if WRITE_LSE:
-        b_lse = (b_shift + tl.log2(b_sum)) * _LN2
-        tl.store(lse + i_bh.to(tl.int64) * num_queries + o_m, b_lse, mask=o_m < num_queries)
 
 
 @triton.jit
@@ -343,44 +260,74 @@ def _attention_kernel(
     BOUNDED: tl.constexpr,
     PERSISTENT: tl.constexpr,
     WRITE_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     if PERSISTENT:
-        for i_tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-            _attend_queries(
-                i_tile, q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
-                stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, TMA, AHEAD, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
-            )  # fmt: skip
-    else:
-        _attend_queries(
-            tl.program_id(0), q, k, v, key_norms, out, lse, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn,
-            stride_kh, stride_vb, stride_vn, stride_vh, num_queries, num_keys, num_heads, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, TMA, AHEAD, BOUNDED, WRITE_LSE, PRECISION, INTERPRETED,
+        first = tl.program_id(0)
+        stop = num_tiles
+        step = tl.num_programs(0)
+    else:  # one pass; the compiler removes the loop, because these are constants
+        first = 0
+        stop = 1
+        step = 1
+    for i in tl.range(first, stop, step):
+        i_tile = i if PERSISTENT else tl.program_id(0)
+        tiles_per_head = tl.cdiv(num_queries, BLOCK_M)
+        i_bh = i_tile // tiles_per_head
+        i_b = i_bh // num_heads
+        i_h = i_bh % num_heads
+        start_m = i_tile % tiles_per_head * BLOCK_M
+        if TMA:
+            q_head = q
+            k_head = k
+            v_head = v
+        else:
+            q_head = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+            k_head = k + i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh
+            v_head = v + i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
+
+        b_q = _load_tile(
+            q_head, stride=stride_qn, batch=i_b, head=i_h, start=start_m, num_tokens=num_queries,
+            HEAD_DIM=HEAD_DIM, BLOCK=BLOCK_M, BLOCK_D=BLOCK_D, MASKED=True, TMA=TMA,
         )  # fmt: skip
+        # Not -inf: a first tile of logits that are all -inf must not turn later, finite ones into NaN.
+        b_lowest = tl.full([BLOCK_M], _FLOAT_MIN, tl.float32)
+        if BOUNDED:
+            b_q32 = b_q.to(tl.float32)
+            b_first = tl.sqrt(tl.sum(b_q32 * b_q32, 1)) * tl.load(key_norms + i_bh) * scale_log2
+            if b_q.dtype == tl.float16:
+                b_first -= _FP16_LIFT
+        else:
+            b_first = b_lowest
+        b_acc, b_sum, b_shift = _attend(
+            b_q, b_first, k_head, v_head, stride_k=stride_kn, stride_v=stride_vn, batch=i_b, head=i_h,
+            num_keys=num_keys, scale_log2=scale_log2, HEAD_DIM=HEAD_DIM, BLOCK_N=BLOCK_N, TMA=TMA, AHEAD=AHEAD,
+            BOUNDED=BOUNDED,
+        )  # fmt: skip
+        if BOUNDED:
+            safe_low = _SAFE_LOW
+            if b_q.dtype == tl.float16:
+                safe_low = num_keys * _FP16_SAFE_MEAN
+            # NaN compares false, so it takes the online form too.
+            safe = (b_sum >= safe_low) & (b_sum <= _SAFE_HIGH)
+            if b_q.dtype == tl.float16:
+                # A bound that is too small by rounding may make a weight infinite in fp16 while the fp32 sum is not.
+                safe = safe & (tl.sum(b_acc * 0.0, 1) == 0.0)
+            if tl.min(safe.to(tl.int32), 0) == 0:
+                b_acc, b_sum, b_shift = _attend(
+                    b_q, b_lowest, k_head, v_head, stride_k=stride_kn, stride_v=stride_vn, batch=i_b, head=i_h,
+                    num_keys=num_keys, scale_log2=scale_log2, HEAD_DIM=HEAD_DIM, BLOCK_N=BLOCK_N, TMA=TMA, AHEAD=AHEAD,
+                    BOUNDED=False,
+                )  # fmt: skip
 
-
-@triton.jit
-def _key_norms_kernel(
-    k,  # [B, M, H, hd] by its strides
-    key_norms,  # [B, H] fp32, zero before the launch
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    num_keys,
-    num_heads,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    i_bh = tl.program_id(1)
-    i_b = (i_bh // num_heads).to(tl.int64)
-    i_h = (i_bh % num_heads).to(tl.int64)
-    start = tl.program_id(0) * BLOCK_N
-    k_head = k + i_b * stride_kb + i_h * stride_kh
-    b_k = _load_tile(k_head, stride_kn, 0, 0, start, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True, False).to(tl.float32)
-    tl.atomic_max(key_norms + i_bh, tl.max(tl.sqrt(tl.sum(b_k * b_k, 1)), 0))
+        b_out = b_acc / b_sum[:, None]
+        o_m = start_m + tl.arange(0, BLOCK_M)
+        o_d = tl.arange(0, BLOCK_D)
+        p_row = out + ((i_b.to(tl.int64) * num_queries + o_m) * num_heads + i_h) * HEAD_DIM
+        m_out = (o_m < num_queries)[:, None] & (o_d < HEAD_DIM)[None, :]
+        tl.store(p_row[:, None] + o_d[None, :], round_to(b_out, out.dtype.element_ty), mask=m_out)
+        if WRITE_LSE:
+            b_lse = (b_shift + tl.log2(b_sum)) * _LN2
+            tl.store(lse + i_bh.to(tl.int64) * num_queries + o_m, b_lse, mask=o_m < num_queries)
 
 
 def attention(
@@ -391,7 +338,6 @@ def attention(
     scale: float | None = None,
     variant: str | None = None,
     tile: Tile | None = None,
-    key_norms: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every query to every key: `softmax(q k^T * scale) v`, without a mask, forward only.
@@ -400,9 +346,8 @@ def attention(
         q: `[B, N, H, hd]` fp32, bf16 or fp16, any strides as long as the last one is 1; hd at most 128.
         k, v: `[B, M, H, hd]`, q's dtype and device.
         scale: factor of the logits, above zero; None is `hd ** -0.5`.
-        variant: one of VARIANTS; None takes `default_variant`. A variant that cannot take these tensors raises.
-        tile: block sizes; None takes the committed table's.
-        key_norms: `[B, H]` fp32, for the bounded variants: the largest |k_j| of each head, or more; None computes it.
+        variant: a name in VARIANTS; None takes `default_variant`. A variant that cannot take these tensors raises.
+        tile: block sizes; None takes those of the committed table.
         return_lse: also return `log(sum(exp(scale * q k^T)))`.
 
     Returns:
@@ -412,11 +357,9 @@ def attention(
         ValueError: an argument is not as described, or the variant cannot take it; the message names it.
     """
     want_tensors(q=q, k=k, v=v)
-    if key_norms is not None:
-        want_tensors(key_norms=key_norms)
     # An operator takes numbers, not a Tile.
     blocks = None if tile is None else [tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"], tile.num_warps, tile.num_stages]
-    out, lse = _operator(q, k, v, scale, variant, blocks, key_norms, return_lse)
+    out, lse = _operator(q, k, v, scale, variant, blocks, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -427,11 +370,9 @@ def _outputs(
     scale: float | None,
     variant: str | None,
     blocks: Sequence[int] | None,  # noqa: ARG001 - the operator's arguments
-    key_norms: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, scale, key_norms)
-    _check_variant(variant, q, key_norms)
+    _check(q, k, v, scale, variant)
     check_runnable("q", q, _attention_kernel)
     batch, num_queries, num_heads, head_dim = q.shape
     out = torch.empty(batch, num_queries, num_heads * head_dim, dtype=q.dtype, device=q.device)
@@ -447,33 +388,24 @@ def _attention(
     scale: float | None,
     variant: str | None,
     blocks: Sequence[int] | None,
-    key_norms: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, k, v, scale, variant, blocks, key_norms, return_lse)
-    check_alignment(q=q, k=k, v=v, key_norms=key_norms)
+    out, lse = _outputs(q, k, v, scale, variant, blocks, return_lse)
+    check_alignment(q=q, k=k, v=v)
     arch = architecture(q)
-    if variant is None:
-        variant = default_variant(q, k, v, arch)
-    if variant.startswith("tma"):
+    chosen = default_variant(q, k, v, arch) if variant is None else VARIANTS[variant]
+    if chosen.load == "tma":
         if arch not in (INTERPRETER, 90, 100):
-            raise ValueError(f"variant: got {variant!r} on compute capability {arch / 10}, wanted 9.0 or later for TMA")
+            major, minor = torch.cuda.get_device_capability(q.device)
+            raise ValueError(f"variant: got {variant!r} on compute capability {major}.{minor}, want 9.0, 10.x or 11.x")
         check_alignment(16, q=q, k=k, v=v)
+    key_norms = largest_key_norms(k) if chosen.bounded else None
     tile = None if blocks is None else _tile(*blocks)
+    arguments = _arguments(q, k, v, out, lse if return_lse else None, key_norms, scale, chosen, arch, tile)
+    programs = arguments["num_tiles"]
+    if chosen.schedule == "persistent":
+        programs = min(programs, _programs_at_once(q.device, chosen))
     with torch.cuda.device_of(q):
-        if "bounded" in variant and key_norms is None:
-            batch, num_keys, num_heads, _ = k.shape
-            key_norms = torch.zeros(batch, num_heads, dtype=torch.float32, device=q.device)
-            _key_norms_kernel[triton.cdiv(num_keys, 128), batch * num_heads](**_key_norms_arguments(k, key_norms))
-        written_lse = lse if return_lse else None
-        arguments = _attention_arguments(q, k, v, out, written_lse, key_norms, scale, variant, arch, tile)
-        programs = arguments["num_tiles"]
-        if arguments["PERSISTENT"] and q.is_cuda:
-            # As many as run at once: the bounded form takes 138 registers of 256 threads, so only one fits.
-            at_once = 1 if arguments["BOUNDED"] else 2
-            programs = min(programs, at_once * torch.cuda.get_device_properties(q.device).multi_processor_count)
-        elif arguments["PERSISTENT"]:
-            programs = min(programs, 3)  # the interpreter: few enough that each program takes several tiles
         _attention_kernel[(programs,)](**arguments)
     return out, lse
 
@@ -485,47 +417,42 @@ def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
     return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
 
 
-def default_variant(q: Tensor, k: Tensor, v: Tensor, arch: int) -> str:
+def _programs_at_once(device: torch.device, variant: Variant) -> int:
+    if device.type != "cuda":
+        return 3  # the interpreter: few, so that each program takes several tiles
+    # The bounded form takes 138 registers in each of 256 threads, so only one program fits on a multiprocessor.
+    per_multiprocessor = 1 if variant.bounded else 2
+    return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def default_variant(q: Tensor, k: Tensor, v: Tensor, arch: int) -> Variant:
     """Return the variant that runs when none is asked for: TMA on Hopper where it can take the tensors."""
     tma = arch == 90 and q.element_size() == 2 and all(is_aligned(x, 16) for x in (q, k, v))
-    return "tma" if tma else "pointer"
+    return Variant("tma" if tma else "pointer")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, key_norms: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, variant: str | None) -> None:
     check_tensor("q", q, shape=(None, None, None, None))
     batch, _, num_heads, head_dim = q.shape
     if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"q: got head_dim {head_dim}, wanted at most {MAX_HEAD_DIM}")
+        raise ValueError(f"q: got head_dim {head_dim}, want at most {MAX_HEAD_DIM}")
     check_tensor("k", k, shape=(batch, None, num_heads, head_dim), dtypes=(q.dtype,), device=q.device)
     check_tensor("v", v, shape=k.shape, dtypes=(q.dtype,), device=q.device)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         # Offsets inside one tile of at most 128 tokens are 32-bit.
         if tensor.stride(1) >= 2**24:
-            raise ValueError(f"{name}: got a stride of {tensor.stride(1)} between tokens, wanted less than {2**24}")
+            raise ValueError(f"{name}: got a stride of {tensor.stride(1)} between tokens, want less than {2**24}")
     # Not `scale <= 0`, which would let NaN pass.
     if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale: got {scale}, wanted a finite number above 0")
-    if key_norms is not None:
-        check_tensor(
-            "key_norms",
-            key_norms,
-            shape=(batch, num_heads),
-            dtypes=(torch.float32,),
-            device=q.device,
-            contiguous=True,
-        )
+        raise ValueError(f"scale: got {scale}, want a finite number above 0")
+    if variant is not None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: got {variant!r}, want one of {', '.join(VARIANTS)}")
+        if VARIANTS[variant].load == "tma" and q.element_size() != 2:
+            raise ValueError(f"variant: got {variant!r} with {q.dtype}, want bfloat16 or float16 for TMA")
 
 
-def _check_variant(variant: str | None, q: Tensor, key_norms: Tensor | None) -> None:
-    if variant not in (None, *VARIANTS):
-        raise ValueError(f"variant: got {variant!r}, wanted one of {', '.join(VARIANTS)}")
-    if key_norms is not None and (variant is None or "bounded" not in variant):
-        raise ValueError(f"key_norms: got a tensor with variant {variant!r}, wanted a bounded variant")
-    if variant is not None and variant.startswith("tma") and q.element_size() != 2:
-        raise ValueError(f"variant: got {variant!r} with {q.dtype}, wanted bfloat16 or float16 for TMA")
-
-
-def _attention_arguments(
+def _arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -533,21 +460,19 @@ def _attention_arguments(
     lse: Tensor | None,
     key_norms: Tensor | None,
     scale: float | None,
-    variant: str,
+    variant: Variant,
     arch: int,
     tile: Tile | None,
 ) -> dict[str, Any]:
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys = k.shape[1]
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tma = variant.startswith("tma")
     if tile is None:
-        schedule = "tma_ahead" if "ahead" in variant else "tma" if tma else "pointer"
-        tile = tile_for("attention", f"{schedule}/{8 * q.element_size()}x{max(64, block_d)}", arch)
+        tile = tile_for("attention", f"{variant.tile_class}/{8 * q.element_size()}x{max(64, block_d)}", arch)
     block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
 
     def source(x: Tensor, block: int) -> Tensor | TensorDescriptor:
-        if not tma:
+        if variant.load == "pointer":
             return x
         # Tokens next to channels, so that the block is a plain matrix; a descriptor's strides may have any order.
         heads_first = x.transpose(1, 2)
@@ -581,62 +506,36 @@ def _attention_arguments(
         "scale_log2": (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "TMA": tma,
-        "AHEAD": "ahead" in variant,
-        "BOUNDED": "bounded" in variant,
-        "PERSISTENT": "persistent" in variant,
+        "TMA": variant.load == "tma",
+        "AHEAD": variant.schedule == "ahead",
+        "BOUNDED": variant.bounded,
+        "PERSISTENT": variant.schedule == "persistent",
         "WRITE_LSE": lse is not None,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "INTERPRETED": is_interpreted(_attention_kernel),
         # One FMA for `scale * s - shift`; Triton's own default differs between versions.
         "enable_fp_fusion": True,
         **tile.options,
     }
 
 
-def _key_norms_arguments(k: Tensor, key_norms: Tensor) -> dict[str, Any]:
-    head_dim = k.shape[3]
-    return {
-        "k": k,
-        "key_norms": key_norms,
-        "stride_kb": k.stride(0),
-        "stride_kn": k.stride(1),
-        "stride_kh": k.stride(2),
-        "num_keys": k.shape[1],
-        "num_heads": k.shape[2],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_N": 128,
-        "num_warps": 4,
-        "num_stages": 1,
-        "enable_fp_fusion": True,
-    }
-
-
 def compile_cases(arch: int) -> list[KernelCase]:
     """List what is compiled without a GPU: every variant at CogVideoX's own shape, every dtype and head_dim once."""
-    variants = VARIANTS if arch >= 90 else tuple(name for name in VARIANTS if not name.startswith("tma"))
-    cases = [_case(variant, torch.bfloat16, 64, arch) for variant in variants]
-    default = "tma" if arch == 90 else "pointer"
+    default, pointer = Variant("tma" if arch == 90 else "pointer"), Variant("pointer")
+    cases = [_case(v, torch.bfloat16, 64, arch) for v in VARIANTS.values() if arch >= 90 or v.load == "pointer"]
     cases += [_case(default, torch.bfloat16, head_dim, arch) for head_dim in (32, 80, 96, 128)]
     cases.append(_case(default, torch.float16, 64, arch))
-    cases += [_case("pointer", torch.float32, head_dim, arch) for head_dim in (64, 128)]
-    k = torch.empty(2, 17776, 48, 64, dtype=torch.bfloat16, device="meta")
-    norms = torch.empty(2, 48, dtype=torch.float32, device="meta")
-    arguments = _key_norms_arguments(k, norms)
-    return [*cases, KernelCase("attention/key_norms/bf16-hd64", _key_norms_kernel, arguments, sass=("LDG.E.128",))]
+    return cases + [_case(pointer, torch.float32, head_dim, arch) for head_dim in (64, 128)]
 
 
-def _case(variant: str, dtype: torch.dtype, head_dim: int, arch: int) -> KernelCase:
+def _case(variant: Variant, dtype: torch.dtype, head_dim: int, arch: int) -> KernelCase:
     q, k, v = (torch.empty(2, 17776, 48, head_dim, dtype=dtype, device="meta") for _ in range(3))
     out = torch.empty(2, 17776, 48 * head_dim, dtype=dtype, device="meta")
-    norms = torch.empty(2, 48, dtype=torch.float32, device="meta") if "bounded" in variant else None
-    arguments = _attention_arguments(q, k, v, out, None, norms, None, variant, arch, None)
+    norms = torch.empty(2, 48, dtype=torch.float32, device="meta") if variant.bounded else None
+    arguments = _arguments(q, k, v, out, None, norms, None, variant, arch, None)
     if dtype == torch.float32:
         sass = ("FFMA",)
     else:
         multiply = {90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")
-        copy = "UTMALDG" if variant.startswith("tma") else "LDGSTS.128"
+        copy = "UTMALDG" if variant.load == "tma" else "LDGSTS.128"
         sass = (multiply, copy, "MUFU.EX2", "STG.E.128")
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    return KernelCase(f"attention/{variant}/{short}-hd{head_dim}", _attention_kernel, arguments, sass)
+    return KernelCase(f"attention/{variant.name}/{short}-hd{head_dim}", _attention_kernel, arguments, sass)

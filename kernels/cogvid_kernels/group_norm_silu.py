@@ -2,20 +2,20 @@
 
     group_norm_silu      silu(GroupNorm(x)), the encoder's norm
     spatial_norm_silu    silu(GroupNorm(x) * up(scale) + up(shift)): diffusers' `CogVideoXSpatialNorm3D` after its
-                         convolutions, which run at latent resolution; `up` is the gather of the nearest latent
+                         convolutions, which run at latent resolution; `up` takes the nearest latent
 
 Bound by memory: x is read twice and written once. Three kernels:
 
-- statistics: each program takes a run of positions of some channels and writes, for each channel, their mean and sum of
-  squared differences. It sums differences from the mean of its own first tile, which cancels nothing however large the
-  mean is against the spread.
-- merge: one program a group puts these together by the formula of Chan, Golub and LeVeque, about one of the means.
-- apply: a program takes a piece of one row of pixels of one frame, so that the latent's frame and row are two numbers
-  and only its column is looked up per pixel.
+- statistics: each program reads a range of positions of some channels and writes the mean and the sum of squared
+  differences of each channel. It sums differences from the mean of its own first tile, so nothing cancels, however
+  large the mean is.
+- merge: one program per group merges these by the formula of Chan, Golub and LeVeque, relative to one of the means.
+- apply: each program writes a part of one row of pixels of one frame. So the latent's frame and row are two numbers,
+  and only its column is computed per pixel.
 
-Both contiguous `[B, C, T, H, W]` and channels-last memory are taken as they are: a tile is positions x channels with
-one stride each, and the compiler lays threads along whichever stride is 1. Every index is 64-bit before it meets a
-stride, as one activation at full size passes 2**31 elements.
+Contiguous `[B, C, T, H, W]` and channels-last memory are both read in place: a tile is positions x channels with one
+stride each, and the compiler puts the threads along the stride that is 1. Every index is 64-bit before it is multiplied
+by a stride, because one activation at full size has more than 2**31 elements.
 
 Letters: B batch, C channels, T H W frames, height and width, P = T * H * W positions; t h w the latents' T H W.
 """
@@ -28,15 +28,15 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._rows import check_parameter
 from cogvid_kernels._tiles import architecture, tile_for
 
-# Runs of positions per sample: enough programs to fill the largest GPU several times, few enough to merge cheaply.
+# Ranges of positions per sample: enough programs to fill the largest GPU several times, few enough to merge cheaply.
 MAX_SPLITS = 1024
-# Fewer tiles than this a program and the first one, which is summed twice, weighs.
+# With fewer tiles per program, reading the first one twice would cost a large share of the time.
 _MIN_TILES = 8
 _MERGE_BLOCK = 64
 
@@ -51,7 +51,7 @@ def _statistics_kernel(
     stride_p,
     num_channels,
     num_positions,
-    span,  # positions a program, a multiple of BLOCK_P
+    span,  # positions per program, a multiple of BLOCK_P
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -111,7 +111,7 @@ def _merge_kernel(
     for start in tl.range(0, num_splits, BLOCK_S):
         o_split = (start + o_s).to(tl.int64)
         mask = (o_split < num_splits)[:, None] & (o_c < CHANNELS)[None, :]
-        # The last run is shorter; runs past it count nothing.
+        # The last range is shorter; ranges after it are empty.
         b_count = tl.maximum(tl.minimum(num_positions - o_split * span, span), 0).to(tl.float32)[:, None]
         o_in = base + o_split[:, None] * num_channels + o_c[None, :]
         b_difference = tl.load(means + o_in, mask=mask, other=0.0) - center
@@ -165,7 +165,6 @@ def _apply_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     pieces = tl.cdiv(width, BLOCK_P)
     i_row = tl.program_id(0) // pieces * ROWS
@@ -176,7 +175,7 @@ def _apply_kernel(
         o_w += tl.arange(0, BLOCK_P)
         in_frames = o_w < width
     else:
-        # From here on the row is one number per pixel; otherwise it stays one number per program.
+        # Here the row is one number per pixel; in the other branch it is one number per program.
         o_w += tl.arange(0, ROWS * BLOCK_P) % BLOCK_P
         i_row += tl.arange(0, ROWS * BLOCK_P) // BLOCK_P
         in_frames = (o_w < width) & (i_row < num_rows)
@@ -191,7 +190,7 @@ def _apply_kernel(
     b_gain = tl.load(group_inverses + o_group, mask=in_channels, other=0.0)
     b_gain *= tl.load(weight + o_c, mask=in_channels, other=0.0).to(tl.float32)
     b_bias = tl.load(bias + o_c, mask=in_channels, other=0.0).to(tl.float32)
-    # The mean goes first: bias - mean * gain would cancel where the mean is large.
+    # The mean is subtracted first: bias - mean * gain would cancel where the mean is large.
     b_y = (b_x - b_mean[None, :]) * b_gain[None, :] + b_bias[None, :]
 
     if SPATIAL:
@@ -213,7 +212,7 @@ def _apply_kernel(
         b_y = b_y * b_scale + b_shift
 
     b_y = b_y / (1 + tl.exp(-b_y))
-    tl.store(out + o_x, round_to(b_y, out.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(out + o_x, round_to(b_y, out.dtype.element_ty), mask=mask)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
@@ -288,7 +287,7 @@ def _spatial_norm_silu_outputs(
     for name, tensor in (("scale", scale), ("shift", shift)):
         _check_latent(name, tensor, x)
     if shift.shape != scale.shape:
-        raise ValueError(f"shift: got shape {list(shift.shape)}, wanted that of scale, {list(scale.shape)}")
+        raise ValueError(f"shift: got shape {list(shift.shape)}, want that of scale, {list(scale.shape)}")
     return torch.empty_like(x)
 
 
@@ -307,15 +306,15 @@ _spatial_norm_silu_operator = register(_spatial_norm_silu, _spatial_norm_silu_ou
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
     if x.ndim != 5:
-        raise ValueError(f"x: got {list(x.shape)}, wanted a tensor [B, C, T, H, W]")
+        raise ValueError(f"x: got shape {list(x.shape)}, want [B, C, T, H, W]")
     check_tensor("x", x, any_strides=True)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)):
-        raise ValueError(f"x: got strides {x.stride()} of shape {list(x.shape)}, wanted contiguous or channels-last")
+        raise ValueError(f"x: got strides {x.stride()} of shape {list(x.shape)}, want contiguous or channels-last")
     channels = x.shape[1]
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_parameter(name, parameter, (channels,), x.device)
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups: got {num_groups}, wanted a divisor of {channels}, the number of channels")
+        raise ValueError(f"num_groups: got {num_groups}, want a divisor of {channels}, the number of channels")
     check_runnable("x", x, _apply_kernel)
 
 
@@ -328,7 +327,7 @@ def _check_latent(name: str, latent: Tensor, x: Tensor) -> None:
     if not least <= latent_frames <= frames or height % latent_height or width % latent_width:
         raise ValueError(
             f"{name}: got t, h, w = {latent_frames}, {latent_height}, {latent_width} for T, H, W = {frames}, {height},"
-            f" {width}, wanted t from {least} to T, and divisors of H and W"
+            f" {width}, want t from {least} to T, and divisors of H and W"
         )
 
 
@@ -373,7 +372,7 @@ def _layout(x: Tensor) -> tuple[str, int, int]:
 
 
 def _blocks(operation: str, x: Tensor, positions: int, arch: int) -> dict[str, int]:
-    """Return the table's tile, no larger than what there is."""
+    """Return the table's tile, made no larger than the tensor."""
     options = tile_for(operation, _layout(x)[0], arch).options
     limits = {"BLOCK_C": x.shape[1], "BLOCK_P": positions}
     return options | {name: min(options[name], triton.next_power_of_2(limit)) for name, limit in limits.items()}
@@ -438,7 +437,7 @@ def _apply_arguments(
     _, stride_c, stride_p = _layout(x)
     _, channels, frames, height, width = x.shape
     if scale is None:
-        # Nothing depends on the place: all positions are one row.
+        # Nothing depends on the position: all positions are one row.
         frames, height, width = 1, 1, frames * height * width
     latent = (1, height, width) if scale is None else tuple(scale.shape[2:])
     strides = {
@@ -471,7 +470,6 @@ def _apply_arguments(
         "ALONE": scale is not None and _first_is_alone(frames),
         "UP_H": height // latent[1],
         "UP_W": width // latent[2],
-        "INTERPRETED": is_interpreted(_apply_kernel),
         "enable_fp_fusion": True,
         **_blocks("group_norm/apply", x, width, arch),
     }

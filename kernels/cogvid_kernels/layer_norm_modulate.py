@@ -1,4 +1,4 @@
-"""What stands between the linears of a block: gated residual, LayerNorm, modulation; one pass over the tokens.
+"""What a block computes between its linears: gated residual, LayerNorm, modulation; one pass over the tokens.
 
 One kernel, three functions, equal to diffusers' `CogVideoXLayerNormZero` and the residual additions of its
 `CogVideoXBlock`:
@@ -9,9 +9,9 @@ One kernel, three functions, equal to diffusers' `CogVideoXLayerNormZero` and th
 
 Modulation has two rows, one for the text tokens and one for the video tokens after them, picked by token index.
 
-Bound by memory. A program takes one row; weight, bias, shift, scale and gate are a few rows for all tokens, so they
-come from the L1 cache: held in registers over several rows they would fill half of them and leave too few programs on
-a multiprocessor to keep enough loads in flight.
+Bound by memory. A program computes one row. Weight, bias, shift, scale and gate are a few rows that all tokens share,
+so they come from the L1 cache. Kept in registers for several rows, they would fill half of the registers, and too few
+programs would fit on a multiprocessor to keep enough loads in flight.
 
 Letters: B batch, N tokens, D model width.
 """
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._rows import check_parameter, check_rows, row_tile
@@ -61,7 +61,6 @@ def _modulate_kernel(
     NORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     o_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
@@ -73,15 +72,13 @@ def _modulate_kernel(
     o_out = o_r.to(tl.int64)[:, None] * D + o_d[None, :]
 
     p_x = x + (o_b * stride_xb + o_n * stride_xn)[:, None] + o_d[None, :]
-    # Tokens pass through once; what should stay in the L1 cache are the few rows that all of them read.
+    # Each token is read once; the L1 cache is for the few rows that all of them share.
     b_x = tl.load(p_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if GATE:
         p_y = y + (o_b * stride_yb + o_n * stride_yn)[:, None] + o_d[None, :]
         b_y = tl.load(p_y, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         p_gate = gate + (o_b * stride_gate_b + stream * stride_gate_row)[:, None] + o_d[None, :]
-        b_sum = round_to(
-            b_x + tl.load(p_gate, mask=mask, other=0.0).to(tl.float32) * b_y, x.dtype.element_ty, INTERPRETED
-        )
+        b_sum = round_to(b_x + tl.load(p_gate, mask=mask, other=0.0).to(tl.float32) * b_y, x.dtype.element_ty)
         tl.store(out_sum + o_out, b_sum, mask=mask)
         # The norm sees the rounded sum, which is what the next residual adds to.
         b_x = b_sum.to(tl.float32)
@@ -95,7 +92,7 @@ def _modulate_kernel(
         b_gain = 1 + tl.load(p_scale, mask=mask, other=0.0).to(tl.float32)
         b_shift = tl.load(p_shift, mask=mask, other=0.0).to(tl.float32)
         b_out = (b_x * b_inverse[:, None] * b_w[None, :] + b_b[None, :]) * b_gain + b_shift
-        tl.store(out_norm + o_out, round_to(b_out, x.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(out_norm + o_out, round_to(b_out, x.dtype.element_ty), mask=mask)
 
 
 def layer_norm_modulate(
@@ -257,7 +254,7 @@ def _check(
     for name, parameter in modulation.items():
         check_parameter(name, parameter, (batch, 2, width), x.device)
     if not 0 <= text_len <= num_tokens:
-        raise ValueError(f"text_len: got {text_len}, wanted 0 to {num_tokens}, the number of tokens")
+        raise ValueError(f"text_len: got {text_len}, want 0 to {num_tokens}, the number of tokens")
     check_runnable("x", x, _modulate_kernel)
 
 
@@ -314,7 +311,6 @@ def _arguments(
         "D": width,
         "GATE": y is not None,
         "NORM": weight is not None,
-        "INTERPRETED": is_interpreted(_modulate_kernel),
         "enable_fp_fusion": True,
         **row_tile(width, arch).options,
     }

@@ -1,11 +1,11 @@
 """Linear and tanh-GELU: `gelu(x @ weight.T + bias)`, as in diffusers' `FeedForward("gelu-approximate")`.
 
-The product is cuBLAS's. On CUDA its bias and GELU run in the product's epilogue (cublasLt), on the fp32 sums: no pass
-over the wide activation and no rounding before the GELU. `torch._addmm_activation` is how PyTorch gives access to it;
-with use_gelu its GELU is the tanh form on CUDA alone (on a CPU it is the erf form), fused or not.
+cuBLAS computes the product. On CUDA, bias and GELU run in its epilogue (cublasLt), on the fp32 sums: no second pass
+over the wide activation and no rounding before the GELU. PyTorch gives access to it as `torch._addmm_activation`. With
+use_gelu this computes the tanh form on CUDA only, fused or not; on a CPU it computes the erf form.
 
-Where that is not to be had, and as the other side of the benchmark, one kernel adds the bias and applies the GELU in
-place after the product.
+Elsewhere, and for comparison in the benchmark, one kernel adds the bias and applies the GELU in place, after the
+product.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._tiles import architecture, tile_for
@@ -32,7 +32,6 @@ def _bias_gelu_kernel(
     num_elements,
     width,  # M
     BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     o = tl.arange(0, BLOCK)
@@ -44,7 +43,7 @@ def _bias_gelu_kernel(
     # 0.5 * (1 + tanh(z)) is sigmoid(2 z); 2 * sqrt(2 / pi) = 1.5957691216057308.
     b_z = 1.5957691216057308 * (b_y + 0.044715 * b_y * b_y * b_y)
     b_out = b_y / (1 + tl.exp(-b_z))
-    tl.store(x + start + o, round_to(b_out, x.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(x + start + o, round_to(b_out, x.dtype.element_ty), mask=mask)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None = None) -> Tensor:
@@ -73,15 +72,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str | None 
 def _outputs(x: Tensor, weight: Tensor, bias: Tensor, variant: str | None) -> Tensor:
     check_tensor("x", x, contiguous=True)
     if x.ndim == 0:
-        raise ValueError("x: got shape [], wanted [..., K]")
+        raise ValueError("x: got shape [], want [..., K]")
     check_tensor("weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype,), device=x.device, contiguous=True)
     check_tensor("bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), device=x.device, contiguous=True)
     if variant not in (None, *VARIANTS):
-        raise ValueError(f"variant: got {variant!r}, wanted one of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant: got {variant!r}, want one of {', '.join(VARIANTS)}")
     if variant == "epilogue" and x.device.type not in ("cuda", "meta"):
-        raise ValueError(f"variant: got 'epilogue' on {x.device}, wanted cuda: elsewhere it is not the tanh form")
-    if not _takes_epilogue(x, variant):
-        check_runnable("x", x, _bias_gelu_kernel)
+        raise ValueError(f"variant: got 'epilogue' on {x.device}, want cuda: elsewhere it is not the tanh form")
+    check_runnable("x", x, _bias_gelu_kernel)
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
@@ -123,7 +121,6 @@ def _arguments(out: Tensor, bias: Tensor, arch: int) -> dict[str, Any]:
         "bias": bias,
         "num_elements": out.numel(),
         "width": out.shape[-1],
-        "INTERPRETED": is_interpreted(_bias_gelu_kernel),
         "enable_fp_fusion": True,
         **tile_for("elements", "any", arch).options,
     }

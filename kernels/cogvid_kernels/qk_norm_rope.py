@@ -1,10 +1,11 @@
-"""LayerNorm of q and k over head_dim, then the rotation of the video tokens: one pass over both.
+"""The norm of q and k over head_dim, then the rotation of the video tokens: one pass over both.
 
 Equal to what diffusers' `CogVideoXAttnProcessor2_0` does to q and k before its attention. Bound by memory: q and k are
 read once where their projections left them and written once.
 
-The mean of a LayerNorm costs no memory traffic here, because a row is in registers anyway: centring the projection at
-load, which makes this norm an RMSNorm, saves three shuffles a row. `centred=True` leaves the mean out for that case.
+The norm is LayerNorm, or RMSNorm for a caller that centred the projections when it loaded them: LayerNorm of a row is
+RMSNorm of that row less its mean. Both forms move the same bytes. A row is in registers, so its mean costs three
+shuffles, which the second form saves.
 
 Letters: B batch, N tokens (text first), S video tokens, H heads, hd head_dim.
 """
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._rows import check_parameter, check_rows, row_tile
@@ -35,7 +36,7 @@ def _norm(
     BLOCK_D: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Load rows and norm them; fp32."""
+    """Load rows and norm them in fp32."""
     o_d = tl.arange(0, BLOCK_D)
     in_row = o_d < HEAD_DIM
     b_x = tl.load(p_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -67,7 +68,6 @@ def _qk_norm_rope_kernel(
     sin,  # the same
     out_q,  # [B, N, H, hd] contiguous
     out_k,  # the same
-    key_norms,  # [B, N, H] fp32 contiguous
     stride_qb,
     stride_qn,
     stride_qh,
@@ -82,10 +82,8 @@ def _qk_norm_rope_kernel(
     HEAD_DIM: tl.constexpr,
     CENTRED: tl.constexpr,
     ROTATE: tl.constexpr,
-    WRITE_NORMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     o_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
@@ -111,13 +109,8 @@ def _qk_norm_rope_kernel(
         b_q = _rotate(b_q, b_cos, b_sin, BLOCK_ROWS, BLOCK_D)
         b_k = _rotate(b_k, b_cos, b_sin, BLOCK_ROWS, BLOCK_D)
     o_out = o_r.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
-    b_k = round_to(b_k, out_k.dtype.element_ty, INTERPRETED)
-    tl.store(out_q + o_out, round_to(b_q, out_q.dtype.element_ty, INTERPRETED), mask=mask)
-    tl.store(out_k + o_out, b_k, mask=mask)
-    if WRITE_NORMS:
-        # Of what was written: a bound must hold for the rounded keys.
-        b_k32 = tl.where(mask, b_k.to(tl.float32), 0.0)
-        tl.store(key_norms + o_r, tl.sqrt(tl.sum(b_k32 * b_k32, 1)), mask=in_rows)
+    tl.store(out_q + o_out, round_to(b_q, out_q.dtype.element_ty), mask=mask)
+    tl.store(out_k + o_out, round_to(b_k, out_k.dtype.element_ty), mask=mask)
 
 
 def qk_norm_rope(
@@ -132,21 +125,19 @@ def qk_norm_rope(
     text_len: int,
     eps: float,
     centred: bool = False,
-    return_key_norms: bool = False,
-) -> tuple[Tensor, ...]:
-    """LayerNorm q and k over head_dim, then rotate the video tokens; forward only.
+) -> tuple[Tensor, Tensor]:
+    """Norm q and k over head_dim, then rotate the video tokens; forward only.
 
     Args:
         q, k: `[B, N, H, hd]` fp32, bf16 or fp16, both of one dtype; any strides as long as the last one is 1.
         q_weight, q_bias, k_weight, k_bias: `[hd]`, any of the three dtypes.
         rope: None, or cos and sin, each fp32 `[S, hd / 2]`: one angle per pair of neighbouring channels, for the S =
             N - text_len tokens from `text_len` on.
-        centred: the mean over each head is zero already (the projection was centred): leave it out.
-        return_key_norms: also return the length of every key as it was written, for the bounded attention, whose
-            `key_norms` is its maximum over the tokens.
+        centred: False: the norm is LayerNorm. True: q and k have mean zero over each head, because their projections
+            were centred; the norm is then RMSNorm with this weight and bias.
 
     Returns:
-        q and k, each `[B, N, H, hd]` in q's dtype, contiguous; with return_key_norms also fp32 `[B, N, H]`.
+        q and k, each `[B, N, H, hd]` in q's dtype, contiguous.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
@@ -157,9 +148,7 @@ def qk_norm_rope(
     else:
         cos, sin = rope
         want_tensors(**{"rope[0]": cos, "rope[1]": sin})
-    affine = (q_weight, q_bias, k_weight, k_bias)
-    outputs = _operator(q, k, *affine, cos, sin, text_len, eps, centred, return_key_norms)
-    return outputs if return_key_norms else outputs[:2]
+    return _operator(q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, text_len, eps, centred)
 
 
 def _outputs(
@@ -174,8 +163,7 @@ def _outputs(
     text_len: int,
     eps: float,  # noqa: ARG001 - the operator's arguments
     centred: bool,  # noqa: ARG001
-    return_key_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     check_rows("q", q, ndim=4)
     check_tensor("k", k, shape=q.shape, dtypes=(q.dtype,), device=q.device)
     num_tokens, head_dim = q.shape[1], q.shape[3]
@@ -183,10 +171,10 @@ def _outputs(
     for name, parameter in names.items():
         check_parameter(name, parameter, (head_dim,), q.device)
     if not 0 <= text_len <= num_tokens:
-        raise ValueError(f"text_len: got {text_len}, wanted 0 to {num_tokens}, the number of tokens")
+        raise ValueError(f"text_len: got {text_len}, want 0 to {num_tokens}, the number of tokens")
     if cos is not None and sin is not None:
         if head_dim % 2:
-            raise ValueError(f"q: got head_dim {head_dim} with rope, wanted an even one")
+            raise ValueError(f"q: got head_dim {head_dim} with rope, want an even one")
         for name, table in (("rope[0]", cos), ("rope[1]", sin)):
             if text_len < num_tokens:
                 check_tensor(
@@ -199,9 +187,7 @@ def _outputs(
                 )
     check_runnable("q", q, _qk_norm_rope_kernel)
     out_q, out_k = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    # An operator has the same outputs in every call; one that was not asked for is empty.
-    norms_shape = q.shape[:3] if return_key_norms else (0,)
-    return out_q, out_k, torch.empty(norms_shape, dtype=torch.float32, device=q.device)
+    return out_q, out_k
 
 
 def _qk_norm_rope(
@@ -216,17 +202,15 @@ def _qk_norm_rope(
     text_len: int,
     eps: float,
     centred: bool,
-    return_key_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     affine = (q_weight, q_bias, k_weight, k_bias)
-    out_q, out_k, norms = _outputs(q, k, *affine, cos, sin, text_len, eps, centred, return_key_norms)
+    outputs = _outputs(q, k, *affine, cos, sin, text_len, eps, centred)
     check_alignment(q=q, k=k, q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias)
     check_alignment(**{"rope[0]": cos, "rope[1]": sin})
-    outputs = (out_q, out_k, norms if return_key_norms else None)
     arguments = _arguments(q, k, affine, cos, sin, outputs, text_len, eps, centred, architecture(q))
     with torch.cuda.device_of(q):
         _qk_norm_rope_kernel[triton.cdiv(arguments["num_rows"], arguments["BLOCK_ROWS"]),](**arguments)
-    return out_q, out_k, norms
+    return outputs
 
 
 _operator = register(_qk_norm_rope, _outputs)
@@ -238,7 +222,7 @@ def _arguments(
     affine: tuple[Tensor, ...],
     cos: Tensor | None,
     sin: Tensor | None,
-    outputs: tuple[Tensor, Tensor, Tensor | None],
+    outputs: tuple[Tensor, Tensor],
     text_len: int,
     eps: float,
     centred: bool,
@@ -251,7 +235,7 @@ def _arguments(
         **dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), affine, strict=True)),
         "cos": cos,
         "sin": sin,
-        **dict(zip(("out_q", "out_k", "key_norms"), outputs, strict=True)),
+        **dict(zip(("out_q", "out_k"), outputs, strict=True)),
         "stride_qb": q.stride(0),
         "stride_qn": q.stride(1),
         "stride_qh": q.stride(2),
@@ -266,8 +250,6 @@ def _arguments(
         "HEAD_DIM": head_dim,
         "CENTRED": centred,
         "ROTATE": cos is not None,
-        "WRITE_NORMS": outputs[2] is not None,
-        "INTERPRETED": is_interpreted(_qk_norm_rope_kernel),
         "enable_fp_fusion": True,
         **row_tile(head_dim, arch).options,
     }
@@ -276,19 +258,18 @@ def _arguments(
 def compile_cases(arch: int) -> list[KernelCase]:
     """List the 5B's shape in every form, and fp32."""
     cases = []
-    for name, dtype, rotate, centred, norms in (
-        ("rope/bf16", torch.bfloat16, True, False, False),
-        ("rope-norms/bf16", torch.bfloat16, True, False, True),
-        ("rope-centred/bf16", torch.bfloat16, True, True, False),
-        ("plain/bf16", torch.bfloat16, False, False, False),
-        ("rope/fp32", torch.float32, True, False, False),
+    for name, dtype, rotate, centred in (
+        ("rope/bf16", torch.bfloat16, True, False),
+        ("rope-centred/bf16", torch.bfloat16, True, True),
+        ("plain/bf16", torch.bfloat16, False, False),
+        ("plain-centred/bf16", torch.bfloat16, False, True),
+        ("rope/fp32", torch.float32, True, False),
+        ("rope-centred/fp32", torch.float32, True, True),
     ):
         q = torch.empty(2, 17776, 48, 64, dtype=dtype, device="meta")
-        angles = torch.empty(17550, 32, device="meta")
-        affine = q.new_empty(64)
-        key_norms = torch.empty(2, 17776, 48, device="meta") if norms else None
-        table = angles if rotate else None
-        arguments = _arguments(q, q, (affine,) * 4, table, table, (q, q, key_norms), 226, 1e-6, centred, arch)
+        table = torch.empty(17550, 32, device="meta") if rotate else None
+        affine = (q.new_empty(64),) * 4
+        arguments = _arguments(q, q, affine, table, table, (q, q), 226, 1e-6, centred, arch)
         sass = ("LDG.E.128", "STG.E.128")
         cases.append(KernelCase(f"qk_norm_rope/{name}-hd64", _qk_norm_rope_kernel, arguments, sass))
     return cases

@@ -1,7 +1,7 @@
 """RMSNorm over the last axis: `x / sqrt(mean(x^2) + eps) * weight`, statistics in fp32.
 
-Equal to transformers' `T5LayerNorm`. Bound by memory: one read and one write; a program takes one long row or several
-short ones.
+Equal to transformers' `T5LayerNorm`. Bound by memory: one read and one write. A program computes one long row or
+several short ones.
 
 Letters: D row width.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogvid_kernels._cases import KernelCase
-from cogvid_kernels._checks import check_alignment, check_runnable, is_interpreted
+from cogvid_kernels._checks import check_alignment, check_runnable
 from cogvid_kernels._interpreter import round_to
 from cogvid_kernels._operators import register, want_tensors
 from cogvid_kernels._rows import as_rows, check_parameter, check_rows, row_tile
@@ -34,18 +34,17 @@ def _rms_norm_kernel(
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     o_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
     mask = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
     o_x = (o_r // inner).to(tl.int64) * stride_outer + (o_r % inner).to(tl.int64) * stride_inner
-    # x passes through once; what should stay in the L1 cache is the weight, which every row reads.
+    # x is read once; the L1 cache is for the weight, which every row shares.
     b_x = tl.load(x + o_x[:, None] + o_d[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_out = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None] * b_w[None, :]
     p_out = out + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
-    tl.store(p_out, round_to(b_out, out.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(p_out, round_to(b_out, out.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -113,7 +112,6 @@ def _arguments(x: Tensor, weight: Tensor, out: Tensor, eps: float, arch: int) ->
         "num_rows": outer * inner,
         "eps": eps,
         "D": x.shape[-1],
-        "INTERPRETED": is_interpreted(_rms_norm_kernel),
         "enable_fp_fusion": True,
         **row_tile(x.shape[-1], arch).options,
     }

@@ -1,5 +1,6 @@
 """Fused attention against `cogvid.ops` and fp64: every variant, dtype, size, stride; infinities, NaN, loose bounds."""
 
+import importlib
 import math
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cogvid.ops import Ops
-from cogvid_kernels.attention import VARIANTS, attention
+from cogvid_kernels._key_norms import largest_key_norms
+from cogvid_kernels.attention import VARIANTS, Variant, attention
 from measure import rel_rms
 from tests import tolerances
 
@@ -16,7 +18,6 @@ from tests import tolerances
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BOUNDED = [name for name in VARIANTS if "bounded" in name]
 
 
 def make_qkv(
@@ -65,7 +66,7 @@ def test_sizes(batch: int, tokens: int, heads: int, dtype: torch.dtype, device: 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant: str, dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = make_qkv(2, 77, 2, 64, dtype, device).unbind(2)
-    if dtype == torch.float32 and variant.startswith("tma"):
+    if dtype == torch.float32 and VARIANTS[variant].load == "tma":
         with pytest.raises(ValueError, match=r"variant: got .* with torch.float32"):
             attention(q, k, v, variant=variant)
         return
@@ -175,27 +176,36 @@ def test_infinity_and_nan_as_in_the_reference(case: str, variant: str, device: t
     assert rel_rms(got[finite], want[finite]) <= tolerances.ATTENTION_FP32
 
 
+def scale_the_bound(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Let the bounded variants get a bound that is wrong by this factor."""
+    module = importlib.import_module("cogvid_kernels.attention")
+    monkeypatch.setattr(module, "largest_key_norms", lambda k: largest_key_norms(k) * factor)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("factor", [0.0, 1e-3, 30.0, 1e30, float("inf"), float("nan")])
-def test_any_bound_is_safe(factor: float, dtype: torch.dtype, device: torch.device) -> None:
+def test_any_bound_is_safe(
+    factor: float, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bound far too loose, too small, infinite or NaN must give the online form's bits."""
     q, k, v = make_qkv(1, 40, 1, 64, dtype, device).unbind(2)
-    norms = torch.linalg.vector_norm(k.float(), dim=-1).amax(1)
     q = q * 30  # so that the wrong bound is wrong by hundreds in log2
-    got, lse = attention(q, k, v, variant="pointer_bounded", key_norms=norms * factor, return_lse=True)
+    scale_the_bound(monkeypatch, factor)
+    got, lse = attention(q, k, v, variant="pointer_bounded", return_lse=True)
     want, want_lse = attention(q, k, v, variant="pointer", return_lse=True)
     assert torch.equal(got, want)
     assert torch.equal(lse, want_lse)
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-def test_a_bound_a_little_too_small_in_fp16(factor: float, device: torch.device) -> None:
+def test_a_bound_a_little_too_small_in_fp16(
+    factor: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights that overflow fp16 but not the fp32 row sum must not come out as infinity."""
     q, k, v = make_qkv(1, 40, 1, 64, torch.float16, device).unbind(2)
-    norms = torch.linalg.vector_norm(k.float(), dim=-1).amax(1) * factor
     q = q * 8
-    got = attention(q, k, v, variant="pointer_bounded", key_norms=norms)
-    assert_accurate(got, q, k, v)
+    scale_the_bound(monkeypatch, factor)
+    assert_accurate(attention(q, k, v, variant="pointer_bounded"), q, k, v)
 
 
 def test_bounded_falls_back_by_tile(device: torch.device) -> None:
@@ -209,12 +219,21 @@ def test_bounded_falls_back_by_tile(device: torch.device) -> None:
     assert not torch.equal(bounded[:, :32], online[:, :32])  # another shift: other bits
 
 
-@pytest.mark.parametrize("variant", BOUNDED)
-def test_given_key_norms_equal_computed(variant: str, device: torch.device) -> None:
-    q, k, v = make_qkv(2, 40, 2, 64, torch.bfloat16, device).unbind(2)
-    norms = torch.linalg.vector_norm(k.float(), dim=-1).amax(1)
-    given, computed = (attention(q, k, v, variant=variant, key_norms=n) for n in (norms, None))
-    assert rel_rms(given, computed.double()) <= 2**-9
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 64), (300, 64), (129, 80), (40, 8)])
+def test_largest_key_norms(tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    k = make_qkv(2, tokens, 3, head_dim, dtype, device)[:, :, 2]
+    want = k.double().norm(dim=-1).amax(1)
+    assert rel_rms(largest_key_norms(k), want) <= tolerances.KERNEL_FP32
+
+
+def test_names_of_variants() -> None:
+    """Benchmarks and `variant=` take these names."""
+    assert list(VARIANTS) == [
+        "pointer", "pointer_bounded", "tma", "tma_bounded", "tma_persistent", "tma_persistent_bounded", "tma_ahead",
+        "tma_ahead_bounded",
+    ]  # fmt: skip
+    assert VARIANTS["tma_persistent_bounded"] == Variant("tma", "persistent", bounded=True)
 
 
 def test_bounded_softmax_in_fp64() -> None:
@@ -248,20 +267,18 @@ def test_folded_scale_in_fp64() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(2, 4, 64)}, r"q: got shape \[2, 4, 64\], wanted \[any, any, any, any\]"),
-        ({"q": torch.zeros(1, 4, 2, 64, dtype=torch.float64)}, "q: got dtype float64, wanted float32"),
-        ({"q": torch.zeros(1, 0, 2, 64)}, "q: got shape .* wanted no size to be zero"),
-        ({"q": torch.zeros(1, 4, 64, 2).transpose(2, 3)}, "q: got strides .* wanted a last stride of 1"),
-        ({"k": torch.zeros(1, 4, 2, 32)}, r"k: got shape \[1, 4, 2, 32\], wanted \[1, any, 2, 64\]"),
-        ({"k": torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)}, "k: got dtype bfloat16, wanted float32"),
-        ({"k": torch.zeros(1, 4, 2, 64, device="meta")}, "k: got device meta, wanted"),
-        ({"v": torch.zeros(1, 5, 2, 64)}, r"v: got shape \[1, 5, 2, 64\], wanted \[1, 4, 2, 64\]"),
-        ({"scale": 0.0}, "scale: got 0.0, wanted a finite number above 0"),
+        ({"q": torch.zeros(2, 4, 64)}, r"q: got shape \[2, 4, 64\], want \[any, any, any, any\]"),
+        ({"q": torch.zeros(1, 4, 2, 64, dtype=torch.float64)}, "q: got dtype float64, want float32"),
+        ({"q": torch.zeros(1, 0, 2, 64)}, "q: got shape .* want no size to be zero"),
+        ({"q": torch.zeros(1, 4, 64, 2).transpose(2, 3)}, "q: got strides .* want a last stride of 1"),
+        ({"k": torch.zeros(1, 4, 2, 32)}, r"k: got shape \[1, 4, 2, 32\], want \[1, any, 2, 64\]"),
+        ({"k": torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)}, "k: got dtype bfloat16, want float32"),
+        ({"k": torch.zeros(1, 4, 2, 64, device="meta")}, "k: got device meta, want"),
+        ({"v": torch.zeros(1, 5, 2, 64)}, r"v: got shape \[1, 5, 2, 64\], want \[1, 4, 2, 64\]"),
+        ({"scale": 0.0}, "scale: got 0.0, want a finite number above 0"),
         ({"scale": math.nan}, "scale: got nan"),
-        ({"variant": "fastest"}, "variant: got 'fastest', wanted one of pointer"),
+        ({"variant": "fastest"}, "variant: got 'fastest', want one of pointer"),
         ({"variant": "tma"}, "variant: got 'tma' with torch.float32"),
-        ({"key_norms": torch.ones(1, 2)}, "key_norms: got a tensor with variant None"),
-        ({"key_norms": torch.ones(2), "variant": "pointer_bounded"}, r"key_norms: got shape \[2\], wanted \[1, 2\]"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str, device: torch.device) -> None:
@@ -291,5 +308,5 @@ def test_tma_takes_axes_of_one_with_any_stride(device: torch.device) -> None:
 
 def test_wide_heads_are_refused(device: torch.device) -> None:
     q = torch.zeros(1, 4, 1, 192, device=device)
-    with pytest.raises(ValueError, match="q: got head_dim 192, wanted at most 128"):
+    with pytest.raises(ValueError, match="q: got head_dim 192, want at most 128"):
         attention(q, q, q)

@@ -67,4 +67,4 @@ def test_a_cpu_tensor_is_refused_without_the_interpreter() -> None:
         "x = torch.zeros(1, 2, 1, 64); attention(x, x, x)"
     )
     run = run_without_interpreter("-c", program)
-    assert "ValueError: q: got device cpu, wanted cuda" in run.stderr
+    assert "ValueError: q: got device cpu, want cuda" in run.stderr

@@ -46,7 +46,7 @@ def test_autocast_converts_as_it_does_for_a_linear(device: torch.device) -> None
 
 def test_the_epilogue_is_refused_on_a_cpu() -> None:
     x, weight, bias = make((6, 8), 16)
-    with pytest.raises(ValueError, match="variant: got 'epilogue' on cpu, wanted cuda"):
+    with pytest.raises(ValueError, match="variant: got 'epilogue' on cpu, want cuda"):
         linear_gelu(x, weight, bias, variant="epilogue")
 
 
@@ -61,7 +61,7 @@ def test_the_epilogue_is_refused_on_a_cpu() -> None:
         ({"weight": torch.zeros(4, 5).T}, "weight: got strides"),
         ({"bias": torch.zeros(4)}, "bias: got shape"),
         ({"bias": torch.zeros(5, device="meta")}, "bias: got device meta"),
-        ({"variant": "fast"}, "variant: got 'fast', wanted one of epilogue, kernel"),
+        ({"variant": "fast"}, "variant: got 'fast', want one of epilogue, kernel"),
     ],
 )
 def test_refusals(change: dict, message: str, device: torch.device) -> None:

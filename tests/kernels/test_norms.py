@@ -179,5 +179,5 @@ def test_modulation_refuses(name: str, place: int, value: Tensor, message: str, 
 @pytest.mark.parametrize("name", MODULATE)
 def test_text_len_must_fit(name: str, text_len: int, device: torch.device) -> None:
     arguments = [argument.to(device) for argument in modulate_arguments(name, 2, 6, 8)]
-    with pytest.raises(ValueError, match=f"text_len: got {text_len}, wanted 0 to 6"):
+    with pytest.raises(ValueError, match=f"text_len: got {text_len}, want 0 to 6"):
         getattr(cogvid_kernels, name)(*arguments, **options(name, text_len))

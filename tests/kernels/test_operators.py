@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import cogvid_kernels
 from cogvid import ops
 from cogvid.config import TransformerConfig
 from cogvid.ops import Ops
 from cogvid.transformer import Transformer
+from cogvid_kernels._tiles import compute_capability
 from measure import rel_rms
 from tests import tolerances
 from tests.kernels.accuracy import DTYPES, moved, randn, results
@@ -56,9 +58,9 @@ def make(name: str) -> tuple[list[Any], dict[str, Any]]:
 
 FURTHER = {  # arguments that change an operator's outputs or what it checks
     "attention-lse": ("attention", {"return_lse": True, "scale": 0.3}),
-    "attention-bounded": ("attention", {"variant": "pointer_bounded", "key_norms": torch.full((2, 2), 9.0)}),
+    "attention-bounded": ("attention", {"variant": "pointer_bounded"}),
     "attention-tile": ("attention", {"tile": cogvid_kernels._tiles.Tile({"BLOCK_M": 16, "BLOCK_N": 16})}),
-    "qk_norm_rope-norms": ("qk_norm_rope", {"return_key_norms": True, "centred": True}),
+    "qk_norm_rope-centred": ("qk_norm_rope", {"centred": True}),
     "linear_gelu-kernel": ("linear_gelu", {"variant": "kernel"}),
 }
 NAMES = cogvid_kernels.__all__
@@ -133,10 +135,70 @@ def test_fake_and_meta_tensors_are_checked_too(case: str) -> None:
     arguments[1] = arguments[1][..., :-1].contiguous()
     with FakeTensorMode() as mode:
         fake = [tuple(map(mode.from_tensor, a)) if isinstance(a, tuple) else mode.from_tensor(a) for a in arguments]
-        with pytest.raises(ValueError, match=r"got shape .* wanted"):
+        with pytest.raises(ValueError, match=r"got shape .* want"):
             getattr(cogvid_kernels, case)(*fake, **options)
-    with pytest.raises(ValueError, match=r"got shape .* wanted"):
+    with pytest.raises(ValueError, match=r"got shape .* want"):
         getattr(cogvid_kernels, case)(*moved(tuple(arguments), torch.device("meta")), **options)
+
+
+@contextmanager
+def fake_arguments(name: str, device: str) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """Arguments of a public function on a device that need not be there."""
+    arguments, options = make(name)
+    mode = FakeTensorMode()
+
+    def place(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(place, value))
+        return FakeTensor(mode, value.to("meta"), torch.device(device)) if isinstance(value, Tensor) else value
+
+    arguments = list(map(place, arguments))
+    with mode:
+        yield arguments, options
+
+
+@pytest.fixture
+def no_known_devices() -> Iterator[None]:
+    compute_capability.cache_clear()
+    yield
+    compute_capability.cache_clear()
+
+
+@pytest.mark.usefixtures("no_known_devices")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "got"),
+    [
+        ("cuda:0", (7, 5), None, "cuda:0 of compute capability 7.5"),
+        ("cuda:1", (6, 1), None, "cuda:1 of compute capability 6.1"),
+        ("cuda:0", (9, 4), "6.4.1", "cuda:0 of ROCm 6.4.1"),
+        ("xpu:0", None, None, "xpu:0"),
+        ("mps:0", None, None, "mps:0"),
+    ],
+    ids=["sm_75", "sm_61", "rocm", "xpu", "mps"],
+)
+def test_other_gpus_are_refused(
+    name: str, device: str, capability: Any, hip: str | None, got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argument = "q" if name in ("attention", "qk_norm_rope") else "x"
+    with fake_arguments(name, device) as (arguments, options):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        want = f"{argument}: got device {got}, want an NVIDIA GPU of compute capability 8.0 or later"
+        with pytest.raises(ValueError, match=f"^{re.escape(want)}$"):
+            getattr(cogvid_kernels, name)(*arguments, **options)
+
+
+@pytest.mark.usefixtures("no_known_devices")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_gpus_from_sm_80_on_are_taken(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_arguments("rms_norm", "cuda:0") as (arguments, options):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+        out = cogvid_kernels.rms_norm(*arguments, **options)
+    assert out.device == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -1,4 +1,4 @@
-"""Norm and rotation of q and k, against `cogvid.ops` and fp64; the norms that bound the attention."""
+"""Norm and rotation of q and k, against `cogvid.ops` and fp64."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cogvid import ops
-from cogvid_kernels import attention, qk_norm_rope
+from cogvid_kernels import qk_norm_rope
 from measure import rel_rms
 from tests import tolerances
 from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials, randn
@@ -14,6 +14,8 @@ from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 EPS = 1e-6
+
+each_form = pytest.mark.parametrize("centred", [False, True], ids=["layer", "rms"])
 
 
 def make(batch: int, tokens: int, heads: int, head_dim: int, text_len: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -26,6 +28,7 @@ def make(batch: int, tokens: int, heads: int, head_dim: int, text_len: int) -> t
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rotate", [True, False], ids=["rope", "plain"])
+@each_form
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "head_dim", "text_len"),
     [(1, 1, 1, 64, 0), (3, 17, 5, 64, 4), (2, 23, 3, 30, 23), (1, 9, 2, 80, 2), (2, 5, 1, 128, 1)],
@@ -37,13 +40,15 @@ def test_sizes(
     heads: int,
     head_dim: int,
     text_len: int,
+    centred: bool,
     rotate: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
+    """Rows here have a mean, so that the two forms differ and each is held against its own reference."""
     arguments, rope = make(batch, tokens, heads, head_dim, text_len)
-    table = rope if rotate else None
-    assert_accurate("qk_norm_rope", *arguments, table, text_len=text_len, eps=EPS, device=device, dtype=dtype)
+    options = {"text_len": text_len, "eps": EPS, "centred": centred, "device": device, "dtype": dtype}
+    assert_accurate("qk_norm_rope", *arguments, rope if rotate else None, **options)
 
 
 def test_strides(device: torch.device) -> None:
@@ -79,7 +84,8 @@ def test_text_is_not_rotated(device: torch.device) -> None:
         assert not torch.isclose(a[:, 5:], b[:, 5:]).all(-1).any()
 
 
-def test_extremes(device: torch.device) -> None:
+@each_form
+def test_extremes(centred: bool, device: torch.device) -> None:
     arguments, rope = make(2, 8, 2, 64, 3)
     q, k = arguments[:2]
     for x in (q, k):
@@ -87,8 +93,32 @@ def test_extremes(device: torch.device) -> None:
     q[1, 5, 0, 3], k[1, 6, 1, 2], k[0, 7, 0, 9] = float("nan"), float("inf"), -float("inf")
     arguments = [argument.to(device) for argument in arguments]
     rope = tuple(t.to(device) for t in rope)
-    got, want = (f(*arguments, rope, text_len=3, eps=EPS) for f in (qk_norm_rope, ops.qk_norm_rope))
+    got, want = (f(*arguments, rope, text_len=3, eps=EPS, centred=centred) for f in (qk_norm_rope, ops.qk_norm_rope))
     assert_same_specials(got, want)
+
+
+@pytest.mark.parametrize("rotate", [True, False], ids=["rope", "plain"])
+def test_the_forms_agree_on_rows_without_a_mean(rotate: bool) -> None:
+    """In fp64: LayerNorm of a row is RMSNorm of the row less its mean."""
+    arguments, rope = make(2, 9, 3, 64, 4)
+    q, k, *affine = (argument.double() for argument in arguments)
+    table = rope if rotate else None
+    layer = ops.qk_norm_rope(q, k, *affine, table, text_len=4, eps=EPS)
+    q, k = (x - x.mean(-1, keepdim=True) for x in (q, k))
+    rms = ops.qk_norm_rope(q, k, *affine, table, text_len=4, eps=EPS, centred=True)
+    for got, want in zip(rms, layer, strict=True):
+        assert got.dtype == torch.float64
+        assert rel_rms(got, want) <= tolerances.QK_NORM_FP64
+
+
+def test_the_centred_form_subtracts_no_mean(device: torch.device) -> None:
+    arguments, _ = make(2, 9, 3, 64, 4)
+    q, k, *affine = (argument.to(device) for argument in arguments)
+    got = qk_norm_rope(q, k, *affine, None, text_len=4, eps=EPS, centred=True)
+    for g, x, weight, bias in zip(got, (q, k), affine[::2], affine[1::2], strict=True):
+        wide = x.double()
+        want = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight + bias
+        assert rel_rms(g, want) <= tolerances.KERNEL_FP32
 
 
 def test_a_centred_projection_needs_no_mean(device: torch.device) -> None:
@@ -114,19 +144,6 @@ def test_a_centred_projection_needs_no_mean(device: torch.device) -> None:
         assert rel_rms(g, w) <= tolerances.KERNEL_FP32
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_key_norms_serve_the_bounded_attention(dtype: torch.dtype, device: torch.device) -> None:
-    arguments, rope = make(2, 20, 3, 64, 4)
-    arguments = [argument.to(device, dtype) for argument in arguments]
-    rope = tuple(t.to(device) for t in rope)
-    q, k, norms = qk_norm_rope(*arguments, rope, text_len=4, eps=EPS, return_key_norms=True)
-    assert rel_rms(norms, k.double().norm(dim=-1)) <= tolerances.KERNEL_FP32
-    v = randn(*q.shape, seed=9).to(device, dtype)
-    online = attention(q, k, v, variant="pointer")
-    bounded = attention(q, k, v, variant="pointer_bounded", key_norms=norms.amax(1))
-    assert rel_rms(bounded, online) <= (1e-6 if dtype == torch.float32 else 5e-3)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -145,7 +162,7 @@ def test_key_norms_serve_the_bounded_attention(dtype: torch.dtype, device: torch
         ({"rope": (torch.zeros(4, 4, dtype=torch.bfloat16), torch.zeros(4, 4))}, r"rope\[0\]: got dtype bfloat16"),
         ({"rope": (torch.zeros(4, 8)[:, ::2], torch.zeros(4, 4))}, r"rope\[0\]: got strides"),
         ({"text_len": -1}, "text_len: got -1"),
-        ({"text_len": 7}, "text_len: got 7, wanted 0 to 6"),
+        ({"text_len": 7}, "text_len: got 7, want 0 to 6"),
     ],
 )
 def test_refusals(change: dict, message: str, device: torch.device) -> None:
@@ -168,5 +185,5 @@ def test_refusals(change: dict, message: str, device: torch.device) -> None:
 def test_odd_heads_cannot_be_rotated(device: torch.device) -> None:
     q, affine = torch.zeros(1, 2, 1, 7, device=device), torch.zeros(7, device=device)
     table = torch.zeros(2, 3, device=device)
-    with pytest.raises(ValueError, match="q: got head_dim 7 with rope, wanted an even one"):
+    with pytest.raises(ValueError, match="q: got head_dim 7 with rope, want an even one"):
         qk_norm_rope(q, q, affine, affine, affine, affine, (table, table), text_len=0, eps=EPS)

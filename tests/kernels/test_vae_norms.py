@@ -207,7 +207,7 @@ def test_silu_of_large_values(device: torch.device) -> None:
         ({"x": torch.zeros(1, 4, 0, 4, 4)}, "x: got shape"),
         ({"weight": torch.zeros(5)}, "weight: got shape"),
         ({"bias": torch.zeros(4, device="meta")}, "bias: got device meta"),
-        ({"num_groups": 3}, "num_groups: got 3, wanted a divisor of 4"),
+        ({"num_groups": 3}, "num_groups: got 3, want a divisor of 4"),
         ({"num_groups": 0}, "num_groups: got 0"),
         ({"scale": torch.zeros(1, 5, 2, 2, 2)}, "scale: got shape"),
         ({"scale": torch.zeros(1, 4, 2, 2, 2, dtype=torch.int64)}, "scale: got dtype"),
@@ -215,7 +215,7 @@ def test_silu_of_large_values(device: torch.device) -> None:
         ({"shift": torch.zeros(1, 4, 2, 1, 2)}, "shift: got shape .* that of scale"),
         ({"scale": torch.zeros(1, 4, 2, 3, 2)}, "scale: got t, h, w = 2, 3, 2 .* divisors of H and W"),
         ({"scale": torch.zeros(1, 4, 4, 2, 2)}, "scale: got t, h, w = 4, 2, 2"),
-        ({"scale": torch.zeros(1, 4, 1, 2, 2)}, "scale: got t, h, w = 1, 2, 2 .* wanted t from 2"),
+        ({"scale": torch.zeros(1, 4, 1, 2, 2)}, "scale: got t, h, w = 1, 2, 2 .* want t from 2"),
     ],
 )
 def test_refusals(change: dict, message: str, device: torch.device) -> None:

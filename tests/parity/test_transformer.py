@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cogvid.config import TransformerConfig
 from cogvid.names import map_transformer_state_dict
-from cogvid.ops import BlockContext
+from cogvid.ops import BlockContext, Shard
 from cogvid.transformer import Transformer
 from measure import call_diffusers, rel_rms, rotary_table
 from tests.reference import TRANSFORMER_VARIANTS, pooled_ratio, tiny_transformer

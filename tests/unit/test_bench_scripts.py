@@ -56,6 +56,9 @@ def test_bench_kernels_runs_to_its_end(tmp_path: Path) -> None:
     ours = [row for row in rows if row["provider"].startswith("ours")]
     assert {row["op"] for row in ours} == RIGHT_OPS
     assert [row["provider"] for row in ours if "reason" in row] == ["ours/epilogue"]
+    # Both forms of the QK norm are timed, by PyTorch and by us.
+    timed = {row["provider"] for row in rows if row["op"] == "qk_norm_rope" and "median_ms" in row}
+    assert {"torch", "torch centred", "ours", "ours/centred"} <= timed
     # So is everything of diffusers and transformers, which are installed; what is missing says so.
     others = [row for row in rows if row["provider"] in ("torch", "diffusers", "transformers", "SDPA MATH")]
     assert len(others) > 15

@@ -78,7 +78,7 @@ def test_results_are_not_mixed_unless_asked_for(tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text("")
     done = run(tmp_path, "--stages", "limits")
     assert done.returncode == 2
-    assert f"--out: got {tmp_path}, which holds results; want another directory, or --resume" in done.stderr
+    assert f"--out: got {tmp_path} with results in it, want another directory, or --resume" in done.stderr
     with pytest.raises(SystemExit, match="2"):
         main(["--out", str(tmp_path / "new"), "--budget", "0"])
     assert not (tmp_path / "new").exists()
