@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from cogvid.config import CONFIGS as CONFIGS
     from cogvid.guidance import GUIDANCE as GUIDANCE
     from cogvid.image import load_image as load_image
-    from cogvid.load import load_transformer as load_transformer
-    from cogvid.load import load_vae as load_vae
     from cogvid.ops import BlockContext as BlockContext
     from cogvid.ops import Ops as Ops
     from cogvid.output import Output as Output
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
     from cogvid.video import VideoWriter as VideoWriter
     from cogvid.video import export_to_video as export_to_video
     from cogvid.video import read_video as read_video
+    from cogvid.weights_load import load_transformer as load_transformer
+    from cogvid.weights_load import load_vae as load_vae
 
 __version__ = "0.1.0"
 
@@ -38,8 +38,8 @@ _HOME = {
     "export_to_video": "video",
     "load": "run_load",
     "load_image": "image",
-    "load_transformer": "load",
-    "load_vae": "load",
+    "load_transformer": "weights_load",
+    "load_vae": "weights_load",
     "read_video": "video",
 }
 

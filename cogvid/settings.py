@@ -244,7 +244,8 @@ def _check_option(
     name: str, value: Any, *, kind: type, choices: Any, low: Any, above: Any, high: Any, **_: Any
 ) -> None:
     if kind is str:
-        check_choice(name, value, choices() if callable(choices) else choices)
+        names: Any = choices() if callable(choices) else choices
+        check_choice(name, value, names)
     elif kind is int:
         check_int(name, value, low, high)
     else:

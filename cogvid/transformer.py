@@ -97,6 +97,7 @@ class Transformer(nn.Module):
         """Run these operations from now on, in every block."""
         self._ops = ops
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.ops = ops
 
     @property

@@ -45,11 +45,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import measure
 from cogvid.config import CONFIGS, TransformerConfig, VAEConfig
-from cogvid.load import save_transformer, save_vae
 from cogvid.names import map_transformer_state_dict, map_vae_state_dict
 from cogvid.ops import Ops
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
+from cogvid.weights_load import save_transformer, save_vae
 
 MIB = 2**20
 # Relative RMS between two correct implementations stays far below these; a wrong one is orders above.

@@ -145,7 +145,7 @@ def vae_runs(direction: str, frames: int) -> tuple[Run, Run]:
 
 
 def text_runs(directory: Path) -> tuple[Run, Run]:
-    from cogvid.load import load_text_encoder
+    from cogvid.weights_load import load_text_encoder
 
     pipe, spiece = tiny_pipeline("2b")
     save_pipeline(pipe, spiece, directory)

@@ -47,10 +47,10 @@ from cogvid import plan
 from cogvid.checkpoint import load_scheduler_config
 from cogvid.config import ModelConfig
 from cogvid.hub import find
-from cogvid.load import load_text_encoder, load_transformer, load_vae
 from cogvid.pipeline import Pipeline
 from cogvid.placement import resolve_device
 from cogvid.schedule import make_schedule
+from cogvid.weights_load import load_text_encoder, load_transformer, load_vae
 
 PARTS = ("text", "scheduler", "vae", "transformer", "run")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

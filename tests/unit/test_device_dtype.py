@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cogvid import cli, placement
-from cogvid.load import load_transformer, load_vae
 from cogvid.placement import resolve_device, resolve_dtype
+from cogvid.weights_load import load_transformer, load_vae
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from cogvid.hub import PACKS
-from cogvid.load import load_text_encoder
 from cogvid.ops import Ops, rms_norm
 from cogvid.text import TextEncoder, Tokenizer, use_ops
+from cogvid.weights_load import load_text_encoder
 from measure import rel_rms
 from tests.tiny_text import save_text_parts, train_tokenizer
 from tests.tolerances import TEXT_FP32

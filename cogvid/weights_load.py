@@ -25,7 +25,7 @@ from cogvid.names import map_state, unmap_state_dict
 from cogvid.ops import Ops
 from cogvid.placement import Placement, resolve_device, resolve_dtype, resolve_ops
 from cogvid.text import TextEncoder, Tokenizer, use_ops
-from cogvid.transformer import Transformer
+from cogvid.transformer import Block, Transformer
 from cogvid.vae import VAE
 
 QK_NORMS = ("layer", "rms")
@@ -120,7 +120,8 @@ def make_transformer(
                 heads = mapped[key].float().unflatten(0, (config.num_attention_heads, -1))
                 mapped[key] = (heads - heads.mean(1, keepdim=True)).flatten(0, 1)
         for block in module.blocks:
-            block.centred = True  # pyright: ignore[reportArgumentType]
+            assert isinstance(block, Block)
+            block.centred = True
     return _fill(module, mapped, placement)
 
 
