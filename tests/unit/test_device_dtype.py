@@ -75,7 +75,7 @@ def test_slowness_is_said_once_for_all_the_parts_of_a_model(
     assert capsys.readouterr().err.count("bfloat16 is slow on this CPU") == 1
 
 
-ASK = "import warnings; from cogvid.weights import _cpu_has_bfloat16; print(_cpu_has_bfloat16())"
+ASK = "import warnings; from cogvid.placement import _cpu_has_bfloat16; print(_cpu_has_bfloat16())"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limit is of x86 instructions")

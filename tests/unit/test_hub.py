@@ -23,7 +23,8 @@ import pytest
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalEntryNotFoundError
 
 import cogvid
-from cogvid import cli, plan
+from cogvid import cli
+from cogvid.checkpoint import describe, read_checkpoint
 from cogvid.hub import PACKS, find, stored_variants
 from tests.checkpoints import digest
 
@@ -315,8 +316,8 @@ def test_what_is_fetched_is_what_is_opened(
     fetched = json.loads(hub(code))
 
     watch = Opened(checkpoint)
-    assert cogvid.load(checkpoint, device="cpu", variant=variant).variant == variant
-    plan.describe(str(checkpoint), variant=variant)
+    assert cogvid.load(checkpoint, device="cpu", variant=variant).checkpoint.variant == variant
+    describe(read_checkpoint(checkpoint, variant=variant))
     assert watch.files() == fetched
     assert len(fetched) == 10
 

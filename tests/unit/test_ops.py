@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvid import ops
-from cogvid.ops import Ops, resolve_ops
+from cogvid.ops import Ops
+from cogvid.placement import resolve_ops
 from measure import rel_rms
 from tests.reference import perturb
 from tests.tolerances import OP_FP32, OP_LOW_PRECISION, SPATIAL_NORM_FP32

@@ -58,8 +58,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> NoReturn:
         raise AssertionError("work began")
 
-    monkeypatch.setattr("cogvid.pipeline.find", work)
-    monkeypatch.setattr("cogvid.plan.find", work)
+    monkeypatch.setattr("cogvid.checkpoint.find", work)
 
 
 def test_what_is_installed_here_passes() -> None:
