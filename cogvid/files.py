@@ -51,7 +51,7 @@ def load_state(directory: Path, basename: str = BASENAME, variant: str | None = 
 def _map_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".safetensors", ".bin", ".pt"))
-        beside = ", ".join(there[:3])
+        beside = ", ".join(name for name in there[:3] if name != path.name)
         raise ValueError(f"{path}: got {beside or 'no such file'}, want a safetensors file of this name")
     try:
         with safe_open(path, framework="pt") as file:

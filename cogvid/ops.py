@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules import module as _nn_module
 
@@ -235,6 +236,9 @@ def _without_context(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Atte
     return attention
 
 
+_PLAIN_WEIGHTS = (nn.Parameter, FakeTensor)  # torch.export puts the latter in place of the former
+
+
 def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Say whether an operation may take a module's weights in place of a call of the module.
 
@@ -256,7 +260,7 @@ def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
         type(module) is kind
         and "forward" not in vars(module)
         and not any(hooks)
-        and all(type(weight) is nn.Parameter for weight in module._parameters.values() if weight is not None)
+        and all(type(weight) in _PLAIN_WEIGHTS for weight in module._parameters.values() if weight is not None)
     )
 
 

@@ -57,7 +57,7 @@ class Settings:
     height: int = _option(None, int, "pixels, a multiple of 16", model="height", low=1)
     width: int = _option(None, int, "pixels, a multiple of 16", model="width", low=1)
     num_frames: int = _option(None, int, "pixel frames, 8N or 8N + 1", model="num_frames", low=1)
-    num_inference_steps: int = _option(None, int, "denoising steps, 1 to 1000", model="num_inference_steps", low=1)
+    num_inference_steps: int = _option(None, int, "denoising steps, 1 to 1000", model="num_inference_steps")
     guidance_scale: float = _option(
         None, float, "how much the prompt counts; no guidance at 1 and below", model="guidance_scale", low=0
     )
@@ -246,9 +246,9 @@ def _check_option(
     if kind is str:
         names: Any = choices() if callable(choices) else choices
         check_choice(name, value, names)
-    elif kind is int:
+    elif kind is int and low is not None:
         check_int(name, value, low, high)
-    else:
+    elif kind is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or (low is not None and value < low) or (above is not None and value <= above):
             wanted = f"a finite number, {low} or more" if above is None else f"more than {above} and at most {high}"

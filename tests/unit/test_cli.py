@@ -360,13 +360,16 @@ def _truncate(path: Path) -> None:
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda root: (root / "model_index.json").unlink(), "model_index.json"),
-    "broken index": (lambda root: (root / "model_index.json").write_text('{"_class_name": '), "not JSON"),
+    "broken index": (lambda root: (root / "model_index.json").write_text('{"_class_name": '), "want a JSON file"),
     "list index": (lambda root: (root / "model_index.json").write_text("[]"), "want a JSON object"),
     "wrong class": (lambda root: _edit(root / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "wrong part": (lambda root: _edit(root / "vae" / "config.json", _class_name="AutoencoderKL"), "AutoencoderKL"),
     "no vae": (lambda root: shutil.rmtree(root / "vae"), "vae"),
-    "missing shard": (_drop_a_shard, "00002-of-00002.safetensors: no such file"),
-    "truncated": (lambda root: _truncate(root / "vae" / "diffusion_pytorch_model.safetensors"), "not a whole"),
+    "missing shard": (_drop_a_shard, "00002-of-00002.safetensors: got "),
+    "truncated": (
+        lambda root: _truncate(root / "vae" / "diffusion_pytorch_model.safetensors"),
+        "want a whole safetensors file",
+    ),
     "wrong shapes": (lambda root: _edit(root / "transformer" / "config.json", time_embed_dim=48), "of another shape"),
     "missing layers": (lambda root: _edit(root / "transformer" / "config.json", num_layers=3), "missing"),
     "no tokenizer": (lambda root: (root / "tokenizer" / "spiece.model").unlink(), "spiece.model"),

@@ -184,7 +184,7 @@ def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
 
     root = broken("bad-config")
     (root / "text_encoder" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: wanted a JSON file"):
+    with pytest.raises(ValueError, match=r"config.json: got .*, want a JSON file"):
         load_text_encoder(root)
 
     for values, words in (
@@ -207,7 +207,7 @@ def test_broken_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
 
     root = broken("sentinels")
     (root / "tokenizer" / "tokenizer_config.json").write_text('{"extra_ids": "many"}')
-    with pytest.raises(ValueError, match=r"extra_ids: got 'many', want a number of sentinels$"):
+    with pytest.raises(ValueError, match=r"extra_ids: got 'many', want an integer, 0 or more$"):
         load_text_encoder(root)
 
     root = broken("missing-weight")

@@ -126,11 +126,25 @@ def shard(directory: Path, second: str = "b.safetensors") -> None:
 
 
 FFN = "transformer_blocks.1.ff.net.2.weight"
+NO_FILE, NO_JSON = r"\.json: got no such file, want a JSON file$", r"\.json: got .*, want a JSON file$"
+BROKEN = r"got a broken file \(.*\), want a whole safetensors file$"
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "no-model-index": (lambda d: (d / "model_index.json").unlink(), r"model_index\.json: no such file$"),
-    "empty-model-index": (lambda d: (d / "model_index.json").write_text(""), r"model_index\.json: not JSON \("),
-    "broken-model-index": (lambda d: (d / "model_index.json").write_text('{"a": '), r"model_index\.json: not JSON \("),
-    "binary-model-index": (lambda d: (d / "model_index.json").write_bytes(b"\xff\x00"), r"index\.json: not JSON \("),
+    "no-model-index": (
+        lambda d: (d / "model_index.json").unlink(),
+        "model_index" + NO_FILE,
+    ),
+    "empty-model-index": (
+        lambda d: (d / "model_index.json").write_text(""),
+        "model_index" + NO_JSON,
+    ),
+    "broken-model-index": (
+        lambda d: (d / "model_index.json").write_text('{"a": '),
+        "model_index" + NO_JSON,
+    ),
+    "binary-model-index": (
+        lambda d: (d / "model_index.json").write_bytes(b"\xff\x00"),
+        "index" + NO_JSON,
+    ),
     "model-index-is-a-list": (lambda d: (d / "model_index.json").write_text("[]"), r"want a JSON object$"),
     "other-pipeline": (
         lambda d: edit_json(d / "model_index.json", _class_name="FluxPipeline"),
@@ -138,7 +152,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "wrong-task": (
         lambda d: edit_json(d / "model_index.json", _class_name="CogVideoXImageToVideoPipeline"),
-        r"the transformer's in_channels is 16, but 32 goes with the other components of this CogVideoXImageToVideo",
+        r"got a transformer with in_channels 16, want 32 as the other parts have$",
     ),
     "other-vae-class": (
         lambda d: edit_json(d / "model_index.json", vae=["diffusers", "AutoencoderKL"]),
@@ -147,21 +161,27 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "component-null": (lambda d: edit_json(d / "model_index.json", vae=[None, None]), r"got vae of class None, want"),
     "text-width": (
         lambda d: edit_json(d / "text_encoder" / "config.json", d_model=512),
-        r"the transformer's text_embed_dim is 48, but 512 goes with",
+        r"got a transformer with text_embed_dim 48, want 512 as the other parts have$",
     ),
-    "no-config": (lambda d: (d / "transformer" / "config.json").unlink(), r"transformer/config\.json: no such file$"),
-    "broken-config": (lambda d: (d / "vae" / "config.json").write_text("{"), r"vae/config\.json: not JSON \("),
+    "no-config": (
+        lambda d: (d / "transformer" / "config.json").unlink(),
+        "transformer/config" + NO_FILE,
+    ),
+    "broken-config": (
+        lambda d: (d / "vae" / "config.json").write_text("{"),
+        "vae/config" + NO_JSON,
+    ),
     "wrong-class": (
         lambda d: edit_json(d / "transformer" / "config.json", _class_name="UNet2DModel"),
         r"got class UNet2DModel, want CogVideoXTransformer3DModel$",
     ),
     "another-activation": (
         lambda d: edit_json(d / "transformer" / "config.json", activation_fn="geglu"),
-        r"config\.json: activation_fn is 'geglu'; only 'gelu-approximate' is implemented$",
+        r"config\.json: activation_fn: got 'geglu', want 'gelu-approximate': no other is implemented$",
     ),
     "quant-conv": (
         lambda d: edit_json(d / "vae" / "config.json", use_quant_conv=True),
-        r"use_quant_conv is True; only",
+        r"use_quant_conv: got True, want False: no other",
     ),
     "config-string-for-number": (
         lambda d: edit_json(d / "transformer" / "config.json", num_layers="2"),
@@ -205,11 +225,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "no-weights": (
         lambda d: (d / "vae" / WEIGHTS).unlink(),
-        r"vae/diffusion_pytorch_model\.safetensors: no such file$",
+        r"vae/diffusion_pytorch_model\.safetensors: got no such file, want a safetensors file of this name$",
     ),
     "other-weights": (
         lambda d: (d / "vae" / WEIGHTS).rename(d / "vae" / "model.fp16.safetensors"),
-        r"no such file; there is model\.fp16\.safetensors$",
+        r"got model\.fp16\.safetensors, want a safetensors file of this name$",
     ),
     "only-a-variant": (
         lambda d: (d / "vae" / WEIGHTS).rename(d / "vae" / "diffusion_pytorch_model.fp16.safetensors"),
@@ -255,31 +275,37 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "grey-vae": (
         lambda d: edit_json(d / "vae" / "config.json", in_channels=1),
-        r"config\.json: in_channels is 1; only 3 is implemented$",
+        r"config\.json: in_channels: got 1, want 3: no other is implemented$",
     ),
     "scaling-factor-zero": (
         lambda d: edit_json(d / "vae" / "config.json", scaling_factor=0),
         r"config\.json: scaling_factor: got 0, want a positive number$",
     ),
-    "empty-weights": (lambda d: (d / "vae" / WEIGHTS).write_bytes(b""), r"not a whole safetensors file \("),
+    "empty-weights": (
+        lambda d: (d / "vae" / WEIGHTS).write_bytes(b""),
+        BROKEN,
+    ),
     "git-lfs-pointer": (
         lambda d: (d / "vae" / WEIGHTS).write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ),
-        r"not a whole safetensors file \(",
+        BROKEN,
     ),
     "truncated-weights": (
         lambda d: os.truncate(d / "transformer" / WEIGHTS, (d / "transformer" / WEIGHTS).stat().st_size - 1),
-        r"transformer/diffusion_pytorch_model\.safetensors: not a whole safetensors file \(",
+        r"transformer/diffusion_pytorch_model\.safetensors: got a broken file \(.*\), want a whole safetensors file$",
     ),
-    "truncated-header": (lambda d: os.truncate(d / "vae" / WEIGHTS, 100), r"not a whole safetensors file \("),
+    "truncated-header": (
+        lambda d: os.truncate(d / "vae" / WEIGHTS, 100),
+        BROKEN,
+    ),
     "weights-directory": (
         lambda d: ((d / "vae" / WEIGHTS).unlink(), (d / "vae" / WEIGHTS).mkdir()),
-        r"diffusion_pytorch_model\.safetensors: no such file",
+        r"diffusion_pytorch_model\.safetensors: got no such file, want",
     ),
     "missing-shard": (
         lambda d: shard(d / "vae", "c.safetensors"),
-        r"vae/c\.safetensors: no such file; there is a\.saf",
+        r"vae/c\.safetensors: got a\.safetensors, b\.safetensors, want a safetensors file of this name",
     ),
     "shard-elsewhere": (
         lambda d: shard(d / "vae", "../b.safetensors"),
@@ -291,11 +317,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "index-of-other-shard": (
         lambda d: (shard(d / "vae"), shutil.copy(d / "vae" / "a.safetensors", d / "vae" / "b.safetensors")),
-        r"index\.json: \d+ tensors not in the shard it names \(.*, and \d+ more\)$",
+        r"index\.json: got \d+ tensors not in the shard it names \(.*, and \d+ more\), want none$",
     ),
     "missing-tensor": (
         lambda d: drop_tensor(d / "transformer" / WEIGHTS, FFN),
-        r"transformer: the weights do not fit the config: 1 missing \(transformer_blocks\.1\.ff\.net\.2\.weight\)$",
+        r"transformer: got weights with 1 missing \(transformer_blocks\.1\.ff\.net\.2\.weight\)",
     ),
     "renamed-tensor": (
         lambda d: drop_tensor(d / "transformer" / WEIGHTS, FFN, "transformer_blocks.1.ffn.2.weight"),
@@ -304,11 +330,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "another-shape": (
         lambda d: reshape_tensor(d / "vae" / WEIGHTS, "decoder.conv_out.conv.bias"),
-        r"vae: .*: 1 of another shape \(decoder\.conv_out\.conv\.bias is \[6\], want \[3\]\)$",
+        r"vae: got weights with 1 of another shape \(decoder\.conv_out\.conv\.bias is \[6\], want \[3\]\), want",
     ),
     "more-layers-than-configured": (
         lambda d: edit_json(d / "transformer" / "config.json", num_layers=1),
-        r"\d+ unexpected \(transformer_blocks\.1\..* \[nearest: transformer_blocks\.0\..*, and \d+ more\)$",
+        r"got weights with \d+ unexpected \(transformer_blocks\.1\..* \[nearest: transformer_blocks\.0\..*",
     ),
     "integer-weights": (
         lambda d: save_file(
