@@ -94,7 +94,7 @@ def test_an_unusual_schedule_goes_all_the_way(both: Any, tmp_path: Path) -> None
     }
     other = type(reference)(**{**reference.components, "scheduler": SCHEDULERS["dpm"](**{**config, **settings})})
     other.set_progress_bar_config(disable=True)
-    spiece = Path(both("5b", "dpm")[1].source, "tokenizer", "spiece.model").read_bytes()
+    spiece = Path(both("5b", "dpm")[1].checkpoint.directory, "tokenizer", "spiece.model").read_bytes()
     ours = cogvid.load(save_pipeline(other, spiece, tmp_path), device="cpu", defaults="diffusers")
     expected = other(prompt="a red", generator=generator())
     assert_same_video(ours(prompt="a red", generator=generator()), expected)

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 import cogvid
 from cogvid.config import SchedulerConfig
-from cogvid.samplers import SAMPLERS
+from cogvid.samplers import sample
 from cogvid.schedule import add_noise, make_schedule
 from measure import call_diffusers, rel_rms, rotary_table
 from tests.fuzz import ILLEGAL, ILLEGAL_EVERY, KINDS, Case, draw_case
@@ -184,9 +184,9 @@ def sampler(case: Case, _directory: Path) -> Runs:
     def ours() -> list[Tensor]:
         schedule = make_schedule(SchedulerConfig.from_dict(dict(scheduler.config)), call["steps"]).tail(strength)
         states = [add_noise(x0, x, call["add_noise_at"], schedule)]
-        SAMPLERS[call["sampler"]](
-            lambda x, i: network(x, schedule.timesteps[i]), x, schedule, generator=generators(call["generators"], 1),
-            on_step=lambda _i, _t, state: states.append(state.clone()),
+        sample(
+            lambda x, _index, timestep, _branch: network(x, timestep), x, schedule, sampler=call["sampler"],
+            generator=generators(call["generators"], 1), on_step=lambda _step, x, _state: states.append(x.clone()),
         )  # fmt: skip
         return states
 
