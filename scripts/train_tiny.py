@@ -86,46 +86,6 @@ IMAGES_ONLY = 0.25  # until this share of t2v it learns single images, three tim
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are orthogonalised before the step (https://kellerjordan.github.io/posts/muon).
-
-    For weights with at least two axes; a convolution counts as `[out, in * kernel]`.
-    """
-
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # noqa: ARG002 - the signature of every optimizer
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            updates = []
-            for p in params:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                updates.append(p.grad.lerp(buffer, group["momentum"]).flatten(1))
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for update in updates:
-                by_shape.setdefault(update.shape, []).append(update)
-            done = {shape: iter(orthogonalise(torch.stack(same))) for shape, same in by_shape.items()}
-            for p, raw in zip(params, updates, strict=True):
-                rows, columns = raw.shape
-                update = next(done[raw.shape])
-                p.add_(update.view_as(p).to(p.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-
-
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Bring the singular values of `matrices` `[n, rows, columns]` near 1 with five quintic Newton-Schulz steps."""
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if x.shape[1] >= 128:  # bf16 is enough, and worth it from here on
-        x = x.bfloat16()
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
-
-
 class Trainer:
     """Two optimizers, a warm-up and cosine schedule, an average of the weights, and checkpoints, for one stage."""
 
@@ -144,10 +104,12 @@ class Trainer:
         self.path = args.out / f"{name}.pt"
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         is_matrix = lambda n, p: p.ndim >= 2 and not any(part in n for part in adam_only)  # noqa: E731
-        matrices = [p for n, p in named if is_matrix(n, p)]
+        self.matrices = [p for n, p in named if is_matrix(n, p)]
         others = [p for n, p in named if not is_matrix(n, p)]
+        # Muon takes matrices only. These are the same memory; a convolution counts as [out, in * kernel].
+        self.flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in self.matrices]
         self.optimizers = [
-            Muon(matrices, lr=muon_lr),
+            torch.optim.Muon(self.flat, lr=muon_lr, momentum=0.95, nesterov=True, weight_decay=0.0),
             torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
         self.base_lrs = [muon_lr, adam_lr]
@@ -191,11 +153,13 @@ class Trainer:
         scale = min(1.0, (self.step_count + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-3
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, 1.0)
+        for flat, p in zip(self.flat, self.matrices, strict=True):
+            flat.grad = None if p.grad is None else p.grad.reshape_as(flat)
         for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
             optimizer.step()
-            optimizer.zero_grad()
+        self.model.zero_grad()
         decay = min(0.998, 1 - 1 / (1 + self.step_count * 0.1))
         for average, p in zip(self.average, self.params, strict=True):
             average.lerp_(p.detach(), 1 - decay)
