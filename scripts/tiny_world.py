@@ -318,6 +318,8 @@ def find_shapes(frame: Tensor, min_area: float = 0.004) -> list[Found]:
     connected regions. Their median colour names them, and the outline that covers them best, of the same area, about
     the same centre, turned in any way.
     """
+    from scipy import ndimage  # of the test extra; training, which only draws, does without
+
     rgb = frame.float() / 255 if frame.dtype == torch.uint8 else frame.float()
     height, width, _ = rgb.shape
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
@@ -333,30 +335,18 @@ def find_shapes(frame: Tensor, min_area: float = 0.004) -> list[Found]:
         fit = torch.linalg.solve(fitted.T @ (weight * fitted) + ridge, fitted.T @ (weight * pixels))
         weight = (1 / (1 + ((pixels - fitted @ fit).norm(dim=-1, keepdim=True) / 0.06) ** 2)) ** 2
     difference = (flat - basis @ fit).norm(dim=-1)
-    labels = _components((difference > 0.17).reshape(height, width))
+    labels, count = ndimage.label((difference > 0.17).reshape(height, width).numpy())
     found = []
-    for label in labels.unique().tolist():
-        mask = labels == label
+    for label in range(1, count + 1):
+        mask = torch.from_numpy(labels == label)
         area = mask.float().mean().item()
-        if label == 0 or area < min_area:
+        if area < min_area:
             continue
         centre = (x[mask].mean().item(), y[mask].mean().item())
         found.append(
             Found(_name_colour(rgb[mask]), _name_outline(mask, x - centre[0], y - centre[1], area), centre, area, mask)
         )
     return sorted(found, key=lambda f: -f.area)
-
-
-def _components(mask: Tensor) -> Tensor:
-    """Label 4-connected regions of `mask` `[H, W]`: 0 outside, one positive number per region."""
-    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float32).reshape(mask.shape) * mask
-    while True:
-        grown = torch.nn.functional.pad(labels, (1, 1, 1, 1))
-        sides = [labels, grown[:-2, 1:-1], grown[2:, 1:-1], grown[1:-1, :-2], grown[1:-1, 2:]]
-        grown = torch.stack(sides).amax(0) * mask
-        if torch.equal(grown, labels):
-            return labels.long()
-        labels = grown
 
 
 def _name_colour(rgb: Tensor) -> str:
