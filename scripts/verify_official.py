@@ -29,13 +29,11 @@ import dataclasses
 import gc
 import json
 import math
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -43,6 +41,7 @@ import torch
 from torch import Tensor
 
 import measure
+import references
 from cogvid import plan
 from cogvid.config import ModelConfig
 from cogvid.hub import find
@@ -130,6 +129,7 @@ REPORT_HEAD = (
 class Job:
     """What is compared. height, width, num_frames: of VAE and run; step_frames: of the transformer's one step."""
 
+    command: str
     source: str
     directory: Path
     model: ModelConfig
@@ -199,6 +199,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-frames", type=int, help="pixel frames: 8N or 8N + 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
     args = parser.parse_args(argv)
+    args.command = " ".join(["python scripts/verify_official.py", *(sys.argv[1:] if argv is None else argv)])
     if args.json and not args.json.absolute().parent.is_dir():
         raise ValueError(f"json: got {args.json}, want a file in a directory that exists")
     return args
@@ -221,6 +222,7 @@ def _job(args: argparse.Namespace) -> Job:
     plan.check_frames(model.vae, frames)
     plan.check_int("steps", args.steps, 1, model.scheduler.num_train_timesteps)
     return Job(
+        args.command,
         args.model,
         directory,
         model,
@@ -365,18 +367,16 @@ class TextInputs:
 
 
 def compare_schedulers(job: Job) -> list[Finding]:
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
-
     config = load_scheduler_config(job.directory)
     findings = []
-    for name, kind in (("dpm", CogVideoXDPMScheduler), ("ddim", CogVideoXDDIMScheduler)):
+    for name, kind in references.schedulers().items():
         scheduler: Any = _scheduler(job, kind)
         count = job.model.num_inference_steps
         schedule = make_schedule(config, count)
         scheduler.set_timesteps(count)
         wrong = sum(a != int(b) for a, b in zip(schedule.timesteps, scheduler.timesteps, strict=True)) / count
         levels = schedule.alphas_cumprod, scheduler.alphas_cumprod
-        ours, theirs = measure.run_samplers(name, config, scheduler)
+        ours, theirs = references.run_samplers(name, config, scheduler)
         for a, b in (levels, (ours, theirs)):
             error, largest = measure.rel_rms(a, b), (a - b).abs().max().item()
             findings.append(Finding("scheduler", "scheduler", "", name, max(error, wrong), largest))
@@ -432,62 +432,32 @@ def transformer_sides(job: Job, text: TextInputs) -> tuple[Side, Side]:
         from diffusers import CogVideoXTransformer3DModel
 
         model = _theirs(job, CogVideoXTransformer3DModel, "transformer", dtype)
-        rotary = measure.rotary_table(model, latents)
-        return {"transformer": measure.call_diffusers(model, latents.to(dtype), prompt(dtype), timestep, rotary)}
+        rotary = references.rotary_table(model, latents)
+        return {"transformer": references.call_diffusers(model, latents.to(dtype), prompt(dtype), timestep, rotary)}
 
     return ours, theirs
 
 
 def run_sides(job: Job, text: TextInputs) -> tuple[Side, Side]:
     """Sides that run a pipeline, each with the embeddings of its own T5, and keep the last latents and the pixels."""
-    height, width = job.run_size
-    options: dict[str, Any] = {
-        "height": height,
-        "width": width,
-        "num_frames": job.run_frames,
-        "num_inference_steps": job.steps,
-        "guidance_scale": 6.0,
-        "use_dynamic_cfg": True,
-        "output_type": "pt",
-    }
-    if job.model.transformer.takes_image:
-        options["image"] = picture(height, width)
-
-    def run(pipe: Any, side: str, dtype: torch.dtype, **more: Any) -> Outputs:
-        kept: Outputs = {}
-
-        def keep(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            kept["run, latents"] = tensors["latents"]
-            return {}
-
-        embeds = text.embeds(side, dtype)
-        kept["run, pixels"] = pipe(
-            prompt_embeds=embeds[:1],
-            negative_prompt_embeds=embeds[1:],
-            generator=torch.Generator().manual_seed(7),
-            callback_on_step_end=keep,
-            **options,
-            **more,
-        ).frames
-        return kept
+    absent = cast(Any, None)  # of the text parts: their embeddings are given
 
     def ours(dtype: torch.dtype, ops: str) -> Outputs:
         pipe = Pipeline(
             job.model,
             transformer=load_transformer(job.directory, device=job.device, dtype=dtype, ops=ops),
             vae=load_vae(job.directory, device=job.device, dtype=dtype, ops=ops),
-            text_encoder=cast(Any, None),  # its embeddings are given
+            text_encoder=absent,
             ops=ops,
             source=str(job.directory),
         )
-        return run(pipe, "ours", dtype, scheduler="dpm", progress=False)
+        return run_pipeline(job, pipe, text.embeds("ours", dtype), scheduler="dpm", progress=False)
 
     def theirs(dtype: torch.dtype, _: str) -> Outputs:
         import diffusers
 
         image = job.model.transformer.takes_image
         kind = diffusers.CogVideoXImageToVideoPipeline if image else diffusers.CogVideoXPipeline
-        absent = cast(Any, None)
         pipe = kind(
             tokenizer=absent,
             text_encoder=absent,
@@ -496,30 +466,46 @@ def run_sides(job: Job, text: TextInputs) -> tuple[Side, Side]:
             scheduler=_scheduler(job, diffusers.CogVideoXDPMScheduler),
         )
         pipe.set_progress_bar_config(disable=True)
-        return run(pipe, "theirs", dtype)
+        return run_pipeline(job, pipe, text.embeds("theirs", dtype))
 
     return ours, theirs
 
 
-def picture(height: int, width: int) -> Any:
-    """Make a smooth picture of random colours, so that no side resizes anything."""
-    from PIL import Image
+def run_pipeline(job: Job, pipe: Any, embeds: Tensor, **options: Any) -> Outputs:
+    """Run a pipeline of either side with the embeddings of the prompt and of the empty one."""
+    height, width = job.run_size
+    if job.model.transformer.takes_image:
+        options["image"] = references.picture(height, width)
+    kept: Outputs = {}
 
-    noise = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    smooth = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)[0]
-    return Image.fromarray((smooth * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    def keep(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept["run, latents"] = tensors["latents"]
+        return {}
+
+    kept["run, pixels"] = pipe(
+        prompt_embeds=embeds[:1],
+        negative_prompt_embeds=embeds[1:],
+        height=height,
+        width=width,
+        num_frames=job.run_frames,
+        num_inference_steps=job.steps,
+        guidance_scale=6.0,
+        use_dynamic_cfg=True,
+        generator=torch.Generator().manual_seed(7),
+        callback_on_step_end=keep,
+        output_type="pt",
+        **options,
+    ).frames
+    return kept
 
 
 def provenance(job: Job) -> dict[str, Any]:
     return {
         "checkpoint": job.source,
         "model": job.model.name,
-        "commit": commit_of(job.directory) or "unknown",
+        "revision": commit_of(job.directory) or "unknown",
         "size": f"{job.run_frames} frames {job.run_size[0]}x{job.run_size[1]}, {job.steps} steps",
-        "date": date.today().isoformat(),
-        "machine": measure.machine(job.device),
-        "cogvid": measure.commit(),
-        "versions": f"Python {platform.python_version()}, {measure.versions('torch', 'diffusers', 'transformers')}",
+        **measure.header(job.device, job.command),
     }
 
 
@@ -543,7 +529,7 @@ def table_row(job: Job, findings: list[Finding]) -> str:
         return "; ".join([*errors, *([f"{max(ratios):.2f}"] if ratios else [])])
 
     values = provenance(job)
-    known = [job.model.name, *([f"commit {values['commit'][:12]}"] if values["commit"] != "unknown" else [])]
+    known = [job.model.name, *([f"commit {values['revision'][:12]}"] if values["revision"] != "unknown" else [])]
     exceeded = [f"{f.column} {f.dtype} {f.ops}".strip() for f in findings if not f.passed]
     peak = max((max(f.gib) for f in findings if f.gib), default=None)
     return measure.markdown_row(
@@ -552,7 +538,7 @@ def table_row(job: Job, findings: list[Finding]) -> str:
             *map(cell, COLUMNS),
             "yes" if not exceeded else f"no: {', '.join(exceeded)}",
             values["size"] + (f"; peak {peak:.1f} GiB" if peak is not None else ""),
-            f"{values['date']}, {values['machine']}, cogvid {values['cogvid']}, {values['versions']}",
+            f"{measure.caption(values)}",
         ]
     )
 

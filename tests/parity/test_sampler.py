@@ -30,8 +30,8 @@ from cogvid.sampler import (
     make_schedule,
     velocity,
 )
-from measure import rel_rms
-from tests.reference import pooled_ratio, tiny_transformer, tiny_vae
+from measure import pooled_ratio, rel_rms
+from references import tiny_transformer, tiny_vae
 from tests.schedulers import SCHEDULERS
 from tests.tolerances import ADD_NOISE_FP32, SAMPLER_FP32, SAMPLER_LOW_PRECISION
 

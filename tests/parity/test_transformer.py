@@ -14,8 +14,8 @@ from torch import Tensor
 from cogvid.config import TransformerConfig
 from cogvid.transformer import Transformer
 from cogvid.weights import map_transformer_state_dict
-from measure import call_diffusers, rel_rms, rotary_table
-from tests.reference import TRANSFORMER_VARIANTS, pooled_ratio, tiny_transformer
+from measure import pooled_ratio, rel_rms
+from references import TRANSFORMER_VARIANTS, call_diffusers, rotary_table, tiny_transformer
 from tests.tolerances import (
     BATCH_FP32,
     BLOCK_FP32,

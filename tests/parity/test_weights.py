@@ -30,7 +30,7 @@ from cogvid.weights import (
     save_vae,
     unmap_state_dict,
 )
-from tests.reference import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
+from references import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
 
 # Tensors and millions of parameters of the official transformers; the learned table of 5B-I2V is counted as a tensor.
 SIZES = {

@@ -149,7 +149,7 @@ def test_memory_that_was_freed_before_does_not_hide_what_a_call_takes() -> None:
             pins.append(torch.ones(8))  # lies between them and stays, so that the allocator keeps what is freed
         return torch.stack(pieces)
 
-    peaks = [bench_model.with_peak_memory(call, torch.device("cpu"))[1] for _ in range(2)]
+    peaks = [measure.peak_memory(call, torch.device("cpu"))[1] for _ in range(2)]
     assert all(peak is not None and 110 < peak < 200 for peak in peaks), peaks
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from cogvid import ops
 from cogvid.ops import Ops, resolve_ops
 from measure import rel_rms
-from tests.reference import perturb
+from references import perturb
 from tests.tolerances import OP_FP32, OP_LOW_PRECISION, SPATIAL_NORM_FP32
 
 BATCH, TEXT, VIDEO, HEADS, HEAD_DIM, WIDTH, EPS = 2, 5, 12, 3, 16, 48, 1e-6

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import cogvid
 from cogvid import plan
 from cogvid.config import CONFIGS, SchedulerConfig
-from tests.pipelines import TEXT_LEN, picture, save_pipeline, tiny_pipeline
+from references import TEXT_LEN, picture, save_pipeline, tiny_pipeline
 
 QUICK: dict[str, Any] = {
     "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent", "progress": False,
