@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     args = parser.parse_args(argv)
     if args.runs < 1:
-        parser.error(f"--runs: got {args.runs}, want at least 1")
+        parser.error(f"runs: got {args.runs}, want at least 1")
     names = [short for short, name in OFFICIAL.items() if args.model in (name, "all")]
     size = make_size(args.size or ("full" if args.device == "cuda" else "reduced"), names)
     device = torch.device(args.device)

@@ -1,4 +1,4 @@
-"""Judge a tiny pack by what is seen in its videos, on what it was never trained on.
+"""Measure what a tiny pack can do, from the pixels of its videos, on combinations that training never had.
 
     python scripts/eval_tiny.py tiny-i2v --samples 200 --sheet sheet.png
 
@@ -112,10 +112,10 @@ def contact_sheet(videos: Tensor, prompts: list[str], path: Path, columns: int =
     sheet.save(path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack", help="a shipped pack's name or a directory")
-    parser.add_argument("--samples", type=int, default=200, help="videos per row of the table")
+    parser.add_argument("--samples", type=int, default=200, help="videos per row of the table, at least 1")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, help="the pack's recommendation by default")
     parser.add_argument("--dynamic-cfg", action=argparse.BooleanOptionalAction)
@@ -123,7 +123,9 @@ def main() -> None:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="where a contact sheet goes, as PNG")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        parser.error(f"samples: got {args.samples}, want at least 1")
     pipe = cogvid.load(args.pack, dtype=args.dtype)
     generator, rng = torch.Generator().manual_seed(1234 + args.seed), random.Random(1234 + args.seed)
     if pipe.model.transformer.takes_image:

@@ -98,7 +98,7 @@ def tiny_transformer(variant: str, seed: int = 0, **overrides: Any) -> CogVideoX
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(seed)
-    model = perturb(CogVideoXTransformer3DModel(**{**_TINY, **_VARIANTS[variant], **overrides}), seed)
+    model: Any = perturb(CogVideoXTransformer3DModel(**{**_TINY, **_VARIANTS[variant], **overrides}), seed)
     if model.config["use_learned_positional_embeddings"]:
         # The learned table starts as the sin-cos one; noise makes the two distinguishable.
         table = model.patch_embed.pos_embedding
@@ -208,7 +208,7 @@ def assemble(
 
 
 def as_video_to_video(pipe: Any) -> CogVideoXVideoToVideoPipeline:
-    """Give the parts of a text-to-video pipeline to the video-to-video one."""
+    """Return a video-to-video pipeline with the parts of a text-to-video one."""
     from diffusers import CogVideoXVideoToVideoPipeline
 
     other = CogVideoXVideoToVideoPipeline(**pipe.components)
@@ -239,7 +239,7 @@ def t5(values: dict[str, int]) -> Any:
 
 @torch.no_grad()
 def randomise(module: nn.Module) -> nn.Module:
-    """Give every parameter random values that keep activations near unit size."""
+    """Set every parameter to random values that keep activations near unit size."""
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)

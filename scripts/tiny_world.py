@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,7 +202,7 @@ def sample_scenes(
 
 
 def positions(scenes: Scenes, progress: Tensor) -> tuple[Tensor, Tensor]:
-    """Give centres `[n, F, 2, 2]` and radii `[n, F, 2]` at `progress` `[F]` in [0, 1] of the clip."""
+    """Return centres `[n, F, 2, 2]` and radii `[n, F, 2]` at `progress` `[F]` in [0, 1] of the clip."""
     n, frames = len(scenes), len(progress)
     step = DIRECTION[scenes.motion] * torch.tensor(DISTANCE)[scenes.speed][:, None]
     growth = torch.tensor(GROWTH)[scenes.speed]
@@ -335,7 +336,8 @@ def find_shapes(frame: Tensor, min_area: float = 0.004) -> list[Found]:
         fit = torch.linalg.solve(fitted.T @ (weight * fitted) + ridge, fitted.T @ (weight * pixels))
         weight = (1 / (1 + ((pixels - fitted @ fit).norm(dim=-1, keepdim=True) / 0.06) ** 2)) ** 2
     difference = (flat - basis @ fit).norm(dim=-1)
-    labels, count = ndimage.label((difference > 0.17).reshape(height, width).numpy())
+    labelled: Any = ndimage.label((difference > 0.17).reshape(height, width).numpy())  # 4-connected
+    labels, count = labelled
     found = []
     for label in range(1, count + 1):
         mask = torch.from_numpy(labels == label)

@@ -153,6 +153,24 @@ def test_memory_that_was_freed_before_does_not_hide_what_a_call_takes() -> None:
     assert all(peak is not None and 110 < peak < 200 for peak in peaks), peaks
 
 
+def test_relative_rms_counts_every_part() -> None:
+    expected = torch.ones(2**24 + 3)
+    actual = expected.clone()
+    actual[-1] = 4
+    assert measure.rel_rms(actual, expected) == pytest.approx(3 / (2**24 + 3) ** 0.5)
+    actual[0] = float("nan")
+    assert not measure.rel_rms(actual, expected) <= 1
+    with pytest.raises(ValueError, match=r"actual: got shape \(2,\), want \(2, 1\)"):
+        measure.rel_rms(torch.ones(2), torch.ones(2, 1))
+
+
+def test_a_caption_names_what_the_header_holds() -> None:
+    values = measure.header(torch.device("cpu"), "python x.py")
+    assert values["command"] == "python x.py"
+    caption = measure.caption(values)
+    assert all(str(value) in caption for name, value in values.items() if name != "command")
+
+
 def test_what_is_not_installed_is_absent() -> None:
     assert measure.installed("torch") == torch.__version__
     assert measure.installed("no-such-package") == "absent"

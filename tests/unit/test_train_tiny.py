@@ -1,4 +1,4 @@
-"""The training script: its optimizer, what it asks of a scene, and every stage, if only for a few steps."""
+"""The training script: its optimizer, the targets of the auxiliary head, and a few steps of every stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def arguments(out: Path) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where short runs of all stages left what they write; while it is in use, runs stay short."""
+    """Return the output directory of short runs of all stages; runs stay short while it is in use."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SHORT.items():
@@ -74,7 +74,7 @@ def test_a_stage_goes_on_from_its_checkpoint(out: Path, tmp_path: Path):
     after = torch.load(tmp_path / "i2v.pt")
     assert after["step"] == 3
     assert after["seconds"] > before["seconds"]
-    assert not torch.equal(after["model"]["understood.weight"], before["model"]["understood.weight"])
+    assert not torch.equal(after["model"]["aux_head.weight"], before["model"]["aux_head.weight"])
 
 
 def test_the_same_seeds_train_the_same_weights(out: Path, tmp_path: Path):
@@ -154,14 +154,14 @@ def test_touched_cells_hold_the_shapes_pixels():
     assert not touched[~scenes.two][:, :, 1].any()
 
 
-def test_answers_name_the_outlines_and_the_named_shape():
+def test_auxiliary_targets_mark_the_outlines_and_the_named_shape():
     scenes = sample_scenes(20, torch.Generator().manual_seed(4), two=1.0)
-    answers = train_tiny.what_tokens_touch(scenes, 5, 4)
-    assert answers.shape == (20, 5 * 4 * 4, len(SHAPES) + 1)
+    targets = train_tiny.aux_targets(scenes, 5, 4)
+    assert targets.shape == (20, 5 * 4 * 4, len(SHAPES) + 1)
     shown = F.one_hot(scenes.shape, len(SHAPES)).amax(1)
-    assert torch.equal(answers[..., :3].amax(1), shown.float())
-    named = answers.gather(2, scenes.shape[:, :1, None].expand(-1, 80, 1))[..., 0]
-    assert (answers[..., 3] <= named).all()  # where the named shape is, its outline is
+    assert torch.equal(targets[..., :3].amax(1), shown.float())
+    named = targets.gather(2, scenes.shape[:, :1, None].expand(-1, 80, 1))[..., 0]
+    assert (targets[..., 3] <= named).all()  # where the named shape is, its outline is
 
 
 def test_times_are_spread_over_the_schedule():
@@ -172,3 +172,10 @@ def test_times_are_spread_over_the_schedule():
     assert ((middle > 269) & (middle < 731)).float().mean() == pytest.approx(0.683, abs=0.01)  # one deviation
     assert middle.min() >= 0
     assert middle.max() <= 999
+
+
+def test_a_length_that_is_not_positive_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        train_tiny.main(["--minutes", "0", "--out", str(tmp_path / "new")])
+    assert "minutes: got 0, want more than 0" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
