@@ -5,9 +5,9 @@
     python scripts/bench_model.py --device cpu --size toy              # seconds; keeps this script from rotting
 
 Parts: `import` and `load` (each in fresh processes), `text` (T5 encoder), `step` (one transformer evaluation; on a
-GPU with the batch of two that guidance needs), `decode` (VAE). Providers take turns, so that a machine whose
-speed drifts cannot favour one. A provider whose output is wrong is reported and not timed. Without diffusers, ours is
-timed alone.
+GPU with the batch of two that guidance needs), `decode` (VAE). Providers take turns, so that a drift of the
+machine's speed affects all alike. A provider with a wrong output is reported and not timed. Without diffusers, ours
+is timed alone.
 
 diffusers runs at its best: from_pretrained with its defaults (with accelerate installed it makes no weights before it
 maps the file's), PyTorch's own choice of attention, position tables of the video's size; a step also with its fused
@@ -52,7 +52,7 @@ from cogvid.weights import map_transformer_state_dict, map_vae_state_dict, save_
 # Relative RMS between two correct implementations stays far below these; a wrong one is orders above.
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 PARTS = ("import", "load", "text", "step", "decode")
-ALONE = "import alone"  # what has nothing of diffusers beside it
+ALONE = "import alone"  # the part of rows without a diffusers counterpart
 OFFICIAL = {name.removeprefix("cogvideox").lstrip("-"): name for name, model in CONFIGS.items() if model.repo}
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
@@ -72,7 +72,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is run; `steps` and `loads` by what they are called in the table, `decodes` as T, h, w of the latents."""
+    """What is run. steps, loads: by their names in the table. decodes: T, h, w of the latents."""
 
     steps: dict[str, Step]
     loads: dict[str, TransformerConfig]
@@ -91,7 +91,7 @@ T5_TOY = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2
 
 
 def make_size(name: str, models: list[str]) -> Size:
-    """Say what a size runs of models, which are keys of `OFFICIAL`."""
+    """Return what a size runs. models: keys of `OFFICIAL`."""
     configs = {model: CONFIGS[OFFICIAL[model]] for model in models}
     vae = configs[models[0]].vae
     both = (torch.float32, BF16)
@@ -107,7 +107,7 @@ def make_size(name: str, models: list[str]) -> Size:
     if name == "reduced":
         video = (3, 24, 24)
         steps = {model: _step(c.transformer, video, 226, num_layers=2) for model, c in configs.items()}
-        # All of the tensors, but narrow; and one as wide as it is, but short.
+        # All layers but narrow; and one model at its full width but with few layers.
         narrow: dict[str, Any] = {"num_attention_heads": 4, "text_embed_dim": 256}
         loads = {model: dataclasses.replace(c.transformer, **narrow) for model, c in configs.items()}
         if "5b" in configs:
@@ -311,7 +311,7 @@ def add_floor(rows: list[Row], call: Call, rate: float) -> list[Row]:
 
 
 def our_ops(device: torch.device) -> dict[str, Ops]:
-    """The providers of ours: Triton on a GPU, or in its interpreter where TRITON_INTERPRET=1 asked for that."""
+    """Return our providers: torch, and Triton on a GPU or, with TRITON_INTERPRET=1, in its interpreter."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return {"cogvid": Ops.torch()}
     return {"cogvid torch": Ops.torch(), "cogvid triton": Ops.triton()}
@@ -418,7 +418,7 @@ def bench_import(runs: int) -> Iterator[Row]:
         "cogvid": "import cogvid.pipeline",
         "cogvid with T5": "import cogvid.pipeline; from transformers import T5EncoderModel",
     }
-    if references.has_diffusers():  # whose pipelines take T5 with them
+    if references.has_diffusers():  # its pipelines import T5 too
         programs = {"diffusers": "from diffusers import CogVideoXImageToVideoPipeline"} | programs
     alone = {
         "import cogvid": "import cogvid",
@@ -431,7 +431,7 @@ def bench_import(runs: int) -> Iterator[Row]:
 
 
 def bench_load(size: Size, runs: int) -> Iterator[Row]:
-    """Load checkpoints of zeros in fresh processes; what is measured does not depend on their values."""
+    """Load checkpoints of zeros in fresh processes; time and memory do not depend on the values."""
     for name, config in size.loads.items():
         label = f"load of {name}, {config.num_layers} layers of {config.num_attention_heads} heads, bf16"
         yield from load_rows(

@@ -5,7 +5,7 @@
 An image-to-video pack gets first frames of held-out colour x shape x motion combinations: one shape, one shape on a
 kind of background that training never shows, two shapes of which the prompt names one, and, as a control, one shape
 and an empty prompt. A text-to-video pack gets the prompts alone. Everything is measured from decoded pixels.
-The last line printed is JSON.
+The last line printed is JSON. scipy is needed, which the test extra installs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from scipy import ndimage  # noqa: F401 - `observe` needs it; its absence is found here, before any video is made
 from torch import Tensor
 from tqdm import tqdm
 

@@ -43,7 +43,7 @@ def installed(name: str) -> str:
 
 
 def header(device: torch.device, command: str) -> dict[str, Any]:
-    """Say what a reader needs to judge the figures: command, commit, date, machine, versions."""
+    """Return what a table of figures must name: command, commit, date, machine, versions."""
     return {
         "command": command,
         "commit": commit(),
@@ -55,7 +55,7 @@ def header(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def caption(values: dict[str, Any]) -> str:
-    """Say in one line what a header holds, for the text beside a table; the command apart."""
+    """Return a header as one line, without its command."""
     versions = ", ".join(f"{name} {values[name]}" for name in PACKAGES)
     return f"commit {values['commit']}, {values['date']}, {values['machine']}, Python {values['python']}, {versions}"
 
@@ -66,7 +66,7 @@ def commit() -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Say what the figures were taken on: the GPU with its driver, clocks and power limit, or the CPU."""
+    """Describe the GPU (driver, clocks, power limit) or the CPU (threads, cores)."""
     if device.type == "cuda":
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
         return _output("nvidia-smi", query, "--format=csv,noheader") or torch.cuda.get_device_name(device)
@@ -99,9 +99,9 @@ def status_mib(field: str) -> float | None:
 
 
 def reset_peak() -> bool:
-    """Let VmHWM, the peak of resident memory, begin anew; return whether that can be done here (Linux).
+    """Reset VmHWM, the peak of resident memory; return whether that is possible here (Linux).
 
-    What was freed goes back to the system first: kept by the allocator, it would hide what the next call takes.
+    Freed memory is returned to the system first. Kept by the allocator, it would hide what the next call takes.
     """
     gc.collect()
     try:
@@ -110,6 +110,24 @@ def reset_peak() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return True
+
+
+def peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float | None]:
+    """Warm `call` up, then return its value and the MiB that it added at its peak; None where that is unknown."""
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        value = call()
+        torch.cuda.synchronize(device)
+        return value, (torch.cuda.max_memory_allocated(device) - before) / MIB
+    if not reset_peak():
+        return call(), None
+    before = status_mib("VmRSS") or 0
+    value = call()
+    return value, (status_mib("VmHWM") or 0) - before
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -131,9 +149,19 @@ def rel_rms(actual: Tensor, expected: Tensor) -> float:
     return float((difference / total).sqrt())
 
 
+def pooled_ratio(errors: Iterable[tuple[float, float]]) -> float:
+    """Return the rms of the first of each pair over that of the second.
+
+    The pairs are errors in low precision, ours and another's. The ratio of one pair depends on chance (0.65 to 1.25 for
+    one model); that of several pairs is a property of the two computations.
+    """
+    ours, theirs = torch.tensor(list(errors), dtype=torch.float64).pow(2).mean(0).sqrt().tolist()
+    return ours / theirs
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Let fresh tensors hold NaN (or the largest integer): an element left unwritten cannot pass by luck."""
+    """Fill fresh tensors with NaN (or the largest integer), so that an element left unwritten is found."""
 
     def poison(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args: Any, **options: Any) -> Tensor:
@@ -158,31 +186,3 @@ def poisoned_memory() -> Iterator[None]:
 
 def markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def pooled_ratio(errors: Iterable[tuple[float, float]]) -> float:
-    """Return the rms of the first of each pair over that of the second.
-
-    For errors of low precision, ours and those of another: how many roundings went which way decides the ratio of one
-    pair (0.65 to 1.25 for one model), and of several it is a property of the two computations.
-    """
-    ours, theirs = torch.tensor(list(errors), dtype=torch.float64).pow(2).mean(0).sqrt().tolist()
-    return ours / theirs
-
-
-def peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float | None]:
-    """Warm `call` up, then return its value and the MiB that it added at its peak; None where nothing tells."""
-    call()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        value = call()
-        torch.cuda.synchronize(device)
-        return value, (torch.cuda.max_memory_allocated(device) - before) / MIB
-    if not reset_peak():
-        return call(), None
-    before = status_mib("VmRSS") or 0
-    value = call()
-    return value, (status_mib("VmHWM") or 0) - before

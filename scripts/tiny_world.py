@@ -1,9 +1,9 @@
-"""The world of the tiny models: flat shapes that move as a sentence says, and how to measure a video of them.
+"""The data of the tiny models: flat shapes that move as a prompt says, and measurements of videos of them.
 
 Used by training, evaluation and tests. Coordinates are fractions of the picture's side, x to the right, y down.
-A scene holds one moving shape, which the prompt names, and perhaps a second one, which stays still: only the words
-tell which of the two is meant. `render` draws scenes from signed distances; `find_shapes` and `observe` look at
-pixels alone (a fitted background, hue, area, centroid), so they judge any video, whoever drew its first frame.
+A scene has one moving shape, which the prompt names, and may have a second one, which stays still; only the prompt
+tells which one moves. `render` draws scenes from signed distances; `find_shapes` and `observe` look at
+pixels alone (a fitted background, hue, area, centroid), so they work on any video.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _PHRASES = {
 
 
 def is_held_out(colour: int | Tensor, shape: int | Tensor, motion: int | Tensor) -> bool | Tensor:
-    """Tell whether a colour x shape x motion combination is kept from training (one sixth are)."""
+    """Return whether a colour x shape x motion combination is held out from training (one sixth are)."""
     return (colour + 2 * shape + motion) % 6 == 0
 
 
@@ -123,7 +123,7 @@ def _draw_colours(colour: Tensor, rand) -> Tensor:
 
 
 def _candidates(n: int, rand, two: float, alike: float, held_out: bool, radial: bool) -> tuple[Scenes, Tensor]:
-    """Draw scenes without regard to the rules, and a [n] mask of those that keep them."""
+    """Draw random scenes, and return them with a [n] mask of those that are valid."""
     pick = lambda k, *shape: (rand(*shape) * k).long()  # noqa: E731
     colour, shape, motion, speed = pick(8, n, 2), pick(3, n, 2), pick(7, n), pick(3, n)
     colour[:, 1] = torch.where(rand(n) < alike, colour[:, 0], colour[:, 1])  # then the shape's name must decide
@@ -271,7 +271,7 @@ def _outline(shape: str, x: Tensor, y: Tensor, radius: Tensor | float, turn: Ten
 
 
 def prompt_for(scenes: Scenes, i: int, rng: random.Random | None = None) -> str:
-    """Say what happens in scene `i`: a random paraphrase, or without `rng` the plainest sentence."""
+    """Return the prompt of scene `i`: a random paraphrase, or without `rng` the plainest sentence."""
     motion = MOTIONS[int(scenes.motion[i])]
     phrase = rng.choice(_PHRASES[motion]) if rng else _PHRASES[motion][0]
     text = phrase.format(

@@ -392,7 +392,7 @@ def image_channels(data: LatentSet, index: Tensor, generator: torch.Generator) -
 
 
 def touched(scenes: Scenes, count: int, side: int) -> Tensor:
-    """Return which cells of a `side` x `side` grid each shape's bounding box meets: `[B, count, 2, side, side]`, 0 or 1."""
+    """Return which cells of a grid each shape's bounding box meets: `[B, count, 2, side, side]` of 0, 1."""
     centre, radius = positions(scenes, torch.linspace(0, 1, count))
     cells = (torch.arange(side) + 0.5) / side
     dx, dy = ((centre[..., i, None, None] - grid).abs() for i, grid in enumerate((cells, cells[:, None])))

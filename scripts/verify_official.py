@@ -2,13 +2,13 @@
 
     python scripts/verify_official.py zai-org/CogVideoX-5b          # fetches it once; then --local-files-only will do
     python scripts/verify_official.py ./CogVideoX-5b --parts vae    # a directory: nothing touches the network
-    python scripts/verify_official.py tiny-i2v                      # a shipped pack: rehearses all of it in a minute
+    python scripts/verify_official.py tiny-i2v                      # a shipped pack: everything in a minute
 
 Parts: `text` (token ids; T5), `scheduler` (timesteps, noise levels, and 20 steps of both samplers on a made-up
 velocity), `vae` (encode and decode), `transformer` (one step), `run` (a short run with guidance: latents and pixels).
 
 fp32 is compared with diffusers in fp32. In bf16 and fp16 both are compared with diffusers in fp32, and the ratio of our
-error to theirs is judged: at most 1 says that nothing is lost. Errors are relative RMS, rms(a - b) / rms(b). On a GPU
+error to theirs is judged: at most 1 means that nothing is lost. Errors are relative RMS, rms(a - b) / rms(b). On a GPU
 all is done with both bundles of operations, torch and triton.
 
 Each module is loaded, run and dropped before the next, and T5 is not in memory during the run, so that the peak is one
@@ -110,7 +110,7 @@ class Finding:
     @property
     def passed(self) -> bool:
         judged = self.error if self.ratio is None else self.ratio
-        return judged <= self.bound  # not so for NaN
+        return judged <= self.bound  # False for NaN
 
     def line(self) -> str:
         low = f"{self.theirs:12.2e}{self.ratio:8.2f}" if self.theirs is not None else " " * 20
@@ -193,11 +193,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--steps", type=int, default=4, help="of the run; 4 unless given")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps of the run (default: 4)")
     parser.add_argument("--height", type=int, help="pixels")
     parser.add_argument("--width", type=int, help="pixels")
     parser.add_argument("--num-frames", type=int, help="pixel frames: 8N or 8N + 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
     args = parser.parse_args(argv)
     args.command = " ".join(["python scripts/verify_official.py", *(sys.argv[1:] if argv is None else argv)])
     if args.json and not args.json.absolute().parent.is_dir():
@@ -206,7 +206,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    """Find the checkpoint and settle the sizes; what is not legal is refused before a weight is read."""
+    """Find the checkpoint and choose the sizes; illegal ones are refused before a weight is read."""
     device = resolve_device(args.device)
     if device.type == "cpu" and "fp16" in args.dtypes:
         raise ValueError("dtypes: got fp16 on a CPU, want fp32 or bf16")
@@ -240,7 +240,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 @torch.no_grad()
 def verify(job: Job, parts: Sequence[str]) -> list[Finding]:
-    """Compare the parts and print what is found as it is found."""
+    """Compare the parts; print each finding at once."""
     import diffusers
     import transformers
 
@@ -248,7 +248,7 @@ def verify(job: Job, parts: Sequence[str]) -> list[Finding]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="prompt .* the last .* not used")  # some are too long on purpose
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is meant
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     print("\n".join(f"{name}: {value}" for name, value in provenance(job).items()))
     print("\n" + REPORT_HEAD, flush=True)
     findings: list[Finding] = []
@@ -272,7 +272,7 @@ def verify(job: Job, parts: Sequence[str]) -> list[Finding]:
 
 
 class Made(NamedTuple):
-    """What one library made, as fp32 on the CPU, and what it took."""
+    """The outputs of one library, fp32 on the CPU, with time and peak memory."""
 
     values: Outputs
     seconds: float
@@ -325,7 +325,7 @@ def compare(job: Job, part: str, ours: Side, theirs: Side) -> list[Finding]:
 
 
 class TextInputs:
-    """Both text sides; what they made is kept, and is what transformer and run are given."""
+    """Both text sides; their embeddings are kept as inputs of transformer and run."""
 
     def __init__(self, job: Job) -> None:
         self.job = job

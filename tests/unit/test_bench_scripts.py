@@ -1,4 +1,4 @@
-"""Both benchmarks run to their end on a CPU, kernels in Triton's interpreter, and never time what is wrong."""
+"""Both benchmarks run to their end on a CPU, kernels in Triton's interpreter, and never time a wrong output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of frames passes what rounding may do, and fails all else."""
+"""The comparison of frames accepts rounding and nothing else."""
 
 from __future__ import annotations
 
