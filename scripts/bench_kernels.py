@@ -182,7 +182,7 @@ class Reference:
             raise ValueError(
                 f"result: got shapes {[list(g.shape) for g in got]}, want {[list(w.shape) for w in self.want]}"
             )
-        return max(relative_rms(g, w) for g, w in zip(got, self.want, strict=True))
+        return max(measure.rel_rms(g, w) for g, w in zip(got, self.want, strict=True))
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -195,15 +195,6 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             heads.append(logits.softmax(-1) @ v[b, :, h].double())
         out.append(torch.cat(heads, dim=-1))
     return torch.stack(out)
-
-
-def relative_rms(got: Tensor, want: Tensor) -> float:
-    """Return rms(got - want) / rms(want), some rows of the first axes at a time."""
-    difference = total = 0.0
-    for g, w in zip(got.flatten(0, 1), want.flatten(0, 1), strict=True) if got.ndim == 5 else [(got, want)]:
-        difference += (g.double() - w.double()).square().sum().item()
-        total += w.double().square().sum().item()
-    return (difference / total) ** 0.5
 
 
 def as_list(value: Any) -> list[Tensor]:
@@ -251,13 +242,12 @@ def time_in_turns(runners: dict[str, Callable[[], Any]], device: torch.device, r
 
 
 def summarise(times: list[float], unit: str, work: float, limits: dict[str, float]) -> dict[str, Any]:
-    ordered = sorted(times)
-    median = statistics.median(times)
+    median, low, high = measure.spread(times)
     rate = work / median * 1e3 / (1e12 if unit == "flop" else 1e9)
     row = {
         "median_ms": median,
-        "p20_ms": ordered[round(0.2 * (len(ordered) - 1))],
-        "p80_ms": ordered[round(0.8 * (len(ordered) - 1))],
+        "p20_ms": low,
+        "p80_ms": high,
         "rate": rate,
         "unit": "TFLOP/s" if unit == "flop" else "GB/s",
         "percent_measured": 100 * rate / limits["matmul_tflops" if unit == "flop" else "copy_gbs"],
@@ -303,14 +293,8 @@ def measure_limits(device: torch.device, size: str) -> dict[str, float]:
 def header(device: torch.device, limits: dict[str, float]) -> dict[str, Any]:
     """Say what a reader needs to judge the figures."""
     interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    values: dict[str, Any] = {
-        "command": f"{interpreted}python scripts/bench_kernels.py {' '.join(sys.argv[1:])}".strip(),
-        "commit": measure.commit(),
-        "machine": measure.machine(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: measure.installed(name) for name in ("triton", "diffusers", "transformers")},
-    }
+    command = f"{interpreted}python scripts/bench_kernels.py {' '.join(sys.argv[1:])}".strip()
+    values = measure.header(device, command)
     if device.type == "cuda":
         values |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return values | {name: round(value, 3) for name, value in limits.items()}

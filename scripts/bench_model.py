@@ -5,9 +5,9 @@
     python scripts/bench_model.py --device cpu --size toy              # seconds; keeps this script from rotting
 
 Parts: `import` and `load` (each in fresh processes), `text` (T5 encoder), `step` (one transformer evaluation; on a
-GPU with the batch of two that guidance needs), `decode` (VAE). Providers take turns, so that a machine whose
-speed drifts cannot favour one. A provider whose output is wrong is reported and not timed. Without diffusers, ours is
-timed alone.
+GPU with the batch of two that guidance needs), `decode` (VAE). Providers take turns, so that a drift of the
+machine's speed affects all alike. A provider with a wrong output is reported and not timed. Without diffusers, ours
+is timed alone.
 
 diffusers runs at its best: from_pretrained with its defaults (with accelerate installed it makes no weights before it
 maps the file's), PyTorch's own choice of attention, position tables of the video's size; a step also with its fused
@@ -28,14 +28,12 @@ import gc
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +42,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import measure
+import references
 from cogvid.config import CONFIGS, TransformerConfig, VAEConfig
 from cogvid.names import map_transformer_state_dict, map_vae_state_dict
 from cogvid.ops import Ops
@@ -51,11 +50,10 @@ from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 from cogvid.weights_load import save_transformer, save_vae
 
-MIB = 2**20
 # Relative RMS between two correct implementations stays far below these; a wrong one is orders above.
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 PARTS = ("import", "load", "text", "step", "decode")
-ALONE = "import alone"  # what has nothing of diffusers beside it
+ALONE = "import alone"  # the part of rows without a diffusers counterpart
 OFFICIAL = {name.removeprefix("cogvideox").lstrip("-"): name for name, model in CONFIGS.items() if model.repo}
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
@@ -75,7 +73,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is run; `steps` and `loads` by what they are called in the table, `decodes` as T, h, w of the latents."""
+    """What is run. steps, loads: by their names in the table. decodes: T, h, w of the latents."""
 
     steps: dict[str, Step]
     loads: dict[str, TransformerConfig]
@@ -94,7 +92,7 @@ T5_TOY = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2
 
 
 def make_size(name: str, models: list[str]) -> Size:
-    """Say what a size runs of models, which are keys of `OFFICIAL`."""
+    """Return what a size runs. models: keys of `OFFICIAL`."""
     configs = {model: CONFIGS[OFFICIAL[model]] for model in models}
     vae = configs[models[0]].vae
     both = (torch.float32, BF16)
@@ -110,7 +108,7 @@ def make_size(name: str, models: list[str]) -> Size:
     if name == "reduced":
         video = (3, 24, 24)
         steps = {model: _step(c.transformer, video, 226, num_layers=2) for model, c in configs.items()}
-        # All of the tensors, but narrow; and one as wide as it is, but short.
+        # All layers but narrow; and one model at its full width but with few layers.
         narrow: dict[str, Any] = {"num_attention_heads": 4, "text_embed_dim": 256}
         loads = {model: dataclasses.replace(c.transformer, **narrow) for model, c in configs.items()}
         if "5b" in configs:
@@ -156,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     args = parser.parse_args(argv)
     if args.runs < 1:
-        parser.error(f"--runs: got {args.runs}, want at least 1")
+        parser.error(f"runs: got {args.runs}, want at least 1")
     names = [short for short, name in OFFICIAL.items() if args.model in (name, "all")]
     size = make_size(args.size or ("full" if args.device == "cuda" else "reduced"), names)
     device = torch.device(args.device)
@@ -166,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             "accelerate is absent: diffusers fills each model with random weights before it loads it", file=sys.stderr
         )
     command = " ".join(["python scripts/bench_model.py", *(sys.argv[1:] if argv is None else argv)])
-    result: Row = {"header": header(device, command), "rows": []}
+    result: Row = {"header": measure.header(device, command), "rows": []}
     print("\n".join(f"{k}: {v}" for k, v in result["header"].items()))
     columns = ("median s", "p20", "p80", "peak MiB")
     print(f"\n{'part':<52}{'provider':<24}" + "".join(f"{c:>10}" for c in columns) + f"{'ratio':>8}{'floor %':>9}")
@@ -194,27 +192,11 @@ def main(argv: list[str] | None = None) -> None:
     print(line)
 
 
-def header(device: torch.device, command: str) -> Row:
-    """Say what a reader needs to judge the figures: machine, versions, commit, command."""
-    names = ("torch", "diffusers", "transformers", "accelerate", *(["triton"] if device.type == "cuda" else []))
-    return {
-        "command": command,
-        "commit": measure.commit(),
-        "date": date.today().isoformat(),
-        "machine": measure.machine(device),
-        "python": platform.python_version(),
-        **{name: measure.installed(name) for name in names},
-    }
-
-
 def caption(result: Row) -> str:
     values = result["header"]
-    packages = [f"{name} {values[name]}" for name in ("torch", "diffusers", "transformers", "accelerate")]
     alone = [f"`{r['provider']}` {r['median']:.2g} s" for r in result["rows"] if r["part"] == ALONE]
-    return (
-        f"`{values['command']}` ({values['minutes']} minutes), commit {values['commit']}, {values['date']}, "
-        f"{values['machine']}, Python {values['python']}, {', '.join(packages)}."
-        + (f" Processes by themselves: {', '.join(alone)}." if alone else "")
+    return f"`{values['command']}` ({values['minutes']} minutes), {measure.caption(values)}." + (
+        f" Processes by themselves: {', '.join(alone)}." if alone else ""
     )
 
 
@@ -282,7 +264,7 @@ def bench_calls(part: str, calls: dict[str, Call], device: torch.device, dtype: 
     peaks: dict[str, float | None] = {}
     reference = None
     for name in list(calls):
-        value, peaks[name] = with_peak_memory(calls[name], device)
+        value, peaks[name] = measure.peak_memory(calls[name], device)
         reference = value.float() if reference is None else reference
         difference = measure.rel_rms(value, reference)
         if not difference <= MAX_DIFFERENCE[dtype]:
@@ -303,24 +285,6 @@ def bench_calls(part: str, calls: dict[str, Call], device: torch.device, dtype: 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def with_peak_memory(call: Call, device: torch.device) -> tuple[Tensor, float | None]:
-    """Warm `call` up, then return its value and the MiB that it added at its peak; None where nothing tells."""
-    call()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        value = call()
-        torch.cuda.synchronize(device)
-        return value, (torch.cuda.max_memory_allocated(device) - before) / MIB
-    if not measure.reset_peak():
-        return call(), None
-    before = measure.status_mib("VmRSS") or 0
-    value = call()
-    return value, (measure.status_mib("VmHWM") or 0) - before
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -348,18 +312,10 @@ def add_floor(rows: list[Row], call: Call, rate: float) -> list[Row]:
 
 
 def our_ops(device: torch.device) -> dict[str, Ops]:
-    """The providers of ours: Triton on a GPU, or in its interpreter where TRITON_INTERPRET=1 asked for that."""
+    """Return our providers: torch, and Triton on a GPU or, with TRITON_INTERPRET=1, in its interpreter."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return {"cogvid": Ops.torch()}
     return {"cogvid torch": Ops.torch(), "cogvid triton": Ops.triton()}
-
-
-def has_diffusers() -> bool:
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def assign(module_type: Any, config: Any, ops: Ops, state: dict[str, Tensor]) -> Any:
@@ -385,16 +341,16 @@ def bench_step(
     text = torch.randn(step.batch, step.text_len, config.text_embed_dim, device=device, dtype=dtype)
     timestep = torch.full((step.batch,), 500, device=device)
     calls: dict[str, Call] = {}
-    if has_diffusers():
-        reference = measure.build(lambda: measure.diffusers_transformer(config), device, dtype)
-        rotary = measure.rotary_table(reference, x)
+    if references.has_diffusers():
+        reference = references.build(lambda: references.diffusers_transformer(config), device, dtype)
+        rotary = references.rotary_table(reference, x)
         plain = dict(reference.attn_processors)
         reference.fuse_qkv_projections()
         fused = dict(reference.attn_processors)
 
         def theirs(processors: dict[str, Any], model: Any = reference) -> Tensor:
             reference.set_attn_processor(dict(processors))
-            return measure.call_diffusers(model, x, text, timestep, rotary)
+            return references.call_diffusers(model, x, text, timestep, rotary)
 
         calls = {"diffusers": lambda: theirs(plain), "diffusers fused qkv": lambda: theirs(fused)}
         if args.compile:
@@ -403,7 +359,7 @@ def bench_step(
         stored = {k: v for k, v in reference.state_dict().items() if ".to_qkv." not in k}
         state = map_transformer_state_dict(stored, config)
     else:
-        state = measure.build(lambda: Transformer(config), device, dtype).state_dict()
+        state = references.build(lambda: Transformer(config), device, dtype).state_dict()
     for name, ops in our_ops(device).items():
         ours = assign(Transformer, config, ops, state)
         calls[name] = lambda ours=ours: ours(x, text, timestep)
@@ -424,8 +380,8 @@ def bench_decode(
     label = f"decode, {4 * frames - 3 * (frames % 2)} frames {8 * height}x{8 * width}, {measure.SHORT[dtype]}"
     z = torch.randn(1, config.latent_channels, *latents, device=device, dtype=dtype)
     calls: dict[str, Call] = {}
-    if has_diffusers():
-        reference: Any = measure.build(lambda: measure.diffusers_vae(config), device, dtype)
+    if references.has_diffusers():
+        reference: Any = references.build(lambda: references.diffusers_vae(config), device, dtype)
         state = map_vae_state_dict(dict(reference.state_dict()), config)
         channels_last: Any = copy.deepcopy(reference)
         for module in channels_last.modules():
@@ -434,7 +390,7 @@ def bench_decode(
         calls["diffusers"] = lambda: reference.decode(z, return_dict=False)[0]
         calls["diffusers channels-last"] = lambda: channels_last.decode(z, return_dict=False)[0]
     else:
-        state = measure.build(lambda: VAE(config), device, dtype).state_dict()
+        state = references.build(lambda: VAE(config), device, dtype).state_dict()
     for name, ops in our_ops(device).items():
         ours = assign(VAE, config, ops, state)
         calls[name] = lambda ours=ours: ours.decode(z)
@@ -445,12 +401,12 @@ def bench_decode(
 def bench_text(size: Size, device: torch.device, runs: int) -> Iterator[Row]:
     from cogvid.text import use_ops
 
-    reference = measure.build(lambda: t5(size.text), device, BF16)
+    reference = references.build(lambda: references.t5(size.text), device, BF16)
     ids = torch.randint(size.text["vocab_size"], (1, size.text_len), device=device)
     calls: dict[str, Call] = {"transformers": lambda: reference(ids)[0]}
     for name, ops in our_ops(device).items():
         with torch.device("meta"):
-            ours: Any = t5(size.text)
+            ours: Any = references.t5(size.text)
         ours.load_state_dict(reference.state_dict(), assign=True)
         use_ops(ours.eval(), ops)
         calls[name] = lambda ours=ours: ours(ids)[0]
@@ -458,19 +414,12 @@ def bench_text(size: Size, device: torch.device, runs: int) -> Iterator[Row]:
     yield from bench_calls(label, calls, device, BF16, runs)
 
 
-def t5(values: dict[str, int]) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
-    options: dict[str, Any] = {**values, "feed_forward_proj": "gated-gelu"}
-    return T5EncoderModel(T5Config(**options))
-
-
 def bench_import(runs: int) -> Iterator[Row]:
     programs = {
         "cogvid": "import cogvid.pipeline",
         "cogvid with T5": "import cogvid.pipeline; from transformers import T5EncoderModel",
     }
-    if has_diffusers():  # whose pipelines take T5 with them
+    if references.has_diffusers():  # its pipelines import T5 too
         programs = {"diffusers": "from diffusers import CogVideoXImageToVideoPipeline"} | programs
     alone = {
         "import cogvid": "import cogvid",
@@ -483,7 +432,7 @@ def bench_import(runs: int) -> Iterator[Row]:
 
 
 def bench_load(size: Size, runs: int) -> Iterator[Row]:
-    """Load checkpoints of zeros in fresh processes; what is measured does not depend on their values."""
+    """Load checkpoints of zeros in fresh processes; time and memory do not depend on the values."""
     for name, config in size.loads.items():
         label = f"load of {name}, {config.num_layers} layers of {config.num_attention_heads} heads, bf16"
         yield from load_rows(
@@ -510,7 +459,7 @@ def zeros(make: Callable[[], Any]) -> Any:
 
 
 def save_t5(values: dict[str, int], path: Path) -> None:
-    encoder = zeros(lambda: t5(values))
+    encoder = zeros(lambda: references.t5(values))
     encoder.tie_weights()
     encoder.save_pretrained(path)
     shutil.copytree(measure.ROOT / "cogvid/packs/tiny-i2v/tokenizer", path.parent / "tokenizer")
@@ -522,14 +471,14 @@ LOADERS = {  # component -> provider -> what is imported before the clock runs, 
             "import torch; from diffusers import CogVideoXTransformer3DModel as M",
             "M.from_pretrained({path!r}, torch_dtype=torch.bfloat16)",
         ),
-        "cogvid": ("import cogvid.weights", "cogvid.weights.load_transformer({path!r}, dtype='bfloat16')"),
+        "cogvid": ("import cogvid.weights_load", "cogvid.weights_load.load_transformer({path!r}, dtype='bfloat16')"),
     },
     "vae": {
         "diffusers": (
             "import torch; from diffusers import AutoencoderKLCogVideoX as M",
             "M.from_pretrained({path!r}, torch_dtype=torch.bfloat16)",
         ),
-        "cogvid": ("import cogvid.weights", "cogvid.weights.load_vae({path!r}, dtype='bfloat16')"),
+        "cogvid": ("import cogvid.weights_load", "cogvid.weights_load.load_vae({path!r}, dtype='bfloat16')"),
     },
     "text_encoder": {
         "transformers": (
@@ -547,6 +496,7 @@ LOADERS = {  # component -> provider -> what is imported before the clock runs, 
 LOAD_PROGRAM = """
 import gc, time
 import measure
+import references
 {setup}
 gc.collect()
 before, start = measure.status_mib("RssAnon"), time.perf_counter()
@@ -564,10 +514,10 @@ def load_rows(label: str, component: str, save: Callable[[Path], None], runs: in
         programs = {
             provider: LOAD_PROGRAM.format(setup=setup, load=load.format(path=str(path), root=root))
             for provider, (setup, load) in LOADERS[component].items()
-            if provider != "diffusers" or has_diffusers()
+            if provider != "diffusers" or references.has_diffusers()
         }
         rows = summarise(label, *run_processes(programs, runs, own_figures=True))
-        weights = sum(file.stat().st_size for file in path.glob("*.safetensors")) / MIB
+        weights = sum(file.stat().st_size for file in path.glob("*.safetensors")) / measure.MIB
     return [row | {"weights_mib": weights} for row in rows]
 
 

@@ -27,6 +27,7 @@ import bench_model
 import cogvid
 import cogvid.vae
 import measure
+import references
 from bench_kernels import MAX_ERROR, Reference, time_in_turns
 from cogvid.ops import Ops
 from cogvid.transformer import Transformer
@@ -385,7 +386,7 @@ def step(recorder: Recorder, device: str, compile: bool) -> None:
 
     @functools.cache
     def models() -> dict[str, Transformer]:
-        plain: Any = measure.build(lambda: Transformer(config), target, dtype)
+        plain: Any = references.build(lambda: Transformer(config), target, dtype)
         kernels = bench_model.assign(Transformer, config, Ops.triton(), plain.state_dict())
         return {"torch": plain, "triton": kernels}
 
@@ -418,11 +419,11 @@ def step(recorder: Recorder, device: str, compile: bool) -> None:
         return lambda: function(x, text, t)
 
     def diffusers() -> Callable[[], Tensor]:
-        model: Any = measure.build(lambda: measure.diffusers_transformer(config), target, dtype)
+        model: Any = references.build(lambda: references.diffusers_transformer(config), target, dtype)
         state = bench_model.map_transformer_state_dict(dict(model.state_dict()), config)
         models()["torch"].load_state_dict(state)  # the same weights on both sides
-        rope = measure.rotary_table(model, x)
-        return lambda: measure.call_diffusers(model, x, text, t, rope)
+        rope = references.rotary_table(model, x)
+        return lambda: references.call_diffusers(model, x, text, t, rope)
 
     for name, make in {
         "cogvid triton": lambda: lambda: models()["triton"](x, text, t),
@@ -445,7 +446,7 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
 
     @functools.cache
     def models() -> dict[str, VAE]:
-        plain: Any = measure.build(lambda: VAE(size.vae), target, dtype)
+        plain: Any = references.build(lambda: VAE(size.vae), target, dtype)
         return {"torch": plain, "triton": bench_model.assign(VAE, size.vae, Ops.triton(), plain.state_dict())}
 
     def decode(name: str, elements: int, graph: bool = False) -> dict[str, Any]:
@@ -466,7 +467,7 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
             cogvid.vae.CONV_ELEMENTS[device] = kept
 
     def diffusers() -> dict[str, Any]:
-        model: Any = measure.build(lambda: measure.diffusers_vae(size.vae), target, dtype)
+        model: Any = references.build(lambda: references.diffusers_vae(size.vae), target, dtype)
         models()["torch"].load_state_dict(bench_model.map_vae_state_dict(dict(model.state_dict()), size.vae))
         want = models()["torch"].decode(z)
         error = allowed(measure.rel_rms(model.decode(z, return_dict=False)[0], want), bench_model.MAX_DIFFERENCE[dtype])

@@ -93,7 +93,7 @@ def same(value: Any) -> Any:
     return value
 
 
-class Give(nn.Module):
+class FixedOutput(nn.Module):
     """Stands in for a linear whose output is prepared, so that a module is timed without it."""
 
     def __init__(self, value: Tensor) -> None:
@@ -139,9 +139,9 @@ def foreign_attention(module: str, name: str, **options: Any) -> Callable[[Input
 
 
 def diffusers_processor(inputs: Inputs) -> Runner:
-    """Run diffusers' processor: norm, rotation and attention, its linears standing still."""
+    """Run diffusers' processor: norm, rotation and attention, its linears stubbed."""
     module, x = diffusers_attention(inputs), inputs["v"].flatten(2)
-    module.to_v = Give(x)
+    module.to_v = FixedOutput(x)
     text, video = x[:, : inputs["text_len"]], x[:, inputs["text_len"] :]
     rope = diffusers_rope(inputs)
     return lambda: module(video, text, image_rotary_emb=rope), lambda out: torch.cat([out[1], out[0]], dim=1)
@@ -161,7 +161,7 @@ def diffusers_attention(inputs: Inputs) -> Any:
             eps=inputs["eps"],
             processor=processor,
         )
-    module.to_q, module.to_k = (Give(inputs[name].flatten(2)) for name in "qk")
+    module.to_q, module.to_k = (FixedOutput(inputs[name].flatten(2)) for name in "qk")
     module.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])
     for norm, name in ((module.norm_q, "q"), (module.norm_k, "k")):
         set_affine(norm, inputs[f"{name}_weight"], inputs[f"{name}_bias"])
@@ -204,14 +204,14 @@ def set_affine(norm: Any, weight: Tensor, bias: Tensor) -> None:
 
 
 def diffusers_layer_norm_zero(inputs: Inputs) -> tuple[Any, Tensor, Tensor]:
-    """Return diffusers' adaLN with its linear standing still, and the two gates."""
+    """Return diffusers' adaLN with its linear stubbed, and the two gates."""
     from diffusers.models.normalization import CogVideoXLayerNormZero
 
     with torch.device("meta"):
         module: Any = CogVideoXLayerNormZero(8, inputs["x"].shape[-1], eps=inputs["eps"])
     shift, scale = inputs["shift"], inputs["scale"]
     gate = inputs.get("gate", torch.zeros_like(shift))
-    module.linear = Give(torch.cat([t[:, row] for row in (1, 0) for t in (shift, scale, gate)], dim=1))
+    module.linear = FixedOutput(torch.cat([t[:, row] for row in (1, 0) for t in (shift, scale, gate)], dim=1))
     module.silu = nn.Identity()
     set_affine(module.norm, inputs["weight"], inputs["bias"])
     return module, gate[:, 1:], gate[:, :1]

@@ -1,7 +1,6 @@
-"""What the scripts share that set cogvid beside diffusers: the machine, errors, and diffusers' modules and calls.
+"""What benchmarks, reports and tests share: the header of a table, errors, times and memory.
 
-Importing this module makes the checkout importable, so that the scripts run where cogvid is not installed. diffusers
-is imported only by the functions that need it.
+Importing this module makes the checkout importable, so that the scripts run where cogvid is not installed.
 """
 
 from __future__ import annotations
@@ -13,23 +12,25 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = [str(ROOT), str(ROOT / "kernels")]
 sys.path[:0] = PATHS
 
 if TYPE_CHECKING:
-    from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
+    pass
 
+MIB = 2**20
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate")  # whose versions change a figure
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -41,8 +42,22 @@ def installed(name: str) -> str:
         return "absent"
 
 
-def versions(*names: str) -> str:
-    return ", ".join(f"{name} {installed(name)}" for name in names)
+def header(device: torch.device, command: str) -> dict[str, Any]:
+    """Return what a table of figures must name: command, commit, date, machine, versions."""
+    return {
+        "command": command,
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "machine": machine(device),
+        "python": platform.python_version(),
+        **{name: installed(name) for name in PACKAGES},
+    }
+
+
+def caption(values: dict[str, Any]) -> str:
+    """Return a header as one line, without its command."""
+    versions = ", ".join(f"{name} {values[name]}" for name in PACKAGES)
+    return f"commit {values['commit']}, {values['date']}, {values['machine']}, Python {values['python']}, {versions}"
 
 
 def commit() -> str:
@@ -51,7 +66,7 @@ def commit() -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Say what the figures were taken on: the GPU with its driver, clocks and power limit, or the CPU."""
+    """Describe the GPU (driver, clocks, power limit) or the CPU (threads, cores)."""
     if device.type == "cuda":
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
         return _output("nvidia-smi", query, "--format=csv,noheader") or torch.cuda.get_device_name(device)
@@ -84,9 +99,9 @@ def status_mib(field: str) -> float | None:
 
 
 def reset_peak() -> bool:
-    """Let VmHWM, the peak of resident memory, begin anew; return whether that can be done here (Linux).
+    """Reset VmHWM, the peak of resident memory; return whether that is possible here (Linux).
 
-    What was freed goes back to the system first: kept by the allocator, it would hide what the next call takes.
+    Freed memory is returned to the system first. Kept by the allocator, it would hide what the next call takes.
     """
     gc.collect()
     try:
@@ -95,6 +110,24 @@ def reset_peak() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return True
+
+
+def peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float | None]:
+    """Warm `call` up, then return its value and the MiB that it added at its peak; None where that is unknown."""
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        value = call()
+        torch.cuda.synchronize(device)
+        return value, (torch.cuda.max_memory_allocated(device) - before) / MIB
+    if not reset_peak():
+        return call(), None
+    before = status_mib("VmRSS") or 0
+    value = call()
+    return value, (status_mib("VmHWM") or 0) - before
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -106,15 +139,29 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 def rel_rms(actual: Tensor, expected: Tensor) -> float:
     """Return `rms(actual - expected) / rms(expected)`, computed in fp64."""
-    actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         raise ValueError(f"actual: got shape {tuple(actual.shape)}, want {tuple(expected.shape)}")
-    return float((actual - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+    difference = total = torch.zeros((), dtype=torch.float64, device=expected.device)
+    # In parts: a video at its full size is 17 GB in fp64.
+    for a, e in zip(*(x.detach().flatten().split(2**24) for x in (actual, expected)), strict=True):
+        difference = difference + (a.double() - e.double()).square().sum()
+        total = total + e.double().square().sum()
+    return float((difference / total).sqrt())
+
+
+def pooled_ratio(errors: Iterable[tuple[float, float]]) -> float:
+    """Return the rms of the first of each pair over that of the second.
+
+    The pairs are errors in low precision, ours and another's. The ratio of one pair depends on chance (0.65 to 1.25 for
+    one model); that of several pairs is a property of the two computations.
+    """
+    ours, theirs = torch.tensor(list(errors), dtype=torch.float64).pow(2).mean(0).sqrt().tolist()
+    return ours / theirs
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Let fresh tensors hold NaN (or the largest integer): an element left unwritten cannot pass by luck."""
+    """Fill fresh tensors with NaN (or the largest integer), so that an element left unwritten is found."""
 
     def poison(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args: Any, **options: Any) -> Tensor:
@@ -139,88 +186,3 @@ def poisoned_memory() -> Iterator[None]:
 
 def markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-@torch.no_grad()
-def randomise(module: nn.Module) -> nn.Module:
-    """Give every parameter random values that keep activations near unit size."""
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            parameter.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.02)
-    return module
-
-
-def build(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
-    """Make a module in its dtype on its device, with random weights."""
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            module = make().eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return randomise(module)
-
-
-def diffusers_transformer(config: TransformerConfig) -> nn.Module:
-    from diffusers import CogVideoXTransformer3DModel
-
-    values = config.to_dict()
-    values.pop("qk_norm_eps")  # a constant there
-    return CogVideoXTransformer3DModel(**values)
-
-
-def diffusers_vae(config: VAEConfig) -> nn.Module:
-    from diffusers import AutoencoderKLCogVideoX
-
-    count = len(config.block_out_channels)
-    blocks: dict[str, Any] = {
-        f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * count for way in ("down", "up")
-    }
-    return AutoencoderKLCogVideoX(**config.to_dict(), **blocks)
-
-
-def call_diffusers(
-    model: Any, latents: Tensor, text: Tensor, timestep: Tensor, rotary: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Call diffusers' transformer as its pipelines do; latents in and out are ours, `[B, C, T, h, w]`."""
-    ofs = latents.new_full((1,), 2.0) if model.config.ofs_embed_dim else None
-    (out,) = model(latents.transpose(1, 2), text, timestep, ofs=ofs, image_rotary_emb=rotary, return_dict=False)
-    return out.transpose(1, 2)
-
-
-def rotary_table(model: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The table that diffusers' pipelines hand to their transformer for `[B, C, T, h, w]`; ours makes it inside."""
-    if not model.config.use_rotary_positional_embeddings:
-        return None
-    from diffusers import CogVideoXPipeline
-
-    pipe: Any = SimpleNamespace(vae_scale_factor_spatial=8, transformer=model)  # all that the method reads
-    frames, height, width = latents.shape[2:]
-    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height * 8, width * 8, frames, latents.device)
-
-
-def run_samplers(name: str, config: SchedulerConfig, scheduler: Any, steps: int = 20) -> tuple[Tensor, Tensor]:
-    """Run our sampler and diffusers' scheduler on a made-up velocity, a smooth function of the state, from one seed.
-
-    Returns the two final states, `[1, 4, 3, 6, 8]` fp32.
-    """
-    from cogvid.samplers import sample
-    from cogvid.schedule import make_schedule
-
-    x = torch.randn(1, 4, 3, 6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64).float()
-    schedule = make_schedule(config, steps)
-    ours = sample(lambda x, *_: x.sin(), x, schedule, sampler=name, generator=torch.Generator().manual_seed(6))
-
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(6)
-    state, previous = x.transpose(1, 2), None
-    for i, t in enumerate(scheduler.timesteps):
-        velocity = state.sin()
-        if name == "dpm":
-            last = scheduler.timesteps[i - 1] if i else None
-            state, previous = scheduler.step(velocity, previous, t, last, state, generator=generator, return_dict=False)
-        else:
-            state = scheduler.step(velocity, t, state, return_dict=False)[0]
-    return ours, state.transpose(1, 2)

@@ -2,7 +2,7 @@
 
 Both sides hold the same random weights (tiny configurations of the five official architectures, every parameter
 perturbed) and see the same inputs, on the CPU. In fp32 the error is ours against diffusers'. In bf16 both are compared
-with diffusers run in fp64, so a ratio of at most 1 says that nothing was lost by writing the model anew.
+with diffusers run in fp64. A ratio of at most 1 means that this implementation is at least as accurate.
 
 Errors are relative RMS: rms(a - b) / rms(b).
 """
@@ -10,7 +10,6 @@ Errors are relative RMS: rms(a - b) / rms(b).
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,15 +20,14 @@ import torch
 from torch import Tensor
 
 import measure
+import references
 from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
 from cogvid.names import map_transformer_state_dict, map_vae_state_dict
 from cogvid.run_load import load
 from cogvid.samplers import SAMPLERS
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
-from tests.pipelines import picture, save_pipeline, tiny_pipeline
-from tests.reference import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
-from tests.schedulers import SCHEDULERS
+from references import TRANSFORMER_VARIANTS, picture, save_pipeline, tiny_pipeline, tiny_transformer, tiny_vae
 
 Run = Callable[[torch.dtype], Tensor]  # the output of one side, computed in a dtype
 
@@ -60,18 +58,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to this file too")
     args = parser.parse_args(argv)
-    lines = [provenance(), "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * 2 + "--:|" * 5]
+    lines = [provenance(), "", measure.markdown_row(HEADER), "|" + "---|" * 2 + "--:|" * 5]
     print("\n".join(lines))
     for row in rows():
-        lines.append("| " + " | ".join(row.cells()) + " |")
+        lines.append(measure.markdown_row(row.cells()))
         print(lines[-1], flush=True)
     if args.markdown:
         args.markdown.write_text("\n".join(lines) + "\n")
 
 
 def provenance() -> str:
-    versions = measure.versions("torch", "diffusers", "transformers")
-    return f"`python scripts/parity_report.py`, commit {measure.commit()}, {versions}, {platform.machine()} CPU."
+    values = measure.header(torch.device("cpu"), "python scripts/parity_report.py")
+    return f"`{values['command']}`, {measure.caption(values)}."
 
 
 def rows() -> Iterator[Row]:
@@ -86,7 +84,7 @@ def rows() -> Iterator[Row]:
     for name in SAMPLERS:
         for shift in (3.0, 1.0):
             config = SchedulerConfig(snr_shift_scale=shift)
-            ours, theirs = measure.run_samplers(name, config, SCHEDULERS[name](**config.to_dict()))
+            ours, theirs = references.run_samplers(name, config, references.schedulers()[name](**config.to_dict()))
             yield fp32_row("sampler " + name, f"SNR shift {shift:g}", ours, theirs)
     for variant in TRANSFORMER_VARIANTS:
         for name in SAMPLERS:
@@ -121,13 +119,13 @@ def transformer_runs(variant: str) -> tuple[Run, Run]:
     latents = randn(2, config.in_channels, 4, 8, 12, seed=1)
     text = randn(2, config.max_text_seq_length, config.text_embed_dim, seed=2)
     timestep = torch.tensor([999, 321])
-    rope = measure.rotary_table(reference, latents)
+    rope = references.rotary_table(reference, latents)
 
     def ours(dtype: torch.dtype) -> Tensor:
         return model.to(dtype)(latents.to(dtype), text.to(dtype), timestep)
 
     def theirs(dtype: torch.dtype) -> Tensor:
-        return measure.call_diffusers(reference.to(dtype), latents.to(dtype), text.to(dtype), timestep, rope)
+        return references.call_diffusers(reference.to(dtype), latents.to(dtype), text.to(dtype), timestep, rope)
 
     return ours, theirs
 
@@ -167,7 +165,7 @@ def pipeline_runs(variant: str, sampler: str, directory: Path, steps: int = 4) -
     """Run whole pipelines with dynamic guidance, 9 frames, and return the final latents."""
     pipe, spiece = tiny_pipeline(variant)
     save_pipeline(pipe, spiece, directory)
-    pipe.scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
+    pipe.scheduler = references.schedulers()[sampler].from_config(pipe.scheduler.config)
     options: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": steps}
     options |= {"guidance_scale": 6.0, "use_dynamic_cfg": True, "output_type": "latent"}
     if variant.endswith("i2v"):

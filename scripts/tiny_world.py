@@ -1,9 +1,9 @@
-"""The world of the tiny models: flat shapes that move as a sentence says, and how to measure a video of them.
+"""The data of the tiny models: flat shapes that move as a prompt says, and measurements of videos of them.
 
 Used by training, evaluation and tests. Coordinates are fractions of the picture's side, x to the right, y down.
-A scene holds one moving shape, which the prompt names, and perhaps a second one, which stays still: only the words
-tell which of the two is meant. `render` draws scenes from signed distances; `find_shapes` and `observe` look at
-pixels alone (a fitted background, hue, area, centroid), so they judge any video, whoever drew its first frame.
+A scene has one moving shape, which the prompt names, and may have a second one, which stays still; only the prompt
+tells which one moves. `render` draws scenes from signed distances; `find_shapes` and `observe` look at
+pixels alone (a fitted background, hue, area, centroid), so they work on any video.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ _PHRASES = {
 
 
 def is_held_out(colour: int | Tensor, shape: int | Tensor, motion: int | Tensor) -> bool | Tensor:
-    """Tell whether a colour x shape x motion combination is kept from training (one sixth are)."""
+    """Return whether a colour x shape x motion combination is held out from training (one sixth are)."""
     return (colour + 2 * shape + motion) % 6 == 0
 
 
@@ -122,7 +123,7 @@ def _draw_colours(colour: Tensor, rand) -> Tensor:
 
 
 def _candidates(n: int, rand, two: float, alike: float, held_out: bool, radial: bool) -> tuple[Scenes, Tensor]:
-    """Draw scenes without regard to the rules, and a [n] mask of those that keep them."""
+    """Draw random scenes, and return them with a [n] mask of those that are valid."""
     pick = lambda k, *shape: (rand(*shape) * k).long()  # noqa: E731
     colour, shape, motion, speed = pick(8, n, 2), pick(3, n, 2), pick(7, n), pick(3, n)
     colour[:, 1] = torch.where(rand(n) < alike, colour[:, 0], colour[:, 1])  # then the shape's name must decide
@@ -201,7 +202,7 @@ def sample_scenes(
 
 
 def positions(scenes: Scenes, progress: Tensor) -> tuple[Tensor, Tensor]:
-    """Give centres `[n, F, 2, 2]` and radii `[n, F, 2]` at `progress` `[F]` in [0, 1] of the clip."""
+    """Return centres `[n, F, 2, 2]` and radii `[n, F, 2]` at `progress` `[F]` in [0, 1] of the clip."""
     n, frames = len(scenes), len(progress)
     step = DIRECTION[scenes.motion] * torch.tensor(DISTANCE)[scenes.speed][:, None]
     growth = torch.tensor(GROWTH)[scenes.speed]
@@ -270,7 +271,7 @@ def _outline(shape: str, x: Tensor, y: Tensor, radius: Tensor | float, turn: Ten
 
 
 def prompt_for(scenes: Scenes, i: int, rng: random.Random | None = None) -> str:
-    """Say what happens in scene `i`: a random paraphrase, or without `rng` the plainest sentence."""
+    """Return the prompt of scene `i`: a random paraphrase, or without `rng` the plainest sentence."""
     motion = MOTIONS[int(scenes.motion[i])]
     phrase = rng.choice(_PHRASES[motion]) if rng else _PHRASES[motion][0]
     text = phrase.format(
@@ -318,6 +319,8 @@ def find_shapes(frame: Tensor, min_area: float = 0.004) -> list[Found]:
     connected regions. Their median colour names them, and the outline that covers them best, of the same area, about
     the same centre, turned in any way.
     """
+    from scipy import ndimage  # of the test extra; training, which only draws, does without
+
     rgb = frame.float() / 255 if frame.dtype == torch.uint8 else frame.float()
     height, width, _ = rgb.shape
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
@@ -333,30 +336,19 @@ def find_shapes(frame: Tensor, min_area: float = 0.004) -> list[Found]:
         fit = torch.linalg.solve(fitted.T @ (weight * fitted) + ridge, fitted.T @ (weight * pixels))
         weight = (1 / (1 + ((pixels - fitted @ fit).norm(dim=-1, keepdim=True) / 0.06) ** 2)) ** 2
     difference = (flat - basis @ fit).norm(dim=-1)
-    labels = _components((difference > 0.17).reshape(height, width))
+    labelled: Any = ndimage.label((difference > 0.17).reshape(height, width).numpy())  # 4-connected
+    labels, count = labelled
     found = []
-    for label in labels.unique().tolist():
-        mask = labels == label
+    for label in range(1, count + 1):
+        mask = torch.from_numpy(labels == label)
         area = mask.float().mean().item()
-        if label == 0 or area < min_area:
+        if area < min_area:
             continue
         centre = (x[mask].mean().item(), y[mask].mean().item())
         found.append(
             Found(_name_colour(rgb[mask]), _name_outline(mask, x - centre[0], y - centre[1], area), centre, area, mask)
         )
     return sorted(found, key=lambda f: -f.area)
-
-
-def _components(mask: Tensor) -> Tensor:
-    """Label 4-connected regions of `mask` `[H, W]`: 0 outside, one positive number per region."""
-    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float32).reshape(mask.shape) * mask
-    while True:
-        grown = torch.nn.functional.pad(labels, (1, 1, 1, 1))
-        sides = [labels, grown[:-2, 1:-1], grown[2:, 1:-1], grown[1:-1, :-2], grown[1:-1, 2:]]
-        grown = torch.stack(sides).amax(0) * mask
-        if torch.equal(grown, labels):
-            return labels.long()
-        labels = grown
 
 
 def _name_colour(rgb: Tensor) -> str:

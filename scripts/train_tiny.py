@@ -1,6 +1,6 @@
-"""Train the shipped tiny models from nothing: a VAE, then transformers with a T5, for image- and text-to-video.
+"""Train the shipped packs from scratch: a VAE, then transformers with a T5, for image- and text-to-video.
 
-    python scripts/train_tiny.py                            # every stage in order; the packs are under --out
+    python scripts/train_tiny.py                            # every stage in order; the packs are written under --out
     python scripts/train_tiny.py --stage vae --minutes 40
 
 The stages:
@@ -56,7 +56,7 @@ VAE_PHASES = ((0.2, "images"), (0.6, "crops"), (1.0, "videos"))  # until which s
 VAE_BATCH = {"images": 32, "crops": 16, "videos": 4}
 KL_WEIGHT = 2e-3
 VAE_ADAM_ONLY = ("conv_in", "encoder.conv_out", "decoder.conv_out", "scale", "shift")
-LATENT_NOISE = 0.1  # of the latents' size: the decoder must bear what a transformer gets wrong
+LATENT_NOISE = 0.1  # of the latents' size: the decoder must tolerate a transformer's errors
 
 T5_CONFIG = {
     "d_model": MODEL.transformer.text_embed_dim,
@@ -80,50 +80,10 @@ DIFFUSERS_VERSION = {"_diffusers_version": "0.42.1"}
 BATCH = 32
 TEXT_DROP = 0.1
 IMAGE_BATCH = 128
-UNDERSTAND_WEIGHT = 6.0
+AUX_WEIGHT = 6.0
 IMAGES_ONLY = 0.25  # until this share of t2v it learns single images, three times as many in the same time
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are orthogonalised before the step (https://kellerjordan.github.io/posts/muon).
-
-    For weights with at least two axes; a convolution counts as `[out, in * kernel]`.
-    """
-
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # noqa: ARG002 - the signature of every optimizer
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            updates = []
-            for p in params:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                updates.append(p.grad.lerp(buffer, group["momentum"]).flatten(1))
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for update in updates:
-                by_shape.setdefault(update.shape, []).append(update)
-            done = {shape: iter(orthogonalise(torch.stack(same))) for shape, same in by_shape.items()}
-            for p, raw in zip(params, updates, strict=True):
-                rows, columns = raw.shape
-                update = next(done[raw.shape])
-                p.add_(update.view_as(p).to(p.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-
-
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Bring the singular values of `matrices` `[n, rows, columns]` near 1 with five quintic Newton-Schulz steps."""
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if x.shape[1] >= 128:  # bf16 is enough, and worth it from here on
-        x = x.bfloat16()
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
 class Trainer:
@@ -144,10 +104,12 @@ class Trainer:
         self.path = args.out / f"{name}.pt"
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         is_matrix = lambda n, p: p.ndim >= 2 and not any(part in n for part in adam_only)  # noqa: E731
-        matrices = [p for n, p in named if is_matrix(n, p)]
+        self.matrices = [p for n, p in named if is_matrix(n, p)]
         others = [p for n, p in named if not is_matrix(n, p)]
+        # Muon takes matrices only. These are the same memory; a convolution counts as [out, in * kernel].
+        self.flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in self.matrices]
         self.optimizers = [
-            Muon(matrices, lr=muon_lr),
+            torch.optim.Muon(self.flat, lr=muon_lr, momentum=0.95, nesterov=True, weight_decay=0.0),
             torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
         self.base_lrs = [muon_lr, adam_lr]
@@ -191,11 +153,13 @@ class Trainer:
         scale = min(1.0, (self.step_count + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-3
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, 1.0)
+        for flat, p in zip(self.flat, self.matrices, strict=True):
+            flat.grad = None if p.grad is None else p.grad.reshape_as(flat)
         for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
             optimizer.step()
-            optimizer.zero_grad()
+        self.model.zero_grad()
         decay = min(0.998, 1 - 1 / (1 + self.step_count * 0.1))
         for average, p in zip(self.average, self.params, strict=True):
             average.lerp_(p.detach(), 1 - decay)
@@ -227,7 +191,7 @@ def load_average(name: str, model: Model, args: argparse.Namespace) -> Model:
 
 
 def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
-    """L1 and squared error, weighted up at edges, which are few pixels and all that the eye looks at."""
+    """L1 and squared error, with a higher weight at edges: they are few pixels but matter most to the eye."""
     target = target.float()
     edge = F.pad((target[..., 1:] - target[..., :-1]).abs(), (0, 1)) + F.pad(
         (target[..., 1:, :] - target[..., :-1, :]).abs(), (0, 0, 0, 1)
@@ -277,7 +241,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def tokenizer_for(args: argparse.Namespace) -> Tokenizer:
-    """Train the sentencepiece model, once, in which every word of the world is one piece, and read it."""
+    """Return the tokenizer; train its sentencepiece model, with one piece for each word, unless it is there."""
     path = args.out / "spiece.model"
     if not path.exists():
         from sentencepiece import SentencePieceTrainer
@@ -342,10 +306,11 @@ TRAINING_OPS = dataclasses.replace(
 
 
 class Denoiser(nn.Module):
-    """A transformer, the T5 that is trained with it, and a layer that is asked, in training, what it has understood.
+    """A transformer, the T5 that is trained with it, and an auxiliary head that only training uses.
 
-    That layer reads the middle block's video tokens: which outlines a token touches, if any, and whether it touches
-    the one that the prompt names. Words for outlines change few pixels: from the error alone they are learned last.
+    The head reads the video tokens after the middle block. For each token it predicts which outlines the token touches,
+    and whether it touches the shape that the prompt names. Outlines change few pixels, so that the velocity's error
+    alone teaches their words last.
     """
 
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
@@ -354,20 +319,20 @@ class Denoiser(nn.Module):
         super().__init__()
         self.transformer = Transformer(config, TRAINING_OPS)
         self.text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, **T5_CONFIG))
-        self.understood = nn.Linear(config.hidden_size, len(SHAPES) + 1)
+        self.aux_head = nn.Linear(config.hidden_size, len(SHAPES) + 1)
         for name, parameter in self.transformer.named_parameters():
             if "modulation" in name or "proj_out" in name:
                 nn.init.zeros_(parameter)
 
     def forward(self, latents: Tensor, ids: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict the velocity `[B, 16, T, h, w]`, and logits `[B, tokens, 4]` of what each video token touches."""
+        """Predict the velocity `[B, 16, T, h, w]`, and logits `[B, tokens, 4]` of `aux_targets`."""
         text = self.text_encoder(ids).last_hidden_state.to(latents.dtype)
         kept: list[Tensor] = []
         middle = self.transformer.blocks[len(self.transformer.blocks) // 2 - 1]
         hook = middle.register_forward_hook(lambda *called: kept.append(called[2]))
         v = self.transformer(latents, text, timestep)
         hook.remove()
-        return v.float(), self.understood(kept[0][:, text.shape[1] :]).float()
+        return v.float(), self.aux_head(kept[0][:, text.shape[1] :]).float()
 
 
 @dataclasses.dataclass
@@ -381,13 +346,13 @@ class LatentSet:
     scaling_factor: float
 
     def prompts(self, index: Tensor, rng: random.Random) -> list[str]:
-        """Say what happens in some videos, every time in other words, or now and then nothing."""
+        """Return a prompt for each video: a random paraphrase, or with probability `TEXT_DROP` the empty prompt."""
         return ["" if rng.random() < TEXT_DROP else prompt_for(self.scenes, i, rng) for i in index.tolist()]
 
 
 @torch.no_grad()
 def encode_latents(args: argparse.Namespace) -> None:
-    """Draw and encode, once, the videos and single images that the transformers learn from."""
+    """Draw and encode the videos and single images that the transformers are trained on, unless they are there."""
     vae = load_average("vae", VAE(MODEL.vae), args).to(args.device).bfloat16().eval()
     for name, (count, seed, frames, kinds) in LATENT_SETS.items():
         path = args.out / f"{name}.pt"
@@ -420,14 +385,14 @@ def load_latents(args: argparse.Namespace, *names: str) -> LatentSet:
 
 
 def image_channels(data: LatentSet, index: Tensor, generator: torch.Generator) -> Tensor:
-    """Give the image latents `[B, 16, T, h, w]` as the pipeline does: sampled, and zeros after the first frame."""
+    """Return the image latents `[B, 16, T, h, w]` as the pipeline does: sampled, and zeros after the first frame."""
     mean, std = data.image_mean[index].float(), data.image_std[index].float()
     image = mean + std * torch.randn(mean.shape, generator=generator)
     return F.pad(image, (0, 0, 0, 0, 0, data.video.shape[2] - 1))
 
 
 def touched(scenes: Scenes, count: int, side: int) -> Tensor:
-    """Tell which cells of a `side` x `side` grid the box of each shape meets: `[B, count, 2, side, side]`."""
+    """Return which cells of a grid each shape's bounding box meets: `[B, count, 2, side, side]` of 0, 1."""
     centre, radius = positions(scenes, torch.linspace(0, 1, count))
     cells = (torch.arange(side) + 0.5) / side
     dx, dy = ((centre[..., i, None, None] - grid).abs() for i, grid in enumerate((cells, cells[:, None])))
@@ -436,8 +401,8 @@ def touched(scenes: Scenes, count: int, side: int) -> Tensor:
     return near.float()
 
 
-def what_tokens_touch(scenes: Scenes, count: int, side: int) -> Tensor:
-    """Give `Denoiser.understood` its answers, `[B, tokens, 4]`: circle, square, triangle, the named shape."""
+def aux_targets(scenes: Scenes, count: int, side: int) -> Tensor:
+    """Return what each token touches, `[B, tokens, 4]` of 0 and 1: circle, square, triangle, the named shape."""
     near = touched(scenes, count, side)
     outlines = torch.einsum("btshw,bsc->bthwc", near, F.one_hot(scenes.shape, len(SHAPES)).float()).clamp(max=1)
     return torch.cat([outlines, near[:, :, 0, ..., None]], -1).flatten(1, 3)
@@ -446,7 +411,7 @@ def what_tokens_touch(scenes: Scenes, count: int, side: int) -> Tensor:
 def draw_times(count: int, generator: torch.Generator, *, middle: bool) -> Tensor:
     """Draw `[count]` times in random order, evenly spread or, with `middle`, logit-normal.
 
-    Outlines are decided in the middle of the way, where text-to-video has most to learn.
+    Outlines are decided at middle times, where text-to-video has most to learn.
     """
     t = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)) / count
     return ((torch.special.ndtri(t).sigmoid() if middle else t) * 1000).long().clamp(max=999)
@@ -470,12 +435,12 @@ def train_denoiser(args: argparse.Namespace, task: str) -> None:
         steps=STEPS[task],
         muon_lr=0.02,
         adam_lr=1.5e-3,
-        adam_only=("text_encoder", "modulation", "patch_proj", "text_proj", "time_embed", "proj_out", "understood"),
+        adam_only=("text_encoder", "modulation", "patch_proj", "text_proj", "time_embed", "proj_out", "aux_head"),
     )
     generator = torch.Generator().manual_seed(3 + trainer.step_count)
     rng = random.Random(3 + trainer.step_count)
     schedule = make_schedule(MODEL.scheduler, 50)
-    usual = torch.ones(20)  # the running mean of the error, for twenty ranges of time
+    usual = torch.ones(20)  # running mean of the error in twenty ranges of time
     for progress in trainer.run():
         data, count = videos, BATCH
         if images is not None and (progress < IMAGES_ONLY or trainer.step_count % 4 == 0):
@@ -489,24 +454,24 @@ def train_denoiser(args: argparse.Namespace, task: str) -> None:
             latents = torch.cat([latents, image_channels(data, index, generator)], dim=1)
         ids = tokenizer.encode(data.prompts(index, rng), TEXT_LEN)
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            v, understood = model(latents.to(args.device), ids.to(args.device), t.to(args.device))
+            v, aux_logits = model(latents.to(args.device), ids.to(args.device), t.to(args.device))
         target = velocity(x0, noise, t, schedule).to(args.device)
         scenes, frames, side = data.scenes[index], x0.shape[2], x0.shape[3]
         error = (v - target).square()
         if task == "i2v":
-            # Shapes count more than the background. In t2v they do not: where the input does not tell where they are,
-            # a weight that knows would draw predictions towards what weighs more.
+            # Shapes count more than the background. Not in t2v: there the input does not say where the shapes are, and
+            # a weight that depends on it would bias the prediction.
             error = error * (1 + 2 * touched(scenes, frames, side).amax(2)[:, None].to(args.device))
         error = error.mean((1, 2, 3, 4))
-        # Every time is equally important, whatever error it allows (https://arxiv.org/abs/2312.02696)
+        # Each range of times has the same weight, whatever its usual error (https://arxiv.org/abs/2312.02696)
         bins = t * len(usual) // 1000
         total, hits = (torch.bincount(bins, w, len(usual)) for w in (error.detach().cpu(), None))
         usual = torch.where(hits > 0, usual.lerp(total / hits, 0.05), usual)
-        answers = what_tokens_touch(scenes, frames, side // MODEL.transformer.patch_size).to(args.device)
-        matters = 0.1 + answers[..., :3].amax(-1, keepdim=True)  # most tokens touch nothing, and soon say so
-        asked = F.binary_cross_entropy_with_logits(understood, answers, weight=matters)
-        loss = (error / usual[bins].to(args.device)).mean() + UNDERSTAND_WEIGHT * asked
-        trainer.backward(loss, error=error.mean().item(), asked=asked.item())
+        targets = aux_targets(scenes, frames, side // MODEL.transformer.patch_size).to(args.device)
+        weight = 0.1 + targets[..., :3].amax(-1, keepdim=True)  # most tokens touch nothing, which is learned soon
+        aux_loss = F.binary_cross_entropy_with_logits(aux_logits, targets, weight=weight)
+        loss = (error / usual[bins].to(args.device)).mean() + AUX_WEIGHT * aux_loss
+        trainer.backward(loss, error=error.mean().item(), aux_loss=aux_loss.item())
 
 
 def export(args: argparse.Namespace) -> None:
@@ -574,13 +539,15 @@ STAGES = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--minutes", type=float, help="length of the stage; by default its number of steps decides")
+    parser.add_argument("--minutes", type=float, help="length of the stage; by default its number of steps")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="where checkpoints and logs go")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"minutes: got {args.minutes:g}, want more than 0")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in STAGES if args.stage == "all" else [args.stage]:
         STAGES[name](args)

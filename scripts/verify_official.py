@@ -2,13 +2,13 @@
 
     python scripts/verify_official.py zai-org/CogVideoX-5b          # fetches it once; then --local-files-only will do
     python scripts/verify_official.py ./CogVideoX-5b --parts vae    # a directory: nothing touches the network
-    python scripts/verify_official.py tiny-i2v                      # a shipped pack: rehearses all of it in a minute
+    python scripts/verify_official.py tiny-i2v                      # a shipped pack: everything in a minute
 
 Parts: `text` (token ids; T5), `scheduler` (timesteps, noise levels, and 20 steps of both samplers on a made-up
 velocity), `vae` (encode and decode), `transformer` (one step), `run` (a short run with guidance: latents and pixels).
 
 fp32 is compared with diffusers in fp32. In bf16 and fp16 both are compared with diffusers in fp32, and the ratio of our
-error to theirs is judged: at most 1 says that nothing is lost. Errors are relative RMS, rms(a - b) / rms(b). On a GPU
+error to theirs is judged: at most 1 means that nothing is lost. Errors are relative RMS, rms(a - b) / rms(b). On a GPU
 all is done with both bundles of operations, torch and triton.
 
 Each module is loaded, run and dropped before the next, and T5 is not in memory during the run, so that the peak is one
@@ -29,13 +29,11 @@ import dataclasses
 import gc
 import json
 import math
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -43,13 +41,13 @@ import torch
 from torch import Tensor
 
 import measure
-from cogvid import plan
-from cogvid.checkpoint import load_scheduler_config
+import references
+from cogvid.checkpoint import Checkpoint, load_scheduler_config, read_checkpoint
 from cogvid.config import ModelConfig
-from cogvid.hub import find
 from cogvid.pipeline import Pipeline
-from cogvid.placement import resolve_device
+from cogvid.placement import Placement, resolve_device, resolve_ops
 from cogvid.schedule import make_schedule
+from cogvid.settings import check_frames, check_int, check_size
 from cogvid.weights_load import load_text_encoder, load_transformer, load_vae
 
 PARTS = ("text", "scheduler", "vae", "transformer", "run")
@@ -112,7 +110,7 @@ class Finding:
     @property
     def passed(self) -> bool:
         judged = self.error if self.ratio is None else self.ratio
-        return judged <= self.bound  # not so for NaN
+        return judged <= self.bound  # False for NaN
 
     def line(self) -> str:
         low = f"{self.theirs:12.2e}{self.ratio:8.2f}" if self.theirs is not None else " " * 20
@@ -131,9 +129,8 @@ REPORT_HEAD = (
 class Job:
     """What is compared. height, width, num_frames: of VAE and run; step_frames: of the transformer's one step."""
 
-    source: str
-    directory: Path
-    model: ModelConfig
+    command: str
+    checkpoint: Checkpoint
     device: torch.device
     dtypes: tuple[str, ...]
     ops: tuple[str, ...]
@@ -144,14 +141,20 @@ class Job:
     run_frames: int
     step_frames: int
 
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.checkpoint.model
+
     def randn(self, *shape: int, seed: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
         """T, h, w of the latents of a video, padding of the 1.5 models included."""
-        count = plan.latent_frames(self.model.vae, frames)
-        stride = self.model.vae.spatial_compression_ratio
-        return count + -count % (self.model.transformer.patch_size_t or 1), size[0] // stride, size[1] // stride
+        return self.model.latent_size(*size, frames)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -194,37 +197,37 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--steps", type=int, default=4, help="of the run; 4 unless given")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps of the run (default: 4)")
     parser.add_argument("--height", type=int, help="pixels")
     parser.add_argument("--width", type=int, help="pixels")
     parser.add_argument("--num-frames", type=int, help="pixel frames: 8N or 8N + 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
     args = parser.parse_args(argv)
+    args.command = " ".join(["python scripts/verify_official.py", *(sys.argv[1:] if argv is None else argv)])
     if args.json and not args.json.absolute().parent.is_dir():
         raise ValueError(f"json: got {args.json}, want a file in a directory that exists")
     return args
 
 
 def _job(args: argparse.Namespace) -> Job:
-    """Find the checkpoint and settle the sizes; what is not legal is refused before a weight is read."""
+    """Find the checkpoint and choose the sizes; illegal ones are refused before a weight is read."""
     device = resolve_device(args.device)
     if device.type == "cpu" and "fp16" in args.dtypes:
         raise ValueError("dtypes: got fp16 on a CPU, want fp32 or bf16")
-    directory = find(args.model, revision=args.revision, local_files_only=args.local_files_only)
-    model = plan.read_model(str(directory))
+    checkpoint = read_checkpoint(args.model, revision=args.revision, local_files_only=args.local_files_only)
+    model = checkpoint.model
     learned = model.transformer.use_learned_positional_embeddings
     stride = model.vae.spatial_compression_ratio
     own = model.transformer.sample_height * stride, model.transformer.sample_width * stride
     size = args.height or min(model.height, 256), args.width or min(model.width, 256)
     run_size = (args.height or own[0], args.width or own[1]) if learned else size
     frames = args.num_frames or (min(model.num_frames, 17) - 1) // 8 * 8 + 1
-    plan.check_size(model, *run_size)
-    plan.check_frames(model.vae, frames)
-    plan.check_int("steps", args.steps, 1, model.scheduler.num_train_timesteps)
+    check_size(model, *run_size)
+    check_frames(model.vae, frames)
+    check_int("steps", args.steps, 1, model.scheduler.num_train_timesteps)
     return Job(
-        args.model,
-        directory,
-        model,
+        args.command,
+        checkpoint,
         device,
         dtypes=tuple(dict.fromkeys(args.dtypes)),
         ops=("torch", "triton") if device.type == "cuda" else ("torch",),
@@ -239,7 +242,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 @torch.no_grad()
 def verify(job: Job, parts: Sequence[str]) -> list[Finding]:
-    """Compare the parts and print what is found as it is found."""
+    """Compare the parts; print each finding at once."""
     import diffusers
     import transformers
 
@@ -247,7 +250,7 @@ def verify(job: Job, parts: Sequence[str]) -> list[Finding]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="prompt .* the last .* not used")  # some are too long on purpose
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is meant
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     print("\n".join(f"{name}: {value}" for name, value in provenance(job).items()))
     print("\n" + REPORT_HEAD, flush=True)
     findings: list[Finding] = []
@@ -271,7 +274,7 @@ def verify(job: Job, parts: Sequence[str]) -> list[Finding]:
 
 
 class Made(NamedTuple):
-    """What one library made, as fp32 on the CPU, and what it took."""
+    """The outputs of one library, fp32 on the CPU, with time and peak memory."""
 
     values: Outputs
     seconds: float
@@ -324,7 +327,7 @@ def compare(job: Job, part: str, ours: Side, theirs: Side) -> list[Finding]:
 
 
 class TextInputs:
-    """Both text sides; what they made is kept, and is what transformer and run are given."""
+    """Both text sides; their embeddings are kept as inputs of transformer and run."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -366,18 +369,16 @@ class TextInputs:
 
 
 def compare_schedulers(job: Job) -> list[Finding]:
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
-
     config = load_scheduler_config(job.directory)
     findings = []
-    for name, kind in (("dpm", CogVideoXDPMScheduler), ("ddim", CogVideoXDDIMScheduler)):
+    for name, kind in references.schedulers().items():
         scheduler: Any = _scheduler(job, kind)
         count = job.model.num_inference_steps
         schedule = make_schedule(config, count)
         scheduler.set_timesteps(count)
         wrong = sum(a != int(b) for a, b in zip(schedule.timesteps, scheduler.timesteps, strict=True)) / count
         levels = schedule.alphas_cumprod, scheduler.alphas_cumprod
-        ours, theirs = measure.run_samplers(name, config, scheduler)
+        ours, theirs = references.run_samplers(name, config, scheduler)
         for a, b in (levels, (ours, theirs)):
             error, largest = measure.rel_rms(a, b), (a - b).abs().max().item()
             findings.append(Finding("scheduler", "scheduler", "", name, max(error, wrong), largest))
@@ -433,62 +434,31 @@ def transformer_sides(job: Job, text: TextInputs) -> tuple[Side, Side]:
         from diffusers import CogVideoXTransformer3DModel
 
         model = _theirs(job, CogVideoXTransformer3DModel, "transformer", dtype)
-        rotary = measure.rotary_table(model, latents)
-        return {"transformer": measure.call_diffusers(model, latents.to(dtype), prompt(dtype), timestep, rotary)}
+        rotary = references.rotary_table(model, latents)
+        return {"transformer": references.call_diffusers(model, latents.to(dtype), prompt(dtype), timestep, rotary)}
 
     return ours, theirs
 
 
 def run_sides(job: Job, text: TextInputs) -> tuple[Side, Side]:
     """Sides that run a pipeline, each with the embeddings of its own T5, and keep the last latents and the pixels."""
-    height, width = job.run_size
-    options: dict[str, Any] = {
-        "height": height,
-        "width": width,
-        "num_frames": job.run_frames,
-        "num_inference_steps": job.steps,
-        "guidance_scale": 6.0,
-        "use_dynamic_cfg": True,
-        "output_type": "pt",
-    }
-    if job.model.transformer.takes_image:
-        options["image"] = picture(height, width)
-
-    def run(pipe: Any, side: str, dtype: torch.dtype, **more: Any) -> Outputs:
-        kept: Outputs = {}
-
-        def keep(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            kept["run, latents"] = tensors["latents"]
-            return {}
-
-        embeds = text.embeds(side, dtype)
-        kept["run, pixels"] = pipe(
-            prompt_embeds=embeds[:1],
-            negative_prompt_embeds=embeds[1:],
-            generator=torch.Generator().manual_seed(7),
-            callback_on_step_end=keep,
-            **options,
-            **more,
-        ).frames
-        return kept
+    absent = cast(Any, None)  # of the text parts: their embeddings are given
 
     def ours(dtype: torch.dtype, ops: str) -> Outputs:
         pipe = Pipeline(
-            job.model,
+            job.checkpoint,
+            Placement(job.device, dtype, *resolve_ops(ops, job.device)),
             transformer=load_transformer(job.directory, device=job.device, dtype=dtype, ops=ops),
             vae=load_vae(job.directory, device=job.device, dtype=dtype, ops=ops),
-            text_encoder=cast(Any, None),  # its embeddings are given
-            ops=ops,
-            source=str(job.directory),
+            text_encoder=absent,
         )
-        return run(pipe, "ours", dtype, scheduler="dpm", progress=False)
+        return run_pipeline(job, pipe, text.embeds("ours", dtype), scheduler="dpm", progress=False)
 
     def theirs(dtype: torch.dtype, _: str) -> Outputs:
         import diffusers
 
-        image = job.model.transformer.takes_image
+        image = bool(job.model.conditions)
         kind = diffusers.CogVideoXImageToVideoPipeline if image else diffusers.CogVideoXPipeline
-        absent = cast(Any, None)
         pipe = kind(
             tokenizer=absent,
             text_encoder=absent,
@@ -497,30 +467,46 @@ def run_sides(job: Job, text: TextInputs) -> tuple[Side, Side]:
             scheduler=_scheduler(job, diffusers.CogVideoXDPMScheduler),
         )
         pipe.set_progress_bar_config(disable=True)
-        return run(pipe, "theirs", dtype)
+        return run_pipeline(job, pipe, text.embeds("theirs", dtype))
 
     return ours, theirs
 
 
-def picture(height: int, width: int) -> Any:
-    """Make a smooth picture of random colours, so that no side resizes anything."""
-    from PIL import Image
+def run_pipeline(job: Job, pipe: Any, embeds: Tensor, **options: Any) -> Outputs:
+    """Run a pipeline of either side with the embeddings of the prompt and of the empty one."""
+    height, width = job.run_size
+    if job.model.conditions:
+        options["image"] = references.picture(height, width)
+    kept: Outputs = {}
 
-    noise = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    smooth = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)[0]
-    return Image.fromarray((smooth * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    def keep(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept["run, latents"] = tensors["latents"]
+        return {}
+
+    kept["run, pixels"] = pipe(
+        prompt_embeds=embeds[:1],
+        negative_prompt_embeds=embeds[1:],
+        height=height,
+        width=width,
+        num_frames=job.run_frames,
+        num_inference_steps=job.steps,
+        guidance_scale=6.0,
+        use_dynamic_cfg=True,
+        generator=torch.Generator().manual_seed(7),
+        callback_on_step_end=keep,
+        output_type="pt",
+        **options,
+    ).frames
+    return kept
 
 
 def provenance(job: Job) -> dict[str, Any]:
     return {
-        "checkpoint": job.source,
+        "checkpoint": job.checkpoint.source,
         "model": job.model.name,
-        "commit": commit_of(job.directory) or "unknown",
+        "revision": commit_of(job.directory) or "unknown",
         "size": f"{job.run_frames} frames {job.run_size[0]}x{job.run_size[1]}, {job.steps} steps",
-        "date": date.today().isoformat(),
-        "machine": measure.machine(job.device),
-        "cogvid": measure.commit(),
-        "versions": f"Python {platform.python_version()}, {measure.versions('torch', 'diffusers', 'transformers')}",
+        **measure.header(job.device, job.command),
     }
 
 
@@ -544,16 +530,16 @@ def table_row(job: Job, findings: list[Finding]) -> str:
         return "; ".join([*errors, *([f"{max(ratios):.2f}"] if ratios else [])])
 
     values = provenance(job)
-    known = [job.model.name, *([f"commit {values['commit'][:12]}"] if values["commit"] != "unknown" else [])]
+    known = [job.model.name, *([f"commit {values['revision'][:12]}"] if values["revision"] != "unknown" else [])]
     exceeded = [f"{f.column} {f.dtype} {f.ops}".strip() for f in findings if not f.passed]
     peak = max((max(f.gib) for f in findings if f.gib), default=None)
     return measure.markdown_row(
         [
-            f"{job.source} ({', '.join(known)})",
+            f"{job.checkpoint.source} ({', '.join(known)})",
             *map(cell, COLUMNS),
             "yes" if not exceeded else f"no: {', '.join(exceeded)}",
             values["size"] + (f"; peak {peak:.1f} GiB" if peak is not None else ""),
-            f"{values['date']}, {values['machine']}, cogvid {values['cogvid']}, {values['versions']}",
+            f"{measure.caption(values)}",
         ]
     )
 

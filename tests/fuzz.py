@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.reference import TRANSFORMER_VARIANTS
-from tests.tiny_text import TEXT_WIDTH
+from references import TEXT_WIDTH, TRANSFORMER_VARIANTS
 
 KINDS = ("transformer", "vae", "pipeline", "sampler", "pipeline", "transformer", "vae", "pipeline")
 ILLEGAL_EVERY = 15  # one case in so many is illegal: coprime to the number of kinds, so that all of them get some

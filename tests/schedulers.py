@@ -1,5 +1,5 @@
 """The schedulers of diffusers by the names of our samplers."""
 
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+import references
 
-SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
+SCHEDULERS = references.schedulers()

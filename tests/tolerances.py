@@ -1,6 +1,6 @@
 """Every tolerance of the test suite: one line of reason and the largest measured value beside each.
 
-`rel rms` is `measure.rel_rms`, `pooled` is `tests.reference.pooled_ratio`. fp32 on a CPU unless said otherwise; the
+`rel rms` is `measure.rel_rms`, `pooled` is `measure.pooled_ratio`. fp32 on a CPU unless said otherwise; the
 largest measured is that of all rows of scripts/test_matrix.sh on an AMD EPYC with AVX-512.
 """
 

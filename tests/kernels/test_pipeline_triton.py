@@ -7,8 +7,8 @@ import torch
 
 import cogvid
 from measure import rel_rms
+from references import picture, save_pipeline, tiny_pipeline
 from tests import tolerances
-from tests.pipelines import picture, save_pipeline, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 2

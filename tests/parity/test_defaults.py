@@ -15,7 +15,7 @@ from PIL import Image
 
 import cogvid
 from cogvid.hub import find
-from tests.pipelines import as_video_to_video, picture, save_pipeline, tiny_pipeline
+from references import as_video_to_video, picture, save_pipeline, tiny_pipeline
 from tests.schedulers import SCHEDULERS
 
 SIZE = {"sample_height": 4, "sample_width": 6}  # 32x48 pixels, so that 50 steps take seconds

@@ -21,12 +21,19 @@ import cogvid
 from cogvid.config import SchedulerConfig
 from cogvid.samplers import sample
 from cogvid.schedule import add_noise, make_schedule
-from measure import call_diffusers, rel_rms, rotary_table
+from measure import rel_rms
+from references import (
+    TEXT_WIDTH,
+    assemble,
+    call_diffusers,
+    picture,
+    rotary_table,
+    save_pipeline,
+    tiny_transformer,
+    tiny_vae,
+)
 from tests.fuzz import ILLEGAL, ILLEGAL_EVERY, KINDS, Case, draw_case
-from tests.pipelines import assemble, picture, save_pipeline
-from tests.reference import tiny_transformer, tiny_vae
 from tests.schedulers import SCHEDULERS
-from tests.tiny_text import TEXT_WIDTH
 from tests.tolerances import FUZZ_CHAOS, FUZZ_FP32
 
 ROOT = Path(__file__).parents[2]

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import cogvid
 from measure import rel_rms
+from references import TEXT_LEN, TRANSFORMER_VARIANTS, as_video_to_video, picture, save_pipeline, tiny_pipeline
 from tests import tolerances
-from tests.pipelines import TEXT_LEN, as_video_to_video, picture, save_pipeline, tiny_pipeline
-from tests.reference import TRANSFORMER_VARIANTS, assert_frames_equal
+from tests.frames import assert_frames_equal
 from tests.schedulers import SCHEDULERS
 
 SIZES = {"64x96": (64, 96), "96x48": (96, 48)}

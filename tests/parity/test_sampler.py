@@ -24,8 +24,8 @@ from cogvid.guidance import guidance_schedule
 from cogvid.samplers import draw_noise, sample
 from cogvid.schedule import Schedule, add_noise, make_schedule, velocity
 from cogvid.settings import resolve_settings
-from measure import rel_rms
-from tests.reference import pooled_ratio, tiny_transformer, tiny_vae
+from measure import pooled_ratio, rel_rms
+from references import tiny_transformer, tiny_vae
 from tests.schedulers import SCHEDULERS
 from tests.tolerances import ADD_NOISE_FP32, SAMPLER_FP32, SAMPLER_LOW_PRECISION
 

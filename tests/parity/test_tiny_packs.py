@@ -12,7 +12,7 @@ from PIL import Image
 import cogvid
 from cogvid.hub import find
 from measure import rel_rms
-from tests.reference import assert_frames_equal
+from tests.frames import assert_frames_equal
 from tests.tolerances import PACK_FRAMES_FP32, PACK_FRAMES_MAX_ABS, PACK_LATENTS
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.png"

@@ -15,8 +15,8 @@ from cogvid.config import TransformerConfig
 from cogvid.names import map_transformer_state_dict
 from cogvid.ops import BlockContext, Shard
 from cogvid.transformer import Transformer
-from measure import call_diffusers, rel_rms, rotary_table
-from tests.reference import TRANSFORMER_VARIANTS, pooled_ratio, tiny_transformer
+from measure import pooled_ratio, rel_rms
+from references import TRANSFORMER_VARIANTS, call_diffusers, rotary_table, tiny_transformer
 from tests.tolerances import (
     BATCH_FP32,
     BLOCK_FP32,

@@ -17,8 +17,8 @@ import cogvid.vae
 from cogvid.config import VAEConfig
 from cogvid.names import map_vae_state_dict
 from cogvid.vae import VAE, ConvCache
-from measure import rel_rms
-from tests.reference import pooled_ratio, tiny_vae
+from measure import pooled_ratio, rel_rms
+from references import tiny_vae
 from tests.tolerances import VAE_BF16, VAE_FP32, VAE_FP64, VAE_GRADIENTS_FP32, VAE_STAGE_FP32
 
 FRAMES = (1, 5, 8, 9, 16, 17, 25)

@@ -21,7 +21,7 @@ from cogvid.names import TRANSFORMER_NAMES, VAE_NAMES, map_transformer_state_dic
 from cogvid.transformer import Transformer
 from cogvid.vae import VAE
 from cogvid.weights_load import load_transformer, load_vae, save_transformer, save_vae
-from tests.reference import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
+from references import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
 
 # Tensors and millions of parameters of the official transformers; the learned table of 5B-I2V is counted as a tensor.
 SIZES = {

@@ -1,4 +1,4 @@
-"""Both benchmarks run to their end on a CPU, kernels in Triton's interpreter, and never time what is wrong."""
+"""Both benchmarks run to their end on a CPU, kernels in Triton's interpreter, and never time a wrong output."""
 
 from __future__ import annotations
 
@@ -152,8 +152,26 @@ def test_memory_that_was_freed_before_does_not_hide_what_a_call_takes() -> None:
             pins.append(torch.ones(8))  # lies between them and stays, so that the allocator keeps what is freed
         return torch.stack(pieces)
 
-    peaks = [bench_model.with_peak_memory(call, torch.device("cpu"))[1] for _ in range(2)]
+    peaks = [measure.peak_memory(call, torch.device("cpu"))[1] for _ in range(2)]
     assert all(peak is not None and 110 < peak < 200 for peak in peaks), peaks
+
+
+def test_relative_rms_counts_every_part() -> None:
+    expected = torch.ones(2**24 + 3)
+    actual = expected.clone()
+    actual[-1] = 4
+    assert measure.rel_rms(actual, expected) == pytest.approx(3 / (2**24 + 3) ** 0.5)
+    actual[0] = float("nan")
+    assert not measure.rel_rms(actual, expected) <= 1
+    with pytest.raises(ValueError, match=r"actual: got shape \(2,\), want \(2, 1\)"):
+        measure.rel_rms(torch.ones(2), torch.ones(2, 1))
+
+
+def test_a_caption_names_what_the_header_holds() -> None:
+    values = measure.header(torch.device("cpu"), "python x.py")
+    assert values["command"] == "python x.py"
+    caption = measure.caption(values)
+    assert all(str(value) in caption for name, value in values.items() if name != "command")
 
 
 def test_what_is_not_installed_is_absent() -> None:

@@ -24,7 +24,7 @@ from cogvid.cli import main
 from cogvid.hub import find
 from cogvid.image import load_image
 from cogvid.video import read_metadata, read_video
-from tests.pipelines import picture, save_pipeline, tiny_pipeline
+from references import picture, save_pipeline, tiny_pipeline
 from tests.unit.test_image_url import server  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import cogvid
 from cogvid.ops import BlockContext, Ops, Shard, attention
 from measure import rel_rms
-from tests.pipelines import picture
+from references import picture
 from tests.tolerances import UNFUSED_FP32
 from tests.unit.test_modules_called import CONFIGS, inputs, make
 

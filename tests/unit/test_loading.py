@@ -16,7 +16,7 @@ from cogvid.hub import PACKS
 from cogvid.ops import Ops
 from cogvid.weights_load import load_transformer
 from measure import rel_rms
-from tests.pipelines import picture
+from references import picture
 from tests.tolerances import QK_NORM_RMS_BF16, QK_NORM_RMS_FP32
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_frames": 9, "seed": 1, "progress": False}

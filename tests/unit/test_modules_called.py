@@ -13,8 +13,8 @@ from cogvid.config import TransformerConfig
 from cogvid.ops import Ops, can_fuse
 from cogvid.transformer import Transformer
 from measure import rel_rms
+from references import perturb
 from tests.checkpoints import TRANSFORMER
-from tests.reference import perturb
 from tests.tolerances import UNFUSED_FP32
 
 CONFIGS = {

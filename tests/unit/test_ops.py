@@ -16,7 +16,7 @@ from cogvid import ops
 from cogvid.ops import Ops
 from cogvid.placement import resolve_ops
 from measure import rel_rms
-from tests.reference import perturb
+from references import perturb
 from tests.tolerances import OP_FP32, OP_LOW_PRECISION, SPATIAL_NORM_FP32
 
 BATCH, TEXT, VIDEO, HEADS, HEAD_DIM, WIDTH, EPS = 2, 5, 12, 3, 16, 48, 1e-6

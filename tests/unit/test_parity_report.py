@@ -1,4 +1,4 @@
-"""The parity report runs to its end, and what it prints is what the README may claim."""
+"""The parity report runs to its end and shows the small errors that README.md states."""
 
 import re
 

@@ -19,7 +19,7 @@ from cogvid.checkpoint import read_checkpoint
 from cogvid.config import CONFIGS, SchedulerConfig
 from cogvid.ops import BlockContext
 from cogvid.settings import OPTIONS, check_frames, outside_training, resolve_settings
-from tests.pipelines import TEXT_LEN, picture, save_pipeline, tiny_pipeline
+from references import TEXT_LEN, picture, save_pipeline, tiny_pipeline
 
 QUICK: dict[str, Any] = {
     "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent", "progress": False,

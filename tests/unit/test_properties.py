@@ -11,8 +11,8 @@ import torch
 import cogvid
 from cogvid.cli import main
 from measure import rel_rms
+from references import picture, save_pipeline, tiny_pipeline
 from tests import tolerances
-from tests.pipelines import picture, save_pipeline, tiny_pipeline
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48}
 QUICK: dict[str, Any] = {**SIZE, "num_inference_steps": 4, "progress": False}

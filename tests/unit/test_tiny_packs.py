@@ -1,7 +1,7 @@
-"""The shipped packs do what they are told, seen in the pixels of whole runs.
+"""The shipped packs follow their prompts, measured in the pixels of whole runs.
 
-A sign error anywhere - sampler, guidance, rotary tables, conditioning, colour order - shows here, and what makes a
-model faster must still pass. The first frames are drawn by Pillow, not by the world that the models learned from.
+A sign error in sampler, guidance, rotary tables, conditioning or colour order fails here; so does an optimisation that
+breaks the model. The first frames are drawn by Pillow, not by the world that the models learned from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The world of the tiny models, and the measurements that judge every video of them."""
+"""The data of the tiny models, and the measurements of their videos."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_prompts_name_colour_shape_and_motion():
 
 @pytest.mark.parametrize("radial", [False, True], ids=["linear", "radial"])
 def test_measurements_agree_with_what_was_drawn(radial: bool):
-    """What judges the models is itself right at least 97 times in 100; shapes that the border cuts are hard to name."""
+    """At least 97 % are right; shapes cut by the border are hard to name."""
     drawn = scenes(40, seed=2, radial=radial)
     videos = to_uint8(render(drawn, frames=torch.tensor([0, 4, 8, 12, 16])))
     right = total = 0

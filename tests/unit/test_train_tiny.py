@@ -1,4 +1,4 @@
-"""The training script: its optimizer, what it asks of a scene, and every stage, if only for a few steps."""
+"""The training script: its optimizer, the targets of the auxiliary head, and a few steps of every stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def arguments(out: Path) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where short runs of all stages left what they write; while it is in use, runs stay short."""
+    """Return the output directory of short runs of all stages; runs stay short while it is in use."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SHORT.items():
@@ -74,7 +74,7 @@ def test_a_stage_goes_on_from_its_checkpoint(out: Path, tmp_path: Path):
     after = torch.load(tmp_path / "i2v.pt")
     assert after["step"] == 3
     assert after["seconds"] > before["seconds"]
-    assert not torch.equal(after["model"]["understood.weight"], before["model"]["understood.weight"])
+    assert not torch.equal(after["model"]["aux_head.weight"], before["model"]["aux_head.weight"])
 
 
 def test_the_same_seeds_train_the_same_weights(out: Path, tmp_path: Path):
@@ -98,27 +98,46 @@ def test_text_to_video_goes_on_from_image_to_video(out: Path, tmp_path: Path):
         torch.testing.assert_close(value, left[name], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 24), (2, 24, 40), (2, 192, 768)])
-def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, ...]):
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(train_tiny.orthogonalise(matrices).float())
-    assert values.min() > 0.5
-    assert values.max() < 1.4
+def trainer_of(model: nn.Module, out: Path, steps: int, muon_lr: float) -> train_tiny.Trainer:
+    args = arguments(out)
+    return train_tiny.Trainer("test", model, args, steps=steps, muon_lr=muon_lr, adam_lr=0.01, adam_only=("last",))
 
 
-def test_muon_solves_a_regression():
+def test_muon_orthogonalises_the_update_of_linears_and_convolutions(tmp_path: Path):
+    """The singular values of an update are those of five Newton-Schulz steps: between 0.5 and 1.4, not all 1."""
     torch.manual_seed(0)
-    model, x = nn.Linear(24, 72, bias=False), torch.randn(256, 24)
-    target = F.linear(x, torch.randn(72, 24))
-    optimizer = train_tiny.Muon(list(model.parameters()), lr=0.05)
-    losses = []
-    for step in range(300):
+    layers = {
+        "first": nn.Linear(24, 72),
+        "middle": nn.Conv3d(3, 8, 3),
+        "idle": nn.Linear(6, 7),
+        "last": nn.Linear(5, 4),
+    }
+    model = nn.ModuleDict(layers)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer, lr = trainer_of(model, tmp_path, steps=100, muon_lr=0.5), 0.5 * (1 / 50 + 1e-3)  # the warm-up's first step
+    losses = [(p * torch.randn_like(p)).sum() * ("idle" not in name) for name, p in model.named_parameters()]
+    trainer.backward(torch.stack(losses).sum())
+    for name in ("first.weight", "middle.weight"):
+        rows, columns = before[name].flatten(1).shape
+        moved = (before[name] - model.get_parameter(name).detach()).flatten(1)
+        values = torch.linalg.svdvals(moved) / (lr * max(1, rows / columns) ** 0.5)
+        assert values.min() > 0.5, name
+        assert values.max() < 1.4, name
+    assert torch.equal(model.get_parameter("idle.weight"), before["idle.weight"])  # no weight decay
+    for name in ("first.bias", "last.weight"):  # the first step of Adam has one size everywhere
+        moved = (before[name] - model.get_parameter(name).detach()).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, lr * 0.01 / 0.5), rtol=1e-3, atol=0)
+
+
+def test_a_trainer_solves_a_regression(tmp_path: Path):
+    torch.manual_seed(0)
+    model, x = nn.Linear(24, 72), torch.randn(256, 24)
+    target = F.linear(x, torch.randn(72, 24), torch.randn(72) / 10)
+    trainer, losses = trainer_of(model, tmp_path, steps=300, muon_lr=0.1), []
+    for _ in trainer.run():
         loss = F.mse_loss(model(x), target)
         losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
-        optimizer.step()
+        trainer.backward(loss)
     assert losses[-1] < 0.01 * losses[0]
 
 
@@ -135,14 +154,14 @@ def test_touched_cells_hold_the_shapes_pixels():
     assert not touched[~scenes.two][:, :, 1].any()
 
 
-def test_answers_name_the_outlines_and_the_named_shape():
+def test_auxiliary_targets_mark_the_outlines_and_the_named_shape():
     scenes = sample_scenes(20, torch.Generator().manual_seed(4), two=1.0)
-    answers = train_tiny.what_tokens_touch(scenes, 5, 4)
-    assert answers.shape == (20, 5 * 4 * 4, len(SHAPES) + 1)
+    targets = train_tiny.aux_targets(scenes, 5, 4)
+    assert targets.shape == (20, 5 * 4 * 4, len(SHAPES) + 1)
     shown = F.one_hot(scenes.shape, len(SHAPES)).amax(1)
-    assert torch.equal(answers[..., :3].amax(1), shown.float())
-    named = answers.gather(2, scenes.shape[:, :1, None].expand(-1, 80, 1))[..., 0]
-    assert (answers[..., 3] <= named).all()  # where the named shape is, its outline is
+    assert torch.equal(targets[..., :3].amax(1), shown.float())
+    named = targets.gather(2, scenes.shape[:, :1, None].expand(-1, 80, 1))[..., 0]
+    assert (targets[..., 3] <= named).all()  # where the named shape is, its outline is
 
 
 def test_times_are_spread_over_the_schedule():
@@ -153,3 +172,10 @@ def test_times_are_spread_over_the_schedule():
     assert ((middle > 269) & (middle < 731)).float().mean() == pytest.approx(0.683, abs=0.01)  # one deviation
     assert middle.min() >= 0
     assert middle.max() <= 999
+
+
+def test_a_length_that_is_not_positive_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        train_tiny.main(["--minutes", "0", "--out", str(tmp_path / "new")])
+    assert "minutes: got 0, want more than 0" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

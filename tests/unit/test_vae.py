@@ -14,7 +14,7 @@ from cogvid.config import VAEConfig
 from cogvid.ops import Ops
 from cogvid.vae import LAYOUT, VAE, CausalConv3d, ConvCache, DiagonalGaussian, NormSiLU, chunk_sizes
 from measure import rel_rms
-from tests.reference import perturb
+from references import perturb
 from tests.tolerances import VAE_BATCH_FP32
 
 CONFIG = VAEConfig(block_out_channels=(8, 16, 16, 24), latent_channels=4, layers_per_block=1, norm_num_groups=4)

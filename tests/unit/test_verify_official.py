@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-import measure
+import references
 import verify_official
 from cogvid.config import CONFIGS
 from cogvid.hub import find
-from tests.pipelines import save_pipeline, tiny_pipeline
+from references import save_pipeline, tiny_pipeline
 
 COLUMNS = verify_official.COLUMNS
 ROOT = Path(__file__).parents[2]
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_real_width_passes(tmp_path: Path, capsys: pytest.Captur
     pytest.importorskip("diffusers", reason="needs diffusers")
     pipe, spiece = tiny_pipeline("5b", num_attention_heads=48, attention_head_dim=64, num_layers=2, time_embed_dim=512)
     torch.manual_seed(0)
-    measure.randomise(pipe.transformer).to(torch.bfloat16)
-    pipe.register_modules(vae=measure.randomise(measure.diffusers_vae(CONFIGS["cogvideox-5b"].vae)))
+    references.randomise(pipe.transformer).to(torch.bfloat16)
+    pipe.register_modules(vae=references.randomise(references.diffusers_vae(CONFIGS["cogvideox-5b"].vae)))
     assert verify_official.main([str(save_pipeline(pipe, spiece, tmp_path)), "--device", "cpu"]) == 0
     print(capsys.readouterr().out)

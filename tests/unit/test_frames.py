@@ -1,11 +1,11 @@
-"""The comparison of frames passes what rounding may do, and fails all else."""
+"""The comparison of frames accepts rounding and nothing else."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from tests.reference import assert_frames_equal
+from tests.frames import assert_frames_equal
 
 FRAMES = np.random.default_rng(0).uniform(0.01, 0.99, (1, 3, 16, 16, 3)).astype(np.float32)
 FRAMES.flat[0] = (100.5 - 1e-3) / 255  # a thousandth of a level below a tie
