@@ -70,7 +70,7 @@ class TransformerConfig(JsonConfig):
         split = sum(HEAD_DIM_SPLIT)  # in shares of even width
         if rotary and self.attention_head_dim % split:
             _refuse("attention_head_dim", self.attention_head_dim, f"a multiple of {split} with rotary positions")
-        if (learned or not rotary) and self.hidden_size % split:
+        if self.adds_positions and self.hidden_size % split:
             what = "num_attention_heads * attention_head_dim"
             _refuse(what, self.hidden_size, f"a multiple of {split} with added positions")
         if self.ofs_embed_dim not in (None, self.time_embed_dim):
@@ -196,7 +196,7 @@ class SchedulerConfig(JsonConfig):
     def __post_init__(self) -> None:
         for name, choices in _SCHEDULER_CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {', '.join(choices)}")
+                _refuse(name, getattr(self, name), f"one of {', '.join(choices)}")
         if min(self.beta_start, self.beta_end) < 0:
             raise ValueError(f"beta_start, beta_end: got {self.beta_start}, {self.beta_end}, want 0 or more")
         if self.trained_betas is not None and len(self.trained_betas) < self.num_train_timesteps:

@@ -89,7 +89,6 @@ class AttentionOp(Protocol):
 
         q, k, v: `[B, N, heads, hd]`, any strides as long as the last one is 1. Returns `[B, N, heads * hd]`.
         """
-        ...
 
 
 class QKNormRopeOp(Protocol):
@@ -115,7 +114,6 @@ class QKNormRopeOp(Protocol):
         were centred: the norm is then RMSNorm with this weight and bias.
         Returns q and k, each `[B, N, heads, hd]`.
         """
-        ...
 
 
 class LayerNormModulateOp(Protocol):
@@ -127,13 +125,11 @@ class LayerNormModulateOp(Protocol):
         x: `[B, N, D]`. weight, bias: `[D]`. shift, scale: `[B, 2, D]`, row 0 for the first `text_len` tokens and
         row 1 for the others. Returns `[B, N, D]`.
         """
-        ...
 
 
 class GateResidualOp(Protocol):
     def __call__(self, x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tensor:
         """Compute `x + gate * y`. x, y: `[B, N, D]`. gate: `[B, 2, D]`, rows as in `LayerNormModulateOp`."""
-        ...
 
 
 class GateResidualNormModulateOp(Protocol):
@@ -151,25 +147,21 @@ class GateResidualNormModulateOp(Protocol):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         """Do `GateResidualOp`, then `LayerNormModulateOp` on its result; return both results."""
-        ...
 
 
 class LinearGeluOp(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Compute `gelu(x @ weight.T + bias)`, the tanh form. x: `[..., K]`, weight: `[M, K]`, bias: `[M]`."""
-        ...
 
 
 class RMSNormOp(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last axis (T5's norm). x: `[..., D]`, weight: `[D]`."""
-        ...
 
 
 class GroupNormSiluOp(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
         """Compute `silu(GroupNorm(x))`; statistics over all frames given. x: `[B, C, T, H, W]`, weight, bias: `[C]`."""
-        ...
 
 
 class SpatialNormSiluOp(Protocol):
@@ -182,7 +174,6 @@ class SpatialNormSiluOp(Protocol):
         When T is odd and above 1, frame 0 takes latent frame 0 and the other frames are upsampled from the others:
         the first frame of a clip has no partner in time.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -214,16 +205,14 @@ class Ops:
         """
         names = [field.name for field in dataclasses.fields(Ops)]
         versions.check_triton()
+        found, name = {}, "cogvid_kernels"
         try:
-            kernels = importlib.import_module("cogvid_kernels")
-        except ImportError as error:
-            raise RuntimeError(f"ops 'triton' ({', '.join(names)}) cannot be imported: {error}") from error
-        found = {}
-        for name in names:
-            try:
+            kernels = importlib.import_module(name)
+            for name in names:
                 found[name] = getattr(kernels, name)
-            except (AttributeError, ImportError) as error:
-                raise RuntimeError(f"op '{name}' of ops 'triton' cannot be imported: {error}") from error
+        except (AttributeError, ImportError) as error:
+            reason = f"{name} cannot be imported: {error}"
+            raise RuntimeError(f"ops: got 'triton', but {reason}, want the kernels {', '.join(names)}") from error
         return Ops(**{**found, "attention": _without_context(found["attention"])})
 
 
@@ -236,6 +225,7 @@ def _without_context(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Atte
     return attention
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN_WEIGHTS = (nn.Parameter, FakeTensor)  # torch.export puts the latter in place of the former
 
 
@@ -246,20 +236,10 @@ def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
     instance (offloading puts one there), no weight of a class of its own (quantised, sharded). Otherwise the module is
     called, so that adapters, hooks and quantised layers take effect wherever they are put.
     """
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-        _nn_module._global_forward_hooks,
-        _nn_module._global_forward_pre_hooks,
-        _nn_module._global_backward_hooks,
-        _nn_module._global_backward_pre_hooks,
-    )
     return (
         type(module) is kind
         and "forward" not in vars(module)
-        and not any(hooks)
+        and not any(getattr(module, hooks) or getattr(_nn_module, "_global" + hooks) for hooks in _HOOKS)
         and all(type(weight) in _PLAIN_WEIGHTS for weight in module._parameters.values() if weight is not None)
     )
 

@@ -22,16 +22,15 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from cogvid.checkpoint import Checkpoint
-from cogvid.config import VAEConfig
+from cogvid.conditioning import CONDITION_ENCODERS, posterior_samples
 from cogvid.guidance import guidance_schedule
-from cogvid.image import prepare_image, prepare_video
+from cogvid.image import prepare_video
 from cogvid.inputs import check_negatives, check_prompts, frames_to_use, resolve_generators
 from cogvid.ops import Branch, Ops
 from cogvid.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.placement import Placement, resolve_ops
 from cogvid.record import make_record
-from cogvid.samplers import Generators, OnStep, State, Step, draw_noise
-from cogvid.samplers import sample as run_sampler
+from cogvid.samplers import Generators, OnStep, State, Step, draw_noise, sample
 from cogvid.schedule import Schedule, add_noise, make_schedule
 from cogvid.settings import (
     Settings,
@@ -153,18 +152,20 @@ class Pipeline:
             schedule = schedule.tail(settings.strength)
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order decides the video.
-        conditioning = self._condition({"image": image}, settings, batch, own_generators)
+        frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
+        conditioning = self._condition({"image": image}, settings, batch, own_generators, frames)
         padding = self.model.padding(settings.num_frames)
         if video is not None and latents is None:
             x = noised_video(self.vae, video, settings, batch, own_generators, schedule, padding, self.placement)
         else:
-            x = initial_latents(self.latent_shape(settings, batch), own_generators, self.device, self.dtype, latents)
+            shape = (batch, frames, self.model.transformer.out_channels, height, width)
+            x = initial_latents(shape, own_generators, self.device, self.dtype, latents)
         embeds = encode_prompts(self.text_encoder, prompts, negatives, self.model.text_length)
         embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
         with tqdm(total=len(schedule), desc="denoise", unit="step", disable=not progress) as bar:
             run = {"generator": own_generators, "on_step": self._reporter(bar, callback_on_step_end)}
-            x = sample(
+            x = denoise(
                 self.transformer, x, embeds, schedule, settings, conditioning=conditioning, step_cache=step_cache, **run
             )
         if not torch.isfinite(x).all():
@@ -184,19 +185,13 @@ class Pipeline:
             seeds=seeds,
             given=[name for name, tensor in zip(names, tensors, strict=True) if tensor is not None],
         )
-        frames = decode_output(self.vae, x, padding, output_type)
-        return Output(frames=frames, seed=record["seed"], fps=self.model.fps, provenance=record)
-
-    def latent_shape(self, settings: Settings, batch: int) -> tuple[int, int, int, int, int]:
-        """Return `(B, T, C, h, w)` of the latents that the transformer sees, padding included."""
-        frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
-        return batch, frames, self.model.transformer.out_channels, height, width
+        decoded = decode_output(self.vae, x, padding, output_type)
+        return Output(frames=decoded, seed=record["seed"], fps=self.model.fps, provenance=record)
 
     def _condition(
-        self, inputs: dict[str, Any], settings: Settings, batch: int, generator: Generators
+        self, inputs: dict[str, Any], settings: Settings, batch: int, generator: Generators, frames: int
     ) -> Tensor | None:
-        """Return what the model takes beside noise and text, `[B, C, T, h, w]`, in the order of its config."""
-        frames, _, _ = self.model.latent_size(settings.height, settings.width, settings.num_frames)
+        """Return what the model takes beside noise and text, `[B, C, frames, h, w]`, in the order of its config."""
         parts = [
             CONDITION_ENCODERS[each.name](
                 self.vae, inputs[each.name], settings, batch, generator, frames, self.placement
@@ -211,10 +206,8 @@ class Pipeline:
             if callback is None:
                 return None
             latents = rearrange(x, "b c t h w -> b t c h w")
-            returned = callback(self, step.index, step.timestep, {"latents": latents})
-            if not returned or "latents" not in returned:
-                return None
-            return rearrange(returned["latents"], "b t c h w -> b c t h w")
+            returned = callback(self, step.index, step.timestep, {"latents": latents}) or {}
+            return rearrange(returned["latents"], "b t c h w -> b c t h w") if "latents" in returned else None
 
         return on_step
 
@@ -235,36 +228,6 @@ def encode_prompts(
     return torch.cat([uncond.to(cond), cond])
 
 
-def encode_image(
-    vae: VAE, image: Any, settings: Settings, batch: int, generator: Generators, frames: int, placement: Placement
-) -> Tensor:
-    """Encode the first frame to scaled latents `[B, C, frames, h, w]`, zero after the first latent frame.
-
-    One posterior sample is drawn per video.
-
-    image: anything that `load_image` takes, or a list whose length divides `batch`.
-    """
-    images = list(image) if isinstance(image, (list, tuple)) else [image]
-    if not images or batch % len(images):
-        raise ValueError(f"image: got a list of {len(images)}, want one, or one per prompt")
-    pixels = [prepare_image(each, settings.height, settings.width, settings.resize)[:, :, None] for each in images]
-    z = _posterior_samples(vae, pixels, generator, batch, placement)
-    z = image_latent_factor(vae.config, settings.image_latent_scale) * z
-    b, c, t, h, w = z.shape
-    return torch.cat([z, z.new_zeros(b, c, frames - t, h, w)], dim=2)
-
-
-CONDITION_ENCODERS = {"image": encode_image}  # by the name of a `Condition`
-
-
-def image_latent_factor(config: VAEConfig, choice: str) -> float:
-    """Return what image latents are multiplied by; `choice` matters only for models with `invert_scale_latents`."""
-    if not config.invert_scale_latents or choice == "multiply":
-        return config.scaling_factor
-    # These models were trained without the factor at this place, and diffusers answers with its inverse.
-    return 1 / config.scaling_factor if choice == "diffusers" else 1.0
-
-
 def noised_video(
     vae: VAE,
     video: Any,
@@ -282,7 +245,7 @@ def noised_video(
     """
     pixels = prepare_video(video[: settings.num_frames], settings.height, settings.width, settings.resize)
     draws = 1 if isinstance(generator, Generator) else batch
-    z = vae.config.scaling_factor * _posterior_samples(vae, [pixels], generator, draws, placement)
+    z = vae.config.scaling_factor * posterior_samples(vae, [pixels], generator, draws, placement)
     z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2).expand(batch, -1, -1, -1, -1)
     b, c, t, h, w = z.shape
     return add_noise(z, initial_latents((b, t, c, h, w), generator, z.device, z.dtype), schedule.timesteps[0], schedule)
@@ -303,7 +266,7 @@ def initial_latents(
     return rearrange(latents.to(device, dtype), "b t c h w -> b c t h w")
 
 
-def sample(
+def denoise(
     transformer: Transformer,
     x: Tensor,
     embeds: Tensor,
@@ -338,7 +301,7 @@ def sample(
             learned_positions=settings.learned_positions,
         )
 
-    return run_sampler(
+    return sample(
         network,
         x,
         schedule,
@@ -350,12 +313,3 @@ def sample(
         start=start,
         state=state,
     )
-
-
-def _posterior_samples(
-    vae: VAE, pixels: list[Tensor], generator: Generators, count: int, placement: Placement
-) -> Tensor:
-    """Encode each `[1, 3, F, H, W]` once, and draw `count` samples `[count, C, T, h, w]`, as many of each, in order."""
-    posteriors = [vae.encode(each.to(placement.device, placement.dtype)) for each in pixels]
-    generators = [generator] * count if isinstance(generator, Generator) else generator
-    return torch.cat([posteriors[i * len(pixels) // count].sample(generators[i]) for i in range(count)])

@@ -30,7 +30,6 @@ class Network(Protocol):
         index: of the step. branch: "cond" wants `[B, C, T, h, w]`; "both" wants `[2B, C, T, h, w]`, the unconditional
         half first.
         """
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +81,6 @@ class Sampler(Protocol):
         x: fp32 `[B, C, T, h, w]` (fp64 if the run is). state: what the step before returned, empty at first; tensors
         and plain values only, so that it can be saved and put back. Returns the new x and the new state.
         """
-        ...
 
 
 OnStep = Callable[[Step, Tensor, State], Tensor | None]  # (the step done, its x, its state) -> an x to go on with
@@ -120,7 +118,9 @@ def sample(
     Raises:
         ValueError: a sampler or `on_step` returns another shape; an unknown sampler.
     """
-    step_function = _sampler(sampler)
+    if isinstance(sampler, str) and sampler not in SAMPLERS:
+        raise ValueError(f"scheduler: got {sampler!r}, want one of {', '.join(SAMPLERS)}")
+    take = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
     dtype = x.dtype if dtype is None else dtype
     wide = torch.promote_types(dtype, torch.float32)
     x, state = x.to(wide), state or {}
@@ -141,7 +141,7 @@ def sample(
             return guide(uncond, cond, scale).to(wide)
 
         step = Step(index, schedule, predict, noise)
-        after, state = step_function(x, step, state)
+        after, state = take(x, step, state)
         x = _as_latents("sampler", after, x)
         replaced = None if on_step is None else on_step(step, x, state)
         if replaced is not None:
@@ -199,14 +199,6 @@ def draw_noise(
     return torch.cat([torch.randn(rows, *shape_btchw[1:], generator=g, device=source, dtype=dtype) for g in each]).to(
         device
     )
-
-
-def _sampler(sampler: str | Sampler) -> Sampler:
-    if not isinstance(sampler, str):
-        return sampler
-    if sampler not in SAMPLERS:
-        raise ValueError(f"scheduler: got {sampler!r}, want one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler]
 
 
 def _as_latents(name: str, got: Tensor, x: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_a_users_guidance_rule_skips_the_unconditional_branch(
 
 def test_a_run_goes_on_from_a_saved_step_with_its_step_cache(pipe: cogvid.Pipeline, tmp_path: Path) -> None:
     """x, the sampler's, the cache's and the generator's state are all that a run carries from step to step."""
-    from cogvid.pipeline import encode_prompts, sample
+    from cogvid.pipeline import denoise, encode_prompts
     from cogvid.schedule import make_schedule
 
     class EveryOther:
@@ -163,13 +163,13 @@ def test_a_run_goes_on_from_a_saved_step_with_its_step_cache(pipe: cogvid.Pipeli
             torch.save(saved, tmp_path / "step")
 
     with torch.no_grad():
-        whole = sample(
+        whole = denoise(
             pipe.transformer, x, embeds, schedule, settings, generator=generator, on_step=save, step_cache=cache
         )
         saved = torch.load(tmp_path / "step", weights_only=True)
         generator = torch.Generator()
         generator.set_state(saved["generator"])
-        again = sample(
+        again = denoise(
             pipe.transformer, saved["x"], embeds, schedule, settings,
             generator=generator, start=3, state=saved["sampler"], step_cache=EveryOther(saved["cache"]),
         )  # fmt: skip

@@ -1,0 +1,58 @@
+"""What a model takes beside noise and text, encoded to latents: for each `Condition` of a config, one function.
+
+A function takes (VAE, the call's argument, settings, batch size, generators, latent frames, placement) and returns
+`[B, C, T, h, w]` with the channels of its `Condition`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from cogvid.config import VAEConfig
+from cogvid.image import prepare_image
+from cogvid.placement import Placement
+from cogvid.samplers import Generators
+from cogvid.settings import Settings
+from cogvid.vae import VAE
+
+
+def encode_image(
+    vae: VAE, image: Any, settings: Settings, batch: int, generator: Generators, frames: int, placement: Placement
+) -> Tensor:
+    """Encode the first frame to scaled latents `[B, C, frames, h, w]`, zero after the first latent frame.
+
+    One posterior sample is drawn per video.
+
+    image: anything that `load_image` takes, or a list whose length divides `batch`.
+    """
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not images or batch % len(images):
+        raise ValueError(f"image: got a list of {len(images)}, want one, or one per prompt")
+    pixels = [prepare_image(each, settings.height, settings.width, settings.resize)[:, :, None] for each in images]
+    z = posterior_samples(vae, pixels, generator, batch, placement)
+    z = image_latent_factor(vae.config, settings.image_latent_scale) * z
+    b, c, t, h, w = z.shape
+    return torch.cat([z, z.new_zeros(b, c, frames - t, h, w)], dim=2)
+
+
+def posterior_samples(
+    vae: VAE, pixels: list[Tensor], generator: Generators, count: int, placement: Placement
+) -> Tensor:
+    """Encode each `[1, 3, F, H, W]` once, and draw `count` samples `[count, C, T, h, w]`, as many of each, in order."""
+    posteriors = [vae.encode(each.to(placement.device, placement.dtype)) for each in pixels]
+    generators = [generator] * count if isinstance(generator, Generator) else generator
+    return torch.cat([posteriors[i * len(pixels) // count].sample(generators[i]) for i in range(count)])
+
+
+CONDITION_ENCODERS = {"image": encode_image}  # by the name of a `Condition`
+
+
+def image_latent_factor(config: VAEConfig, choice: str) -> float:
+    """Return what image latents are multiplied by; `choice` matters only for models with `invert_scale_latents`."""
+    if not config.invert_scale_latents or choice == "multiply":
+        return config.scaling_factor
+    # These models were trained without the factor at this place, and diffusers answers with its inverse.
+    return 1 / config.scaling_factor if choice == "diffusers" else 1.0
