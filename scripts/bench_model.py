@@ -486,8 +486,8 @@ LOADERS = {  # component -> provider -> what is imported before the clock runs, 
             "M.from_pretrained({path!r}, dtype=torch.bfloat16), T.from_pretrained({root!r} + '/tokenizer')",
         ),
         "cogvid": (
-            "import cogvid.text; from transformers import T5EncoderModel",
-            "cogvid.text.load_text_encoder({root!r}, dtype='bfloat16')",
+            "import cogvid.weights_load; from transformers import T5EncoderModel",
+            "cogvid.weights_load.load_text_encoder({root!r}, dtype='bfloat16')",
         ),
     },
 }
