@@ -121,7 +121,7 @@ def sample(
     if isinstance(sampler, str) and sampler not in SAMPLERS:
         raise ValueError(f"scheduler: got {sampler!r}, want one of {', '.join(SAMPLERS)}")
     take = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
-    dtype = x.dtype if dtype is None else dtype
+    dtype = dtype or x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     x, state = x.to(wide), state or {}
 
@@ -134,10 +134,9 @@ def sample(
         scale = None if scales is None else scales[index]
 
         def predict(x: Tensor, timestep: int, index: int = index, scale: float | None = scale) -> Tensor:
-            prediction = network(x.to(dtype), index, timestep, "cond" if scale is None else "both")
             if scale is None:
-                return prediction.to(wide)
-            uncond, cond = prediction.chunk(2)
+                return network(x.to(dtype), index, timestep, "cond").to(wide)
+            uncond, cond = network(x.to(dtype), index, timestep, "both").chunk(2)
             return guide(uncond, cond, scale).to(wide)
 
         step = Step(index, schedule, predict, noise)

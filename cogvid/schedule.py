@@ -180,10 +180,7 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor | int, schedule: Schedule) ->
 
 
 def velocity(x0: Tensor, noise: Tensor, t: Tensor | int, schedule: Schedule) -> Tensor:
-    """Return the training target sqrt(abar) noise - sqrt(1 - abar) x0. Must equal the schedulers' `get_velocity`.
-
-    x0, noise: `[B, ...]`. t: int, or int64 `[B]`. Arithmetic in fp32 (fp64 for fp64), result in the dtype of x0.
-    """
+    """Return the training target sqrt(abar) noise - sqrt(1 - abar) x0, as `add_noise`; equals their `get_velocity`."""
     signal, sigma = _levels(x0, t, schedule)
     return (signal * noise - sigma * x0).to(x0.dtype)
 

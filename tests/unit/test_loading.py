@@ -32,7 +32,8 @@ def test_a_load_resolves_once_and_reads_each_config_once(monkeypatch: pytest.Mon
 
         return call
 
-    modules = [importlib.import_module(f"cogvid.{name}") for name in ("run_load", "checkpoint", "weights_load", "hub")]
+    names = ("cogvid.run_load", "cogvid.checkpoint", "cogvid.weights_load", "cogvid.hub")
+    modules = [importlib.import_module(name) for name in names]
     for name in ("find", "resolve_device", "resolve_dtype", "resolve_ops"):
         homes = [module for module in modules if hasattr(module, name)]
         assert homes
