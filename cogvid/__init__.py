@@ -10,37 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cogvid.config import CONFIGS as CONFIGS
-    from cogvid.guidance import GUIDANCE as GUIDANCE
-    from cogvid.image import load_image as load_image
+    from cogvid.media.image import load_image as load_image
+    from cogvid.media.video import VideoWriter as VideoWriter
+    from cogvid.media.video import export_to_video as export_to_video
+    from cogvid.media.video import read_video as read_video
     from cogvid.ops import BlockContext as BlockContext
     from cogvid.ops import Ops as Ops
-    from cogvid.output import Output as Output
-    from cogvid.pipeline import Pipeline as Pipeline
-    from cogvid.run_load import load as load
-    from cogvid.samplers import SAMPLERS as SAMPLERS
-    from cogvid.video import VideoWriter as VideoWriter
-    from cogvid.video import export_to_video as export_to_video
-    from cogvid.video import read_video as read_video
-    from cogvid.weights_load import load_transformer as load_transformer
-    from cogvid.weights_load import load_vae as load_vae
+    from cogvid.run.load import load as load
+    from cogvid.run.output import Output as Output
+    from cogvid.run.pipeline import Pipeline as Pipeline
+    from cogvid.sampling.guidance import GUIDANCE as GUIDANCE
+    from cogvid.sampling.samplers import SAMPLERS as SAMPLERS
+    from cogvid.weights.load import load_transformer as load_transformer
+    from cogvid.weights.load import load_vae as load_vae
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BlockContext": "ops",
     "CONFIGS": "config",
-    "GUIDANCE": "guidance",
+    "GUIDANCE": "sampling.guidance",
     "Ops": "ops",
-    "Output": "output",
-    "Pipeline": "pipeline",
-    "SAMPLERS": "samplers",
-    "VideoWriter": "video",
-    "export_to_video": "video",
-    "load": "run_load",
-    "load_image": "image",
-    "load_transformer": "weights_load",
-    "load_vae": "weights_load",
-    "read_video": "video",
+    "Output": "run.output",
+    "Pipeline": "run.pipeline",
+    "SAMPLERS": "sampling.samplers",
+    "VideoWriter": "media.video",
+    "export_to_video": "media.video",
+    "load": "run.load",
+    "load_image": "media.image",
+    "load_transformer": "weights.load",
+    "load_vae": "weights.load",
+    "read_video": "media.video",
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

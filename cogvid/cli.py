@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import cogvid
-from cogvid import settings
+from cogvid.run import settings
 
 USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 1, 130
 _METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -50,11 +50,11 @@ def generate(arguments: argparse.Namespace) -> None:
     from cogvid import versions
 
     versions.check()
-    from cogvid.checkpoint import read_checkpoint
-    from cogvid.files import DTYPES
-    from cogvid.generate import DEFAULT_MODELS, prepare, run
-    from cogvid.placement import Placement, resolve_device, resolve_dtype, resolve_ops
-    from cogvid.run_load import load_checkpoint
+    from cogvid.run.generate import DEFAULT_MODELS, prepare, run
+    from cogvid.run.load import load_checkpoint
+    from cogvid.weights.checkpoint import read_checkpoint
+    from cogvid.weights.files import DTYPES
+    from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
 
     task = settings.task_of(arguments.image, arguments.video)
     source = arguments.model or DEFAULT_MODELS[task]
@@ -83,7 +83,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint is: the model, its recommended settings, and what its weights hold."""
-    from cogvid.checkpoint import describe, read_checkpoint
+    from cogvid.weights.checkpoint import describe, read_checkpoint
 
     found = describe(read_checkpoint(arguments.checkpoint, **_origin(arguments)))
     if arguments.json:

@@ -44,11 +44,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import measure
 import references
 from cogvid.config import CONFIGS, TransformerConfig, VAEConfig
-from cogvid.names import map_transformer_state_dict, map_vae_state_dict
+from cogvid.models.transformer import Transformer
+from cogvid.models.vae import VAE
 from cogvid.ops import Ops
-from cogvid.transformer import Transformer
-from cogvid.vae import VAE
-from cogvid.weights_load import save_transformer, save_vae
+from cogvid.weights.load import save_transformer, save_vae
+from cogvid.weights.names import map_transformer_state_dict, map_vae_state_dict
 
 # Relative RMS between two correct implementations stays far below these; a wrong one is orders above.
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -399,7 +399,7 @@ def bench_decode(
 
 
 def bench_text(size: Size, device: torch.device, runs: int) -> Iterator[Row]:
-    from cogvid.text import use_ops
+    from cogvid.models.text import use_ops
 
     reference = references.build(lambda: references.t5(size.text), device, BF16)
     ids = torch.randint(size.text["vocab_size"], (1, size.text_len), device=device)
@@ -416,8 +416,8 @@ def bench_text(size: Size, device: torch.device, runs: int) -> Iterator[Row]:
 
 def bench_import(runs: int) -> Iterator[Row]:
     programs = {
-        "cogvid": "import cogvid.pipeline",
-        "cogvid with T5": "import cogvid.pipeline; from transformers import T5EncoderModel",
+        "cogvid": "import cogvid.run.pipeline",
+        "cogvid with T5": "import cogvid.run.pipeline; from transformers import T5EncoderModel",
     }
     if references.has_diffusers():  # its pipelines import T5 too
         programs = {"diffusers": "from diffusers import CogVideoXImageToVideoPipeline"} | programs
@@ -471,14 +471,14 @@ LOADERS = {  # component -> provider -> what is imported before the clock runs, 
             "import torch; from diffusers import CogVideoXTransformer3DModel as M",
             "M.from_pretrained({path!r}, torch_dtype=torch.bfloat16)",
         ),
-        "cogvid": ("import cogvid.weights_load", "cogvid.weights_load.load_transformer({path!r}, dtype='bfloat16')"),
+        "cogvid": ("import cogvid.weights.load", "cogvid.weights.load.load_transformer({path!r}, dtype='bfloat16')"),
     },
     "vae": {
         "diffusers": (
             "import torch; from diffusers import AutoencoderKLCogVideoX as M",
             "M.from_pretrained({path!r}, torch_dtype=torch.bfloat16)",
         ),
-        "cogvid": ("import cogvid.weights_load", "cogvid.weights_load.load_vae({path!r}, dtype='bfloat16')"),
+        "cogvid": ("import cogvid.weights.load", "cogvid.weights.load.load_vae({path!r}, dtype='bfloat16')"),
     },
     "text_encoder": {
         "transformers": (
@@ -486,8 +486,8 @@ LOADERS = {  # component -> provider -> what is imported before the clock runs, 
             "M.from_pretrained({path!r}, dtype=torch.bfloat16), T.from_pretrained({root!r} + '/tokenizer')",
         ),
         "cogvid": (
-            "import cogvid.weights_load; from transformers import T5EncoderModel",
-            "cogvid.weights_load.load_text_encoder({root!r}, dtype='bfloat16')",
+            "import cogvid.weights.load; from transformers import T5EncoderModel",
+            "cogvid.weights.load.load_text_encoder({root!r}, dtype='bfloat16')",
         ),
     },
 }

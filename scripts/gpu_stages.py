@@ -25,13 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench_kernels
 import bench_model
 import cogvid
-import cogvid.vae
+import cogvid.models.vae
 import measure
 import references
 from bench_kernels import MAX_ERROR, Reference, time_in_turns
+from cogvid.models.transformer import Transformer
+from cogvid.models.vae import VAE
 from cogvid.ops import Ops
-from cogvid.transformer import Transformer
-from cogvid.vae import VAE
 from cogvid_kernels import _tiles
 from cogvid_kernels import attention as attention_op
 from cogvid_kernels._tiles import Tile
@@ -450,8 +450,8 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
         return {"torch": plain, "triton": bench_model.assign(VAE, size.vae, Ops.triton(), plain.state_dict())}
 
     def decode(name: str, elements: int, graph: bool = False) -> dict[str, Any]:
-        kept = cogvid.vae.CONV_ELEMENTS[device]
-        cogvid.vae.CONV_ELEMENTS[device] = elements
+        kept = cogvid.models.vae.CONV_ELEMENTS[device]
+        cogvid.models.vae.CONV_ELEMENTS[device] = elements
         try:
             call: Callable[[], Tensor] = functools.partial(models()[name].decode, z)
             call = graphed(call) if graph else call
@@ -464,7 +464,7 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
             peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
             return {"error": error, "median_ms": milliseconds, "peak_gib": peak}
         finally:
-            cogvid.vae.CONV_ELEMENTS[device] = kept
+            cogvid.models.vae.CONV_ELEMENTS[device] = kept
 
     def diffusers() -> dict[str, Any]:
         model: Any = references.build(lambda: references.diffusers_vae(size.vae), target, dtype)

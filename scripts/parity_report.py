@@ -22,11 +22,11 @@ from torch import Tensor
 import measure
 import references
 from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
-from cogvid.names import map_transformer_state_dict, map_vae_state_dict
-from cogvid.run_load import load
-from cogvid.samplers import SAMPLERS
-from cogvid.transformer import Transformer
-from cogvid.vae import VAE
+from cogvid.models.transformer import Transformer
+from cogvid.models.vae import VAE
+from cogvid.run.load import load
+from cogvid.sampling.samplers import SAMPLERS
+from cogvid.weights.names import map_transformer_state_dict, map_vae_state_dict
 from references import TRANSFORMER_VARIANTS, picture, save_pipeline, tiny_pipeline, tiny_transformer, tiny_vae
 
 Run = Callable[[torch.dtype], Tensor]  # the output of one side, computed in a dtype
@@ -143,7 +143,7 @@ def vae_runs(direction: str, frames: int) -> tuple[Run, Run]:
 
 
 def text_runs(directory: Path) -> tuple[Run, Run]:
-    from cogvid.weights_load import load_text_encoder
+    from cogvid.weights.load import load_text_encoder
 
     pipe, spiece = tiny_pipeline("2b")
     save_pipeline(pipe, spiece, directory)

@@ -302,8 +302,8 @@ def run_samplers(name: str, config: SchedulerConfig, scheduler: Any, steps: int 
 
     Returns the two final states, `[1, 4, 3, 6, 8]` fp32.
     """
-    from cogvid.samplers import sample
-    from cogvid.schedule import make_schedule
+    from cogvid.sampling.samplers import sample
+    from cogvid.sampling.schedule import make_schedule
 
     x = torch.randn(1, 4, 3, 6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64).float()
     schedule = make_schedule(config, steps)

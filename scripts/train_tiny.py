@@ -39,13 +39,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cogvid.config import CONFIGS, TransformerConfig
-from cogvid.hub import BASENAME
+from cogvid.models.text import Tokenizer
+from cogvid.models.transformer import Transformer
+from cogvid.models.vae import VAE
 from cogvid.ops import BlockContext, Ops
-from cogvid.schedule import add_noise, make_schedule, velocity
-from cogvid.text import Tokenizer
-from cogvid.transformer import Transformer
-from cogvid.vae import VAE
-from cogvid.weights_load import save_transformer, save_vae
+from cogvid.sampling.schedule import add_noise, make_schedule, velocity
+from cogvid.weights.hub import BASENAME
+from cogvid.weights.load import save_transformer, save_vae
 from tiny_world import SHAPES, Scenes, corpus, positions, prompt_for, render, sample_scenes
 
 MODEL = CONFIGS["tiny-i2v"]

@@ -42,13 +42,13 @@ from torch import Tensor
 
 import measure
 import references
-from cogvid.checkpoint import Checkpoint, load_scheduler_config, read_checkpoint
 from cogvid.config import ModelConfig
-from cogvid.pipeline import Pipeline
-from cogvid.placement import Placement, resolve_device, resolve_ops
-from cogvid.schedule import make_schedule
-from cogvid.settings import check_frames, check_int, check_size
-from cogvid.weights_load import load_text_encoder, load_transformer, load_vae
+from cogvid.run.pipeline import Pipeline
+from cogvid.run.settings import check_frames, check_int, check_size
+from cogvid.sampling.schedule import make_schedule
+from cogvid.weights.checkpoint import Checkpoint, load_scheduler_config, read_checkpoint
+from cogvid.weights.load import load_text_encoder, load_transformer, load_vae
+from cogvid.weights.placement import Placement, resolve_device, resolve_ops
 
 PARTS = ("text", "scheduler", "vae", "transformer", "run")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

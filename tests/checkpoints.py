@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
-from cogvid.transformer import Transformer
-from cogvid.vae import VAE
-from cogvid.weights_load import save_transformer, save_vae
+from cogvid.models.transformer import Transformer
+from cogvid.models.vae import VAE
+from cogvid.weights.load import save_transformer, save_vae
 
 TRANSFORMER = TransformerConfig(
     num_attention_heads=2,

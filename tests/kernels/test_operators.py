@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import cogvid_kernels
 from cogvid import ops
 from cogvid.config import TransformerConfig
+from cogvid.models.transformer import Transformer
 from cogvid.ops import Ops
-from cogvid.transformer import Transformer
 from cogvid_kernels._tiles import compute_capability
 from measure import rel_rms
 from tests import tolerances

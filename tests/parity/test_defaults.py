@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import cogvid
-from cogvid.hub import find
+from cogvid.weights.hub import find
 from references import as_video_to_video, picture, save_pipeline, tiny_pipeline
 from tests.schedulers import SCHEDULERS
 

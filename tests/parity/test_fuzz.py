@@ -19,8 +19,8 @@ from torch import Generator, Tensor, nn
 
 import cogvid
 from cogvid.config import SchedulerConfig
-from cogvid.samplers import sample
-from cogvid.schedule import add_noise, make_schedule
+from cogvid.sampling.samplers import sample
+from cogvid.sampling.schedule import add_noise, make_schedule
 from measure import rel_rms
 from references import (
     TEXT_WIDTH,

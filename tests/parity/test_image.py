@@ -7,8 +7,8 @@ from diffusers.utils import load_image as diffusers_load_image
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from cogvid.image import load_image, prepare_image, prepare_video
-from cogvid.video import denormalize, to_uint8
+from cogvid.media.image import load_image, prepare_image, prepare_video
+from cogvid.media.video import denormalize, to_uint8
 
 PROCESSOR = VideoProcessor(vae_scale_factor=8)
 

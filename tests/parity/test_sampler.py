@@ -20,10 +20,10 @@ from einops import rearrange
 from torch import Generator, Tensor
 
 from cogvid.config import CONFIGS, SCHEDULER_CLASS_DEFAULTS, SchedulerConfig
-from cogvid.guidance import guidance_schedule
-from cogvid.samplers import draw_noise, sample
-from cogvid.schedule import Schedule, add_noise, make_schedule, velocity
-from cogvid.settings import resolve_settings
+from cogvid.run.settings import resolve_settings
+from cogvid.sampling.guidance import guidance_schedule
+from cogvid.sampling.samplers import draw_noise, sample
+from cogvid.sampling.schedule import Schedule, add_noise, make_schedule, velocity
 from measure import pooled_ratio, rel_rms
 from references import tiny_transformer, tiny_vae
 from tests.schedulers import SCHEDULERS

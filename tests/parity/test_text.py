@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from cogvid.text import Tokenizer
-from cogvid.weights_load import load_text_encoder
+from cogvid.models.text import Tokenizer
+from cogvid.weights.load import load_text_encoder
 from measure import pooled_ratio, rel_rms
 from tests.tiny_text import RULES, save_text_parts, train_tokenizer
 from tests.tolerances import LOW_PRECISION_TEXT, TEXT_FP32

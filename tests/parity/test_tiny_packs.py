@@ -10,7 +10,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, Cog
 from PIL import Image
 
 import cogvid
-from cogvid.hub import find
+from cogvid.weights.hub import find
 from measure import rel_rms
 from tests.frames import assert_frames_equal
 from tests.tolerances import PACK_FRAMES_FP32, PACK_FRAMES_MAX_ABS, PACK_LATENTS

@@ -12,9 +12,9 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
 from cogvid.config import TransformerConfig
-from cogvid.names import map_transformer_state_dict
+from cogvid.models.transformer import Transformer
 from cogvid.ops import BlockContext, Shard
-from cogvid.transformer import Transformer
+from cogvid.weights.names import map_transformer_state_dict
 from measure import pooled_ratio, rel_rms
 from references import TRANSFORMER_VARIANTS, call_diffusers, rotary_table, tiny_transformer
 from tests.tolerances import (

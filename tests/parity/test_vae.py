@@ -12,11 +12,11 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import cogvid.models.vae
 import cogvid.ops
-import cogvid.vae
 from cogvid.config import VAEConfig
-from cogvid.names import map_vae_state_dict
-from cogvid.vae import VAE, ConvCache
+from cogvid.models.vae import VAE, ConvCache
+from cogvid.weights.names import map_vae_state_dict
 from measure import pooled_ratio, rel_rms
 from references import tiny_vae
 from tests.tolerances import VAE_BF16, VAE_FP32, VAE_FP64, VAE_GRADIENTS_FP32, VAE_STAGE_FP32
@@ -84,7 +84,7 @@ def test_any_split_of_the_work_is_the_same(
 ) -> None:
     """Convolutions and norms process large tensors some frames at a time; here these small ones too."""
     theirs, ours = pair
-    monkeypatch.setitem(cogvid.vae.CONV_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(cogvid.models.vae.CONV_ELEMENTS, "cpu", elements)
     monkeypatch.setattr(cogvid.ops, "_frames_in_cache", lambda x: max(elements // x[:, :, 0].numel(), 1))
     x, z = randn(2, 3, 17, 32, 48).clamp(-1, 1), randn(2, 4, 5, 4, 6)
     assert rel_rms(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) <= VAE_FP32
@@ -211,8 +211,8 @@ def test_blocks(pair: tuple[AutoencoderKLCogVideoX, VAE], index: int) -> None:
     down, up = theirs.encoder.down_blocks[index], theirs.decoder.up_blocks[index]
     z = randn(1, 4, 3, 4, 6, seed=5)
     expected_down, expected_up = their_stage(down, None, None), their_stage(up, None, z)
-    actual_down = our_stage(*cogvid.vae._layers(ours.encoder.down_blocks[index]))
-    actual_up = our_stage(*cogvid.vae._layers(ours.decoder.up_blocks[index]), z=z)
+    actual_down = our_stage(*cogvid.models.vae._layers(ours.encoder.down_blocks[index]))
+    actual_up = our_stage(*cogvid.models.vae._layers(ours.decoder.up_blocks[index]), z=z)
     for i, frames in enumerate((5, 4)):
         x = randn(1, down.resnets[0].in_channels, frames, 8, 12, seed=i)
         assert rel_rms(actual_down(x), expected_down(x)) <= VAE_STAGE_FP32

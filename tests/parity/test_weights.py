@@ -15,12 +15,18 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cogvid import placement
 from cogvid.config import CONFIGS, TransformerConfig, VAEConfig
-from cogvid.names import TRANSFORMER_NAMES, VAE_NAMES, map_transformer_state_dict, map_vae_state_dict, unmap_state_dict
-from cogvid.transformer import Transformer
-from cogvid.vae import VAE
-from cogvid.weights_load import load_transformer, load_vae, save_transformer, save_vae
+from cogvid.models.transformer import Transformer
+from cogvid.models.vae import VAE
+from cogvid.weights import placement
+from cogvid.weights.load import load_transformer, load_vae, save_transformer, save_vae
+from cogvid.weights.names import (
+    TRANSFORMER_NAMES,
+    VAE_NAMES,
+    map_transformer_state_dict,
+    map_vae_state_dict,
+    unmap_state_dict,
+)
 from references import TRANSFORMER_VARIANTS, tiny_transformer, tiny_vae
 
 # Tensors and millions of parameters of the official transformers; the learned table of 5B-I2V is counted as a tensor.

@@ -21,9 +21,9 @@ from PIL import Image
 
 import cogvid
 from cogvid.cli import main
-from cogvid.hub import find
-from cogvid.image import load_image
-from cogvid.video import read_metadata, read_video
+from cogvid.media.image import load_image
+from cogvid.media.video import read_metadata, read_video
+from cogvid.weights.hub import find
 from references import picture, save_pipeline, tiny_pipeline
 from tests.unit.test_image_url import server  # noqa: F401 - a fixture
 
@@ -154,7 +154,7 @@ def test_warnings_are_one_line_each(t2v: Path, out: Path, capsys: pytest.Capture
 def test_the_shipped_packs_are_the_default(
     image: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cogvid.hub.PACKS", tmp_path)  # empty, so that the name shows in the message
+    monkeypatch.setattr("cogvid.weights.hub.PACKS", tmp_path)  # empty, so that the name shows in the message
     assert "'tiny-i2v'" in refused("generate", "x", "--image", image, "-o", out)
     assert "'tiny-t2v'" in refused("generate", "x", "-o", out)
 
@@ -218,7 +218,7 @@ def test_bad_options(t2v: Path, out: Path, refused: Refused, options: list[str],
 def test_a_bad_seed_is_refused_before_the_weights_are_read(
     t2v: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cogvid.run_load.load_checkpoint", None)
+    monkeypatch.setattr("cogvid.run.load.load_checkpoint", None)
     assert "seed: got -1" in refused("generate", "x", "-o", out, "--model", t2v, "--seed", -1)
 
 
@@ -246,7 +246,7 @@ def test_a_model_that_cannot_do_it_names_those_that_can(
     assert "model: got custom-t2v, which takes no image and cannot do image-to-video, want one of zai-org/Cog" in line
     other = refused("generate", "x", "-o", out, "--model", i2v)
     assert "cannot do text-to-video, want one of zai-org/CogVideoX-2b, " in other
-    monkeypatch.setattr("cogvid.hub._fetch", lambda repo, *_: Path(repo))
+    monkeypatch.setattr("cogvid.weights.hub._fetch", lambda repo, *_: Path(repo))
     for message, takes_image in ((line, True), (other, False)):
         named = message.partition("want one of ")[2].split(", ")
         assert len(named) >= 3

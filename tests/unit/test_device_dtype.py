@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from cogvid import cli, placement
-from cogvid.placement import resolve_device, resolve_dtype
-from cogvid.weights_load import load_transformer, load_vae
+from cogvid import cli
+from cogvid.weights import placement
+from cogvid.weights.load import load_transformer, load_vae
+from cogvid.weights.placement import resolve_device, resolve_dtype
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_slowness_is_said_once_for_all_the_parts_of_a_model(
     assert capsys.readouterr().err.count("bfloat16 is slow on this CPU") == 1
 
 
-ASK = "import warnings; from cogvid.placement import _cpu_has_bfloat16; print(_cpu_has_bfloat16())"
+ASK = "import warnings; from cogvid.weights.placement import _cpu_has_bfloat16; print(_cpu_has_bfloat16())"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limit is of x86 instructions")

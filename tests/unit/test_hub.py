@@ -24,8 +24,8 @@ from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalEntryNo
 
 import cogvid
 from cogvid import cli
-from cogvid.checkpoint import describe, read_checkpoint
-from cogvid.hub import PACKS, find, stored_variants
+from cogvid.weights.checkpoint import describe, read_checkpoint
+from cogvid.weights.hub import PACKS, find, stored_variants
 from tests.checkpoints import digest
 
 # Finding.
@@ -81,7 +81,7 @@ def test_a_file_is_not_a_checkpoint(pristine: Path) -> None:
 
 
 def test_shipped_packs_are_found_by_name(pristine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("cogvid.hub.PACKS", pristine.parent)
+    monkeypatch.setattr("cogvid.weights.hub.PACKS", pristine.parent)
     monkeypatch.chdir(tmp_path)
     (tmp_path / pristine.name).mkdir()
     assert find(pristine.name) == pristine
@@ -185,7 +185,7 @@ def hub(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 FETCH = """
 import contextlib, io, json, sys
-from cogvid.hub import find
+from cogvid.weights.hub import find
 def files(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 def said(call):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from cogvid.image import load_image, prepare_image, prepare_video
+from cogvid.media.image import load_image, prepare_image, prepare_video
 
 
 def _picture(height: int = 20, width: int = 30) -> Image.Image:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cogvid.download import download, one_line
-from cogvid.image import load_image
+from cogvid.media.download import download, one_line
+from cogvid.media.image import load_image
 
 PICTURE = Image.new("RGB", (6, 4), (200, 30, 40))
 LATE = 20  # seconds; a request without a deadline would never end, and a busy machine may be slow

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import cogvid
-from cogvid.hub import PACKS
 from cogvid.ops import Ops
-from cogvid.weights_load import load_transformer
+from cogvid.weights.hub import PACKS
+from cogvid.weights.load import load_transformer
 from measure import rel_rms
 from references import picture
 from tests.tolerances import QK_NORM_RMS_BF16, QK_NORM_RMS_FP32
@@ -32,7 +32,7 @@ def test_a_load_resolves_once_and_reads_each_config_once(monkeypatch: pytest.Mon
 
         return call
 
-    names = ("cogvid.run_load", "cogvid.checkpoint", "cogvid.weights_load", "cogvid.hub")
+    names = ("cogvid.run.load", "cogvid.weights.checkpoint", "cogvid.weights.load", "cogvid.weights.hub")
     modules = [importlib.import_module(name) for name in names]
     for name in ("find", "resolve_device", "resolve_dtype", "resolve_ops"):
         homes = [module for module in modules if hasattr(module, name)]
@@ -129,7 +129,7 @@ def test_rms_falls_back_to_layer_where_a_projection_is_not_plain() -> None:
 
 
 def test_an_unknown_norm_is_refused_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogvid.hub._fetch", None)
+    monkeypatch.setattr("cogvid.weights.hub._fetch", None)
     with pytest.raises(ValueError, match=r"^qk_norm: got 'none', want one of layer, rms$"):
         cogvid.load("zai-org/CogVideoX-2b", device="cpu", qk_norm="none")
     with pytest.raises(ValueError, match=r"^qk_norm: got 'none', want one of layer, rms$"):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cogvid.config import TransformerConfig
+from cogvid.models.transformer import Transformer
 from cogvid.ops import Ops, can_fuse
-from cogvid.transformer import Transformer
 from measure import rel_rms
 from references import perturb
 from tests.checkpoints import TRANSFORMER

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cogvid import ops
 from cogvid.ops import Ops
-from cogvid.placement import resolve_ops
+from cogvid.weights.placement import resolve_ops
 from measure import rel_rms
 from references import perturb
 from tests.tolerances import OP_FP32, OP_LOW_PRECISION, SPATIAL_NORM_FP32

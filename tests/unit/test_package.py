@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cogvid import versions
-from cogvid.hub import PACKS, packs
+from cogvid.weights.hub import PACKS, packs
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cogvid
-from cogvid.checkpoint import read_checkpoint
 from cogvid.config import CONFIGS, SchedulerConfig
 from cogvid.ops import BlockContext
-from cogvid.settings import OPTIONS, check_frames, outside_training, resolve_settings
+from cogvid.run.settings import OPTIONS, check_frames, outside_training, resolve_settings
+from cogvid.weights.checkpoint import read_checkpoint
 from references import TEXT_LEN, picture, save_pipeline, tiny_pipeline
 
 QUICK: dict[str, Any] = {
@@ -78,7 +78,7 @@ def test_the_defaults_of_diffusers_in_settings(i2v: cogvid.Pipeline, monkeypatch
     assert read_checkpoint(i2v.checkpoint.directory).model.text_length == TEXT_LEN
     # What was trained stays what it was.
     assert outside_training(model, 64, 96, 49) == ["49 frames (recommended: 9; 8N + 1 up to 9)"]
-    monkeypatch.setattr("cogvid.hub._fetch", None)
+    monkeypatch.setattr("cogvid.weights.hub._fetch", None)
     with pytest.raises(ValueError, match=r"^defaults: got 'none', want one of recommended, diffusers$"):
         cogvid.load("zai-org/CogVideoX-2b", device="cpu", defaults="none")
 

@@ -54,5 +54,5 @@ def test_the_links_lead_somewhere() -> None:
 
 def test_the_file_table_is_complete() -> None:
     table = README[README.index("## What is where") : README.index("## Status")]
-    for path in (ROOT / "cogvid").glob("[!_]*.py"):
+    for path in (ROOT / "cogvid").rglob("[!_]*.py"):
         assert path.name in table, path

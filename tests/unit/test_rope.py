@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogvid.rope import Positions, index_positions, resize_crop_positions, rotary_table, sincos_table
+from cogvid.models.rope import Positions, index_positions, resize_crop_positions, rotary_table, sincos_table
 
 GRIDS = {
     "native": (13, 30, 45),

@@ -13,9 +13,9 @@ import torch
 from torch import Generator, Tensor
 
 from cogvid.config import SchedulerConfig
-from cogvid.guidance import GUIDANCE, guidance_schedule, guide
-from cogvid.samplers import SAMPLERS, Network, State, Step, draw_noise, sample
-from cogvid.schedule import Schedule, add_noise, make_schedule, velocity
+from cogvid.sampling.guidance import GUIDANCE, guidance_schedule, guide
+from cogvid.sampling.samplers import SAMPLERS, Network, State, Step, draw_noise, sample
+from cogvid.sampling.schedule import Schedule, add_noise, make_schedule, velocity
 
 CONFIG = SchedulerConfig(snr_shift_scale=1.0)
 SCHEDULE = make_schedule(CONFIG, 2)
@@ -359,5 +359,5 @@ def test_mistakes_are_named(call, message: str) -> None:
 
 def test_import_is_light() -> None:
     heavy = "{'transformers', 'sentencepiece', 'diffusers'}"
-    code = f"import sys, cogvid.samplers, cogvid.text; print({heavy} & set(sys.modules))"
+    code = f"import sys, cogvid.sampling.samplers, cogvid.models.text; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import cogvid
 from cogvid import cli
-from cogvid.samplers import State, Step
-from cogvid.schedule import Schedule
-from cogvid.settings import OPTIONS, Settings, resolve_settings
+from cogvid.run.settings import OPTIONS, Settings, resolve_settings
+from cogvid.sampling.samplers import State, Step
+from cogvid.sampling.schedule import Schedule
 
 # The public contract. A name that disappears breaks users.
 CONTRACT = (
@@ -87,7 +87,7 @@ def test_values_that_cannot_be_are_named(option: dict[str, Any], message: str) -
 
 
 def test_settings_import_no_torch() -> None:
-    code = "import sys, cogvid.settings, cogvid.config; print('torch' in sys.modules)"
+    code = "import sys, cogvid.run.settings, cogvid.config; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -138,8 +138,8 @@ def test_a_users_guidance_rule_skips_the_unconditional_branch(
 
 def test_a_run_goes_on_from_a_saved_step_with_its_step_cache(pipe: cogvid.Pipeline, tmp_path: Path) -> None:
     """x, the sampler's, the cache's and the generator's state are all that a run carries from step to step."""
-    from cogvid.pipeline import denoise, encode_prompts
-    from cogvid.schedule import make_schedule
+    from cogvid.run.pipeline import denoise, encode_prompts
+    from cogvid.sampling.schedule import make_schedule
 
     class EveryOther:
         def __init__(self, state: dict[str, Any] | None = None) -> None:

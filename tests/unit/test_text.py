@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from cogvid.hub import PACKS
+from cogvid.models.text import TextEncoder, Tokenizer, use_ops
 from cogvid.ops import Ops, rms_norm
-from cogvid.text import TextEncoder, Tokenizer, use_ops
-from cogvid.weights_load import load_text_encoder
+from cogvid.weights.hub import PACKS
+from cogvid.weights.load import load_text_encoder
 from measure import rel_rms
 from tests.tiny_text import save_text_parts, train_tokenizer
 from tests.tolerances import TEXT_FP32
@@ -283,7 +283,7 @@ def test_unknown_words_are_named(checkpoint: Path) -> None:
 
 def test_a_large_vocabulary_spells_words_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5 splits rare words into pieces, so there only words with the unknown piece are unknown."""
-    monkeypatch.setattr("cogvid.text._WORD_LIST", 10)
+    monkeypatch.setattr("cogvid.models.text._WORD_LIST", 10)
     tokenizer = Tokenizer(train_tokenizer(tmp_path, "nmt_nfkc"))
     assert tokenizer.unknown_words("a bison 猫 dressed") == ["猫"]
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import cogvid
-from cogvid.hub import find
+from cogvid.weights.hub import find
 from scripts.tiny_world import Track, observe
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.png"

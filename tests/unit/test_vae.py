@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cogvid.config import VAEConfig
+from cogvid.models.vae import LAYOUT, VAE, CausalConv3d, ConvCache, DiagonalGaussian, NormSiLU, chunk_sizes
 from cogvid.ops import Ops
-from cogvid.vae import LAYOUT, VAE, CausalConv3d, ConvCache, DiagonalGaussian, NormSiLU, chunk_sizes
 from measure import rel_rms
 from references import perturb
 from tests.tolerances import VAE_BATCH_FP32

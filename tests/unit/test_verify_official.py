@@ -17,7 +17,7 @@ import torch
 import references
 import verify_official
 from cogvid.config import CONFIGS
-from cogvid.hub import find
+from cogvid.weights.hub import find
 from references import save_pipeline, tiny_pipeline
 
 COLUMNS = verify_official.COLUMNS

@@ -16,7 +16,7 @@ from av.codec.codec import UnknownCodecError
 import cogvid
 from cogvid import versions
 from cogvid.cli import main
-from cogvid.video import read_metadata
+from cogvid.media.video import read_metadata
 
 OLD = {
     "torch": "2.10.9+cu128",
@@ -58,7 +58,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> NoReturn:
         raise AssertionError("work began")
 
-    monkeypatch.setattr("cogvid.checkpoint.find", work)
+    monkeypatch.setattr("cogvid.weights.checkpoint.find", work)
 
 
 def test_what_is_installed_here_passes() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvid.video import (
+from cogvid.media.video import (
     VideoWriter,
     check_output_path,
     denormalize,

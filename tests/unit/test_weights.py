@@ -18,14 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvid.checkpoint import CLASSES, load_scheduler_config, read_model_config
 from cogvid.config import CONFIGS, SchedulerConfig, TransformerConfig, VAEConfig
-from cogvid.files import load_state
-from cogvid.hub import component_variants
-from cogvid.names import TRANSFORMER_NAMES, VAE_NAMES, unmap_state_dict
-from cogvid.transformer import Transformer
-from cogvid.vae import VAE
-from cogvid.weights_load import load_transformer, load_vae, save_vae
+from cogvid.models.transformer import Transformer
+from cogvid.models.vae import VAE
+from cogvid.weights.checkpoint import CLASSES, load_scheduler_config, read_model_config
+from cogvid.weights.files import load_state
+from cogvid.weights.hub import component_variants
+from cogvid.weights.load import load_transformer, load_vae, save_vae
+from cogvid.weights.names import TRANSFORMER_NAMES, VAE_NAMES, unmap_state_dict
 from tests.checkpoints import TRANSFORMER, VAE_CONFIG, WEIGHTS, digest, edit_json, write_checkpoint, write_json
 
 
@@ -513,7 +513,7 @@ def test_a_component_is_not_another(pristine: Path) -> None:
 
 MEASURE = """
 import json, os, sys, torch
-from cogvid.weights_load import load_transformer
+from cogvid.weights.load import load_transformer
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 load_transformer(sys.argv[2])  # the imports and caches of a first call

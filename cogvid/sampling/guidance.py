@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cogvid.schedule import Schedule
+from cogvid.sampling.schedule import Schedule
 
 Guidance = Callable[[float, int, Schedule], float | None]
 

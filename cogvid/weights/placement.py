@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cogvid.files import DTYPES
 from cogvid.ops import Ops
+from cogvid.weights.files import DTYPES
 
 
 @dataclass(frozen=True)

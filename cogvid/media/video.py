@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvid import versions
-from cogvid.download import shown
+from cogvid.media.download import shown
 
 if TYPE_CHECKING:
     from av.container import OutputContainer

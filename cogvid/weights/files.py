@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cogvid.hub import BASENAME, weight_files
+from cogvid.weights.hub import BASENAME, weight_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOAT64 = "patch_embed.pos_embedding"  # diffusers writes this table in float64, whatever it was loaded from

@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cogvid.vae import VAE
-from cogvid.video import denormalize, to_uint8
+from cogvid.media.video import denormalize, to_uint8
+from cogvid.models.vae import VAE
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,9 +15,9 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-from cogvid.guidance import guide
 from cogvid.ops import Branch
-from cogvid.schedule import Schedule
+from cogvid.sampling.guidance import guide
+from cogvid.sampling.schedule import Schedule
 
 Generators = Generator | Sequence[Generator]
 State = dict[str, Any]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cogvid.media.tokenizer import Tokenizer
 from cogvid.ops import Ops
-from cogvid.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cogvid.config import TransformerConfig, VAEConfig
-from cogvid.files import listing
-from cogvid.transformer import Transformer
-from cogvid.vae import VAE
+from cogvid.models.transformer import Transformer
+from cogvid.models.vae import VAE
+from cogvid.weights.files import listing
 
 # Upstream's module -> ours, one to one; `{}` is the number of a layer, and `.weight` and `.bias` come along.
 TRANSFORMER_NAMES = {

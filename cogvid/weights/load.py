@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cogvid.checkpoint import CLASSES, FIXED, read_config
 from cogvid.config import TransformerConfig, VAEConfig
-from cogvid.files import load_state, read_json, stored_dtype, write_whole
-from cogvid.hub import BASENAME, TOKENIZER_FILES, WEIGHTS, component_directory
-from cogvid.names import map_state, unmap_state_dict
+from cogvid.models.text import TextEncoder, Tokenizer, use_ops
+from cogvid.models.transformer import Block, Transformer
+from cogvid.models.vae import VAE
 from cogvid.ops import Ops
-from cogvid.placement import Placement, resolve_device, resolve_dtype, resolve_ops
-from cogvid.text import TextEncoder, Tokenizer, use_ops
-from cogvid.transformer import Block, Transformer
-from cogvid.vae import VAE
+from cogvid.weights.checkpoint import CLASSES, FIXED, read_config
+from cogvid.weights.files import load_state, read_json, stored_dtype, write_whole
+from cogvid.weights.hub import BASENAME, TOKENIZER_FILES, WEIGHTS, component_directory
+from cogvid.weights.names import map_state, unmap_state_dict
+from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
 
 QK_NORMS = ("layer", "rms")
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"

@@ -66,16 +66,19 @@ class Settings:
         str,
         "guidance rule: constant, diffusers (its dynamic guidance), cosine, or True and False for the first two in "
         "reverse; by default dynamic with dpm, unless the defaults are diffusers'",
-        choices=_names("cogvid.guidance", "GUIDANCE"),
+        choices=_names("cogvid.sampling.guidance", "GUIDANCE"),
     )
     scheduler: str = _option(
-        None, str, "sampler: dpm or ddim", model="sampler", choices=_names("cogvid.samplers", "SAMPLERS")
+        None, str, "sampler: dpm or ddim", model="sampler", choices=_names("cogvid.sampling.samplers", "SAMPLERS")
     )
     strength: float = _option(
         0.8, float, "of video-to-video: how much is noise at the start, and the share of the steps run", above=0, high=1
     )
     resize: str = _option(
-        "stretch", str, "fit the image or video by stretch, crop or pad", choices=_names("cogvid.image", "RESIZE_MODES")
+        "stretch",
+        str,
+        "fit the image or video by stretch, crop or pad",
+        choices=_names("cogvid.media.image", "RESIZE_MODES"),
     )
     image_latent_scale: str = _option(
         "diffusers",
@@ -259,7 +262,7 @@ def _check_option(
 
 def _check_schedule(model: ModelConfig, settings: Settings) -> None:
     """Raise unless the noise schedule has every step of the run, and the first one can be taken."""
-    from cogvid.schedule import make_schedule  # here, because it imports torch
+    from cogvid.sampling.schedule import make_schedule  # here, because it imports torch
 
     config = model.scheduler
     check_int("num_inference_steps", settings.num_inference_steps, 1, config.num_train_timesteps)

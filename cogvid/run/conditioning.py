@@ -12,11 +12,11 @@ import torch
 from torch import Generator, Tensor
 
 from cogvid.config import VAEConfig
-from cogvid.image import prepare_image
-from cogvid.placement import Placement
-from cogvid.samplers import Generators
-from cogvid.settings import Settings
-from cogvid.vae import VAE
+from cogvid.media.image import prepare_image
+from cogvid.models.vae import VAE
+from cogvid.run.settings import Settings
+from cogvid.sampling.samplers import Generators
+from cogvid.weights.placement import Placement
 
 
 def encode_image(

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvid.config import HEAD_DIM_SPLIT, LEARNED_POSITIONS, Grid, TransformerConfig
+from cogvid.models.rope import Positions, index_positions, resize_crop_positions, rotary_table, sincos_table
 from cogvid.ops import BlockContext, Branch, Ops, Rope, Shard, can_fuse, modulate, rotate
-from cogvid.rope import Positions, index_positions, resize_crop_positions, rotary_table, sincos_table
 
 OFS = 2.0  # the only value CogVideoX1.5-5B-I2V was trained with
 

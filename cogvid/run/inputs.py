@@ -9,8 +9,8 @@ from typing import Any
 from torch import Generator, Tensor
 
 from cogvid.config import ModelConfig
-from cogvid.samplers import Generators
-from cogvid.settings import check_int, check_seed
+from cogvid.run.settings import check_int, check_seed
+from cogvid.sampling.samplers import Generators
 
 
 def frames_to_use(video: Any, num_frames: int | None) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cogvid.config import CONFIGS
-from cogvid.download import one_line, shown
+from cogvid.media.download import one_line, shown
 
-PACKS = Path(__file__).parent / "packs"
+PACKS = Path(__file__).parents[1] / "packs"
 BASENAME = "diffusion_pytorch_model"
 COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 CONFIG_FILES = {name: "scheduler_config.json" if name == "scheduler" else "config.json" for name in COMPONENTS}

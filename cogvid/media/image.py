@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvid.download import Refused, download, one_line, shown
+from cogvid.media.download import Refused, download, one_line, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 import cogvid
-from cogvid.checkpoint import Checkpoint
-from cogvid.guidance import guidance_schedule
-from cogvid.placement import Placement
-from cogvid.schedule import Schedule
-from cogvid.settings import Settings
+from cogvid.run.settings import Settings
+from cogvid.sampling.guidance import guidance_schedule
+from cogvid.sampling.schedule import Schedule
+from cogvid.weights.checkpoint import Checkpoint
+from cogvid.weights.placement import Placement
 
 
 def make_record(

@@ -14,12 +14,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from cogvid.config import ModelConfig
-from cogvid.image import load_image
-from cogvid.inputs import frames_to_use
-from cogvid.output import Output
-from cogvid.pipeline import Pipeline
-from cogvid.settings import Settings, check_seed, resolve_settings, task_of
-from cogvid.video import VideoWriter, read_video
+from cogvid.media.image import load_image
+from cogvid.media.video import VideoWriter, read_video
+from cogvid.run.inputs import frames_to_use
+from cogvid.run.output import Output
+from cogvid.run.pipeline import Pipeline
+from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
 

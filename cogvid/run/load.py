@@ -7,14 +7,14 @@ import os
 import torch
 
 from cogvid import versions
-from cogvid.checkpoint import Checkpoint, read_checkpoint
-from cogvid.files import DTYPES, load_state
-from cogvid.hub import COMPONENTS, WEIGHTS
 from cogvid.ops import Ops
-from cogvid.pipeline import Pipeline
-from cogvid.placement import Placement, resolve_device, resolve_dtype, resolve_ops
-from cogvid.settings import check_choice
-from cogvid.weights_load import QK_NORMS, make_text_encoder, make_transformer, make_vae
+from cogvid.run.pipeline import Pipeline
+from cogvid.run.settings import check_choice
+from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
+from cogvid.weights.files import DTYPES, load_state
+from cogvid.weights.hub import COMPONENTS, WEIGHTS
+from cogvid.weights.load import QK_NORMS, make_text_encoder, make_transformer, make_vae
+from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
 
 
 def load(

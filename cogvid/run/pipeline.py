@@ -21,18 +21,16 @@ from einops import rearrange
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from cogvid.checkpoint import Checkpoint
-from cogvid.conditioning import CONDITION_ENCODERS, posterior_samples
-from cogvid.guidance import guidance_schedule
-from cogvid.image import prepare_video
-from cogvid.inputs import check_negatives, check_prompts, frames_to_use, resolve_generators
+from cogvid.media.image import prepare_video
+from cogvid.models.text import TextEncoder
+from cogvid.models.transformer import StepCache, Transformer
+from cogvid.models.vae import VAE
 from cogvid.ops import Branch, Ops
-from cogvid.output import OUTPUT_TYPES, Output, decode_output
-from cogvid.placement import Placement, resolve_ops
-from cogvid.record import make_record
-from cogvid.samplers import Generators, OnStep, State, Step, draw_noise, sample
-from cogvid.schedule import Schedule, add_noise, make_schedule
-from cogvid.settings import (
+from cogvid.run.conditioning import CONDITION_ENCODERS, posterior_samples
+from cogvid.run.inputs import check_negatives, check_prompts, frames_to_use, resolve_generators
+from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
+from cogvid.run.record import make_record
+from cogvid.run.settings import (
     Settings,
     check_choice,
     check_int,
@@ -41,9 +39,11 @@ from cogvid.settings import (
     takes_options,
     task_of,
 )
-from cogvid.text import TextEncoder
-from cogvid.transformer import StepCache, Transformer
-from cogvid.vae import VAE
+from cogvid.sampling.guidance import guidance_schedule
+from cogvid.sampling.samplers import Generators, OnStep, State, Step, draw_noise, sample
+from cogvid.sampling.schedule import Schedule, add_noise, make_schedule
+from cogvid.weights.checkpoint import Checkpoint
+from cogvid.weights.placement import Placement, resolve_ops
 
 Callback = Callable[["Pipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 

@@ -21,9 +21,17 @@ from cogvid.config import (
     TransformerConfig,
     VAEConfig,
 )
-from cogvid.files import load_state, read_json, stored_dtype
-from cogvid.hub import BASENAME, CONFIG_FILES, WEIGHTS, component_directory, component_variants, find, stored_variants
-from cogvid.names import map_transformer_state_dict, map_vae_state_dict
+from cogvid.weights.files import load_state, read_json, stored_dtype
+from cogvid.weights.hub import (
+    BASENAME,
+    CONFIG_FILES,
+    WEIGHTS,
+    component_directory,
+    component_variants,
+    find,
+    stored_variants,
+)
+from cogvid.weights.names import map_transformer_state_dict, map_vae_state_dict
 
 DEFAULTS = ("recommended", "diffusers")
 

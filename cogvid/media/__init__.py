@@ -1,0 +1,1 @@
+"""Pictures, videos and text from outside, and videos to files."""

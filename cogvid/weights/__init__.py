@@ -1,0 +1,1 @@
+"""Find, identify, load and save checkpoints."""
