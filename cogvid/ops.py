@@ -89,6 +89,7 @@ class AttentionOp(Protocol):
 
         q, k, v: `[B, N, heads, hd]`, any strides as long as the last one is 1. Returns `[B, N, heads * hd]`.
         """
+        ...
 
 
 class QKNormRopeOp(Protocol):
@@ -114,6 +115,7 @@ class QKNormRopeOp(Protocol):
         were centred: the norm is then RMSNorm with this weight and bias.
         Returns q and k, each `[B, N, heads, hd]`.
         """
+        ...
 
 
 class LayerNormModulateOp(Protocol):
@@ -125,11 +127,13 @@ class LayerNormModulateOp(Protocol):
         x: `[B, N, D]`. weight, bias: `[D]`. shift, scale: `[B, 2, D]`, row 0 for the first `text_len` tokens and
         row 1 for the others. Returns `[B, N, D]`.
         """
+        ...
 
 
 class GateResidualOp(Protocol):
     def __call__(self, x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tensor:
         """Compute `x + gate * y`. x, y: `[B, N, D]`. gate: `[B, 2, D]`, rows as in `LayerNormModulateOp`."""
+        ...
 
 
 class GateResidualNormModulateOp(Protocol):
@@ -147,21 +151,25 @@ class GateResidualNormModulateOp(Protocol):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         """Do `GateResidualOp`, then `LayerNormModulateOp` on its result; return both results."""
+        ...
 
 
 class LinearGeluOp(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Compute `gelu(x @ weight.T + bias)`, the tanh form. x: `[..., K]`, weight: `[M, K]`, bias: `[M]`."""
+        ...
 
 
 class RMSNormOp(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last axis (T5's norm). x: `[..., D]`, weight: `[D]`."""
+        ...
 
 
 class GroupNormSiluOp(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
         """Compute `silu(GroupNorm(x))`; statistics over all frames given. x: `[B, C, T, H, W]`, weight, bias: `[C]`."""
+        ...
 
 
 class SpatialNormSiluOp(Protocol):
@@ -174,6 +182,7 @@ class SpatialNormSiluOp(Protocol):
         When T is odd and above 1, frame 0 takes latent frame 0 and the other frames are upsampled from the others:
         the first frame of a clip has no partner in time.
         """
+        ...
 
 
 @dataclass(frozen=True)

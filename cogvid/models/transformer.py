@@ -54,6 +54,7 @@ class StepCache(Protocol):
         x: `[B, N, D]`, the embedded text and video.
         blocks: `blocks(x, start=0, stop=None)` runs the blocks start..stop-1 and returns `[B, N, D]`.
         """
+        ...
 
 
 class Transformer(nn.Module):

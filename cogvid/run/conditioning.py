@@ -1,6 +1,6 @@
 """What a model takes beside noise and text, encoded to latents: for each `Condition` of a config, one function.
 
-A function takes (VAE, the call's argument, settings, batch size, generators, latent frames, placement) and returns
+A function takes (VAE, the call's argument, settings, inputs, latent frames, placement) and returns
 `[B, C, T, h, w]` with the channels of its `Condition`.
 """
 
@@ -14,25 +14,24 @@ from torch import Generator, Tensor
 from cogvid.config import VAEConfig
 from cogvid.media.image import prepare_image
 from cogvid.models.vae import VAE
+from cogvid.run.inputs import Inputs
 from cogvid.run.settings import Settings
 from cogvid.sampling.samplers import Generators
 from cogvid.weights.placement import Placement
 
 
-def encode_image(
-    vae: VAE, image: Any, settings: Settings, batch: int, generator: Generators, frames: int, placement: Placement
-) -> Tensor:
+def encode_image(vae: VAE, image: Any, settings: Settings, inputs: Inputs, frames: int, placement: Placement) -> Tensor:
     """Encode the first frame to scaled latents `[B, C, frames, h, w]`, zero after the first latent frame.
 
     One posterior sample is drawn per video.
 
-    image: anything that `load_image` takes, or a list whose length divides `batch`.
+    image: anything that `load_image` takes, or a list whose length divides the number of videos.
     """
     images = list(image) if isinstance(image, (list, tuple)) else [image]
-    if not images or batch % len(images):
+    if not images or inputs.batch % len(images):
         raise ValueError(f"image: got a list of {len(images)}, want one, or one per prompt")
     pixels = [prepare_image(each, settings.height, settings.width, settings.resize)[:, :, None] for each in images]
-    z = posterior_samples(vae, pixels, generator, batch, placement)
+    z = posterior_samples(vae, pixels, inputs.generator, inputs.batch, placement)
     z = image_latent_factor(vae.config, settings.image_latent_scale) * z
     b, c, t, h, w = z.shape
     return torch.cat([z, z.new_zeros(b, c, frames - t, h, w)], dim=2)

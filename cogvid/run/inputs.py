@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor
@@ -13,6 +14,54 @@ from cogvid.run.settings import check_int, check_seed
 from cogvid.sampling.samplers import Generators
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a call is given beside its options, checked.
+
+    prompts, negatives: strings, or embeddings `[prompts, L, E]`; negatives is None without guidance.
+    num_videos_per_prompt: of each. generator: one for all videos, or one for each. seeds: of the generators; None if
+    the caller gave them.
+    """
+
+    prompts: list[str] | Tensor
+    negatives: list[str] | Tensor | None
+    num_videos_per_prompt: int
+    generator: Generators
+    seeds: list[int] | None
+
+    @property
+    def batch(self) -> int:
+        """The number of videos."""
+        return len(self.prompts) * self.num_videos_per_prompt
+
+    def record(self) -> dict[str, Any]:
+        """Return what a record says of the inputs."""
+        return {
+            "prompt": None if isinstance(self.prompts, Tensor) else self.prompts,
+            "negative_prompt": None if isinstance(self.negatives, Tensor) else self.negatives,
+            "num_videos_per_prompt": self.num_videos_per_prompt,
+            "seed": self.seeds[0] if self.seeds else None,
+            "seeds": self.seeds,
+        }
+
+
+def check_inputs(
+    model: ModelConfig,
+    prompt: str | Sequence[str] | None,
+    prompt_embeds: Tensor | None,
+    negative: tuple[str | Sequence[str], Tensor | None] | None,
+    num_videos_per_prompt: int,
+    seed: int | None,
+    generator: Generators | None,
+) -> Inputs:
+    """Check the arguments of these names. negative: the negative prompt and its embeddings; None without guidance."""
+    check_int("num_videos_per_prompt", num_videos_per_prompt, 1)
+    prompts = _prompts(prompt, prompt_embeds, model)
+    negatives = None if negative is None else _negatives(*negative, prompts, model)
+    generator, seeds = _generators(seed, generator, len(prompts) * num_videos_per_prompt)
+    return Inputs(prompts, negatives, num_videos_per_prompt, generator, seeds)
+
+
 def frames_to_use(video: Any, num_frames: int | None) -> int:
     """Return how many frames of a video are used: those asked for, which must be there, or all."""
     num_frames = len(video) if num_frames is None else num_frames
@@ -20,7 +69,7 @@ def frames_to_use(video: Any, num_frames: int | None) -> int:
     return num_frames
 
 
-def check_prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, model: ModelConfig) -> list[str] | Tensor:
+def _prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, model: ModelConfig) -> list[str] | Tensor:
     if (prompt is None) == (embeds is None):
         raise ValueError(f"prompt, prompt_embeds: got {'neither' if prompt is None else 'both'}, want one of them")
     if embeds is not None:
@@ -31,7 +80,7 @@ def check_prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, mod
     return _strings("prompt", prompt)
 
 
-def check_negatives(
+def _negatives(
     prompt: str | Sequence[str], embeds: Tensor | None, prompts: list[str] | Tensor, model: ModelConfig
 ) -> list[str] | Tensor:
     count = len(prompts)
@@ -55,9 +104,7 @@ def _strings(name: str, prompt: object) -> list[str]:
     return list(prompts)
 
 
-def resolve_generators(
-    seed: int | None, generator: Generators | None, batch: int
-) -> tuple[Generators, list[int] | None]:
+def _generators(seed: int | None, generator: Generators | None, batch: int) -> tuple[Generators, list[int] | None]:
     """Return the caller's generators, or else those of the seeds, one for each video, and the seeds."""
     if generator is not None:
         if seed is not None:

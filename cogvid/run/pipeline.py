@@ -27,18 +27,10 @@ from cogvid.models.transformer import StepCache, Transformer
 from cogvid.models.vae import VAE
 from cogvid.ops import Branch, Ops
 from cogvid.run.conditioning import CONDITION_ENCODERS, posterior_samples
-from cogvid.run.inputs import check_negatives, check_prompts, frames_to_use, resolve_generators
+from cogvid.run.inputs import Inputs, check_inputs, frames_to_use
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
-from cogvid.run.settings import (
-    Settings,
-    check_choice,
-    check_int,
-    outside_training,
-    resolve_settings,
-    takes_options,
-    task_of,
-)
+from cogvid.run.settings import Settings, check_choice, outside_training, resolve_settings, takes_options, task_of
 from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.samplers import Generators, OnStep, State, Step, draw_noise, sample
 from cogvid.sampling.schedule import Schedule, add_noise, make_schedule
@@ -133,18 +125,20 @@ class Pipeline:
             options: the fields of `Settings`.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        check_int("num_videos_per_prompt", num_videos_per_prompt, 1)
         if video is not None:
             options["num_frames"] = frames_to_use(video, options.get("num_frames"))
         settings = resolve_settings(self.model, task=task_of(image, video), **options)
         if reasons := outside_training(self.model, settings.height, settings.width, settings.num_frames):
             warnings.warn(f"{self.model.name} was not trained for {' and '.join(reasons)}", stacklevel=3)
-        prompts = check_prompts(prompt, prompt_embeds, self.model)
-        negatives = None
-        if settings.guided:
-            negatives = check_negatives(negative_prompt, negative_prompt_embeds, prompts, self.model)
-        batch = len(prompts) * num_videos_per_prompt
-        own_generators, seeds = resolve_generators(seed, generator, batch)
+        inputs = check_inputs(
+            self.model,
+            prompt,
+            prompt_embeds,
+            (negative_prompt, negative_prompt_embeds) if settings.guided else None,
+            num_videos_per_prompt,
+            seed,
+            generator,
+        )
         schedule = make_schedule(
             self.model.scheduler, settings.num_inference_steps, previous=settings.previous_timestep
         )
@@ -153,49 +147,41 @@ class Pipeline:
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order decides the video.
         frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
-        conditioning = self._condition({"image": image}, settings, batch, own_generators, frames)
+        conditioning = self._condition({"image": image}, settings, inputs, frames)
         padding = self.model.padding(settings.num_frames)
         if video is not None and latents is None:
-            x = noised_video(self.vae, video, settings, batch, own_generators, schedule, padding, self.placement)
+            x = noised_video(self.vae, video, settings, inputs, schedule, padding, self.placement)
         else:
-            shape = (batch, frames, self.model.transformer.out_channels, height, width)
-            x = initial_latents(shape, own_generators, self.device, self.dtype, latents)
-        embeds = encode_prompts(self.text_encoder, prompts, negatives, self.model.text_length)
+            shape = (inputs.batch, frames, self.model.transformer.out_channels, height, width)
+            x = initial_latents(shape, inputs.generator, self.device, self.dtype, latents)
+        embeds = encode_prompts(self.text_encoder, inputs.prompts, inputs.negatives, self.model.text_length)
         embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
         with tqdm(total=len(schedule), desc="denoise", unit="step", disable=not progress) as bar:
-            run = {"generator": own_generators, "on_step": self._reporter(bar, callback_on_step_end)}
+            run = {"generator": inputs.generator, "on_step": self._reporter(bar, callback_on_step_end)}
             x = denoise(
                 self.transformer, x, embeds, schedule, settings, conditioning=conditioning, step_cache=step_cache, **run
             )
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"latents: got numbers that are not finite in {self.dtype}, want a wider dtype")
-        tensors = (generator, latents, prompt_embeds, negative_prompt_embeds)
-        names = ("generator", "latents", "prompt_embeds", "negative_prompt_embeds")
+        tensors = {"generator": generator, "latents": latents}
+        tensors |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         record = make_record(
             self.checkpoint,
             self.placement,
             settings,
             schedule,
             qk_norm=self.qk_norm,
-            prompt=None if isinstance(prompts, Tensor) else prompts,
-            negative_prompt=None if isinstance(negatives, Tensor) else negatives,
-            num_videos_per_prompt=num_videos_per_prompt,
-            seed=seeds[0] if seeds else None,
-            seeds=seeds,
-            given=[name for name, tensor in zip(names, tensors, strict=True) if tensor is not None],
+            given=[name for name, tensor in tensors.items() if tensor is not None],
+            **inputs.record(),
         )
         decoded = decode_output(self.vae, x, padding, output_type)
         return Output(frames=decoded, seed=record["seed"], fps=self.model.fps, provenance=record)
 
-    def _condition(
-        self, inputs: dict[str, Any], settings: Settings, batch: int, generator: Generators, frames: int
-    ) -> Tensor | None:
+    def _condition(self, given: dict[str, Any], settings: Settings, inputs: Inputs, frames: int) -> Tensor | None:
         """Return what the model takes beside noise and text, `[B, C, frames, h, w]`, in the order of its config."""
         parts = [
-            CONDITION_ENCODERS[each.name](
-                self.vae, inputs[each.name], settings, batch, generator, frames, self.placement
-            )
+            CONDITION_ENCODERS[each.name](self.vae, given[each.name], settings, inputs, frames, self.placement)
             for each in self.model.conditions
         ]
         return torch.cat(parts, dim=1) if parts else None
@@ -229,26 +215,20 @@ def encode_prompts(
 
 
 def noised_video(
-    vae: VAE,
-    video: Any,
-    settings: Settings,
-    batch: int,
-    generator: Generators,
-    schedule: Schedule,
-    padding: int,
-    placement: Placement,
+    vae: VAE, video: Any, settings: Settings, inputs: Inputs, schedule: Schedule, padding: int, placement: Placement
 ) -> Tensor:
     """Encode a video and take it to the first timestep of the schedule: `[B, C, padding + T, h, w]`.
 
     video: what `prepare_video` takes, `settings.num_frames` frames or more. padding: latent frames repeated in front.
-    generator: one draws the posterior once, for all videos alike, as in diffusers; those of a list once for each.
+    One generator draws the posterior once, for all videos alike, as in diffusers; those of a list once for each.
     """
     pixels = prepare_video(video[: settings.num_frames], settings.height, settings.width, settings.resize)
-    draws = 1 if isinstance(generator, Generator) else batch
-    z = vae.config.scaling_factor * posterior_samples(vae, [pixels], generator, draws, placement)
-    z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2).expand(batch, -1, -1, -1, -1)
+    draws = 1 if isinstance(inputs.generator, Generator) else inputs.batch
+    z = vae.config.scaling_factor * posterior_samples(vae, [pixels], inputs.generator, draws, placement)
+    z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2).expand(inputs.batch, -1, -1, -1, -1)
     b, c, t, h, w = z.shape
-    return add_noise(z, initial_latents((b, t, c, h, w), generator, z.device, z.dtype), schedule.timesteps[0], schedule)
+    noise = initial_latents((b, t, c, h, w), inputs.generator, z.device, z.dtype)
+    return add_noise(z, noise, schedule.timesteps[0], schedule)
 
 
 def initial_latents(

@@ -30,6 +30,7 @@ class Network(Protocol):
         index: of the step. branch: "cond" wants `[B, C, T, h, w]`; "both" wants `[2B, C, T, h, w]`, the unconditional
         half first.
         """
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,7 @@ class Sampler(Protocol):
         x: fp32 `[B, C, T, h, w]` (fp64 if the run is). state: what the step before returned, empty at first; tensors
         and plain values only, so that it can be saved and put back. Returns the new x and the new state.
         """
+        ...
 
 
 OnStep = Callable[[Step, Tensor, State], Tensor | None]  # (the step done, its x, its state) -> an x to go on with
