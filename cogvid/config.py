@@ -160,11 +160,11 @@ class VAEConfig(JsonConfig):
 
 
 @dataclass(frozen=True)
-class SchedulerConfig(JsonConfig):
+class ScheduleConfig(JsonConfig):
     """Noise schedule: what `CogVideoXDDIMScheduler` and `CogVideoXDPMScheduler` take, both the same.
 
     The defaults are those of CogVideoX-2B, as its converter writes them; the classes' own differ in four, which
-    `SCHEDULER_CLASS_DEFAULTS` has.
+    `SCHEDULER_DEFAULTS` has.
 
     beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2", the last without `beta_start` and `beta_end`.
     trained_betas: replace all three. snr_shift_scale: as for SD3; 1 is none.
@@ -194,7 +194,7 @@ class SchedulerConfig(JsonConfig):
     snr_shift_scale: float = 3.0
 
     def __post_init__(self) -> None:
-        for name, choices in _SCHEDULER_CHOICES.items():
+        for name, choices in _SCHEDULE_CHOICES.items():
             if getattr(self, name) not in choices:
                 _refuse(name, getattr(self, name), f"one of {', '.join(choices)}")
         if min(self.beta_start, self.beta_end) < 0:
@@ -206,13 +206,13 @@ class SchedulerConfig(JsonConfig):
             )
 
 
-_SCHEDULER_CHOICES = {
+_SCHEDULE_CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "timestep_spacing": ("leading", "linspace", "trailing"),
 }
 # What diffusers takes for a setting that a scheduler_config.json does not name, where that is not CogVideoX's.
-SCHEDULER_CLASS_DEFAULTS = {
+SCHEDULER_DEFAULTS = {
     "clip_sample": True,
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
@@ -249,7 +249,7 @@ class ModelConfig:
     repo: str | None
     transformer: TransformerConfig
     vae: VAEConfig
-    scheduler: SchedulerConfig
+    schedule: ScheduleConfig
     height: int
     width: int
     num_frames: int
@@ -339,33 +339,33 @@ CONFIGS: dict[str, ModelConfig] = {
     m.name: m
     for m in (
         ModelConfig(
-            "cogvideox-2b", "zai-org/CogVideoX-2b", _TRANSFORMER_2B, VAEConfig(), SchedulerConfig(),
+            "cogvideox-2b", "zai-org/CogVideoX-2b", _TRANSFORMER_2B, VAEConfig(), ScheduleConfig(),
             dtype="float16", sampler="ddim", **_SIZE_10,
         ),
         ModelConfig(
-            "cogvideox-5b", "zai-org/CogVideoX-5b", _TRANSFORMER_5B, _VAE_5B, SchedulerConfig(snr_shift_scale=1.0),
+            "cogvideox-5b", "zai-org/CogVideoX-5b", _TRANSFORMER_5B, _VAE_5B, ScheduleConfig(snr_shift_scale=1.0),
             dtype="bfloat16", **_SIZE_10,
         ),
         ModelConfig(
             "cogvideox-5b-i2v", "zai-org/CogVideoX-5b-I2V",
             dataclasses.replace(_TRANSFORMER_5B, in_channels=32, use_learned_positional_embeddings=True),
-            _VAE_5B, SchedulerConfig(snr_shift_scale=1.0), dtype="bfloat16", conditions=(FIRST_FRAME,), **_SIZE_10,
+            _VAE_5B, ScheduleConfig(snr_shift_scale=1.0), dtype="bfloat16", conditions=(FIRST_FRAME,), **_SIZE_10,
         ),
         ModelConfig(
             "cogvideox1.5-5b", "zai-org/CogVideoX1.5-5B", _TRANSFORMER_15, _VAE_15,
-            SchedulerConfig(snr_shift_scale=1.0), **_SIZE_15,
+            ScheduleConfig(snr_shift_scale=1.0), **_SIZE_15,
         ),
         ModelConfig(
             "cogvideox1.5-5b-i2v", "zai-org/CogVideoX1.5-5B-I2V",
             dataclasses.replace(_TRANSFORMER_15, in_channels=32, ofs_embed_dim=512), _VAE_15,
-            SchedulerConfig(snr_shift_scale=1.0), conditions=(FIRST_FRAME,), **_SIZE_15,
+            ScheduleConfig(snr_shift_scale=1.0), conditions=(FIRST_FRAME,), **_SIZE_15,
         ),
         ModelConfig(
             "tiny-i2v", None, dataclasses.replace(_TRANSFORMER_TINY, in_channels=32), _VAE_TINY,
-            SchedulerConfig(snr_shift_scale=1.0), conditions=(FIRST_FRAME,), guidance_scale=2.0, **_SIZE_TINY,
+            ScheduleConfig(snr_shift_scale=1.0), conditions=(FIRST_FRAME,), guidance_scale=2.0, **_SIZE_TINY,
         ),
         ModelConfig(
-            "tiny-t2v", None, _TRANSFORMER_TINY, _VAE_TINY, SchedulerConfig(snr_shift_scale=1.0), guidance_scale=2.0,
+            "tiny-t2v", None, _TRANSFORMER_TINY, _VAE_TINY, ScheduleConfig(snr_shift_scale=1.0), guidance_scale=2.0,
             **_SIZE_TINY,
         ),
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import measure
 import references
-from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.config import ScheduleConfig, TransformerConfig, VAEConfig
 from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
 from cogvid.run.load import load
@@ -83,7 +83,7 @@ def rows() -> Iterator[Row]:
         yield compare("text encoder", "T5", *text_runs(Path(directory)))
     for name in SAMPLERS:
         for shift in (3.0, 1.0):
-            config = SchedulerConfig(snr_shift_scale=shift)
+            config = ScheduleConfig(snr_shift_scale=shift)
             ours, theirs = references.run_samplers(name, config, references.schedulers()[name](**config.to_dict()))
             yield fp32_row("sampler " + name, f"SNR shift {shift:g}", ours, theirs)
     for variant in TRANSFORMER_VARIANTS:
@@ -151,7 +151,7 @@ def text_runs(directory: Path) -> tuple[Run, Run]:
     prompts = ["a cat", "two"]
 
     def ours(dtype: torch.dtype) -> Tensor:
-        encoder.model.to(dtype)
+        encoder.t5.to(dtype)
         return encoder(prompts, 10)
 
     def theirs(dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, CogVideoXVideoToVideoPipeline
     from transformers import T5EncoderModel
 
-    from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
+    from cogvid.config import ScheduleConfig, TransformerConfig, VAEConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -297,7 +297,7 @@ def rotary_table(model: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
     return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height * 8, width * 8, frames, latents.device)
 
 
-def run_samplers(name: str, config: SchedulerConfig, scheduler: Any, steps: int = 20) -> tuple[Tensor, Tensor]:
+def run_samplers(name: str, config: ScheduleConfig, scheduler: Any, steps: int = 20) -> tuple[Tensor, Tensor]:
     """Run our sampler and diffusers' scheduler on a made-up velocity, a smooth function of the state, from one seed.
 
     Returns the two final states, `[1, 4, 3, 6, 8]` fp32.

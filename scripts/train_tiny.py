@@ -439,7 +439,7 @@ def train_denoiser(args: argparse.Namespace, task: str) -> None:
     )
     generator = torch.Generator().manual_seed(3 + trainer.step_count)
     rng = random.Random(3 + trainer.step_count)
-    schedule = make_schedule(MODEL.scheduler, 50)
+    schedule = make_schedule(MODEL.schedule, 50)
     usual = torch.ones(20)  # running mean of the error in twenty ranges of time
     for progress in trainer.run():
         data, count = videos, BATCH
@@ -491,7 +491,7 @@ def export(args: argparse.Namespace) -> None:
             weights.symlink_to(Path("../../tiny-i2v/vae") / weights.name)
         save_text_encoder(model.text_encoder, pack / "text_encoder")
         save_tokenizer(args.out / "spiece.model", pack / "tokenizer")
-        scheduler = {"_class_name": "CogVideoXDPMScheduler", **DIFFUSERS_VERSION, **MODEL.scheduler.to_dict()}
+        scheduler = {"_class_name": "CogVideoXDPMScheduler", **DIFFUSERS_VERSION, **MODEL.schedule.to_dict()}
         write_json(pack / "scheduler" / "scheduler_config.json", scheduler)
         index: dict[str, Any] = {
             "_class_name": "CogVideoXImageToVideoPipeline" if task == "i2v" else "CogVideoXPipeline",

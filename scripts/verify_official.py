@@ -46,7 +46,7 @@ from cogvid.config import ModelConfig
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.settings import check_frames, check_int, check_size
 from cogvid.sampling.schedule import make_schedule
-from cogvid.weights.checkpoint import Checkpoint, load_scheduler_config, read_checkpoint
+from cogvid.weights.checkpoint import Checkpoint, load_schedule_config, read_checkpoint
 from cogvid.weights.load import load_text_encoder, load_transformer, load_vae
 from cogvid.weights.placement import Placement, resolve_device, resolve_ops
 
@@ -224,7 +224,7 @@ def _job(args: argparse.Namespace) -> Job:
     frames = args.num_frames or (min(model.num_frames, 17) - 1) // 8 * 8 + 1
     check_size(model, *run_size)
     check_frames(model.vae, frames)
-    check_int("steps", args.steps, 1, model.scheduler.num_train_timesteps)
+    check_int("steps", args.steps, 1, model.schedule.num_train_timesteps)
     return Job(
         args.command,
         checkpoint,
@@ -369,7 +369,7 @@ class TextInputs:
 
 
 def compare_schedulers(job: Job) -> list[Finding]:
-    config = load_scheduler_config(job.directory)
+    config = load_schedule_config(job.directory)
     findings = []
     for name, kind in references.schedulers().items():
         scheduler: Any = _scheduler(job, kind)

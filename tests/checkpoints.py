@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cogvid.config import SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.config import ScheduleConfig, TransformerConfig, VAEConfig
 from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
 from cogvid.weights.load import save_transformer, save_vae
@@ -28,7 +28,7 @@ TRANSFORMER = TransformerConfig(
 VAE_CONFIG = VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.7)
 SCHEDULER = {
     "_class_name": "CogVideoXDPMScheduler",
-    **SchedulerConfig(snr_shift_scale=1.0).to_dict(),
+    **ScheduleConfig(snr_shift_scale=1.0).to_dict(),
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

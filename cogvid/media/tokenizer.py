@@ -35,19 +35,21 @@ class Tokenizer:
         if not Path(spiece_path).is_file():
             raise ValueError(f"{spiece_path}: got no file, want a sentencepiece model")
         try:
-            self.model = SentencePieceProcessor(model_file=str(spiece_path))
+            self.processor = SentencePieceProcessor(model_file=str(spiece_path))
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{spiece_path}: got a broken file ({reason:.200}), want a sentencepiece model") from None
-        size = self.model.get_piece_size()
-        self.pad, self.eos = self.model.pad_id(), self.model.eos_id()
+        size = self.processor.get_piece_size()
+        self.pad, self.eos = self.processor.pad_id(), self.processor.eos_id()
         if self.pad < 0 or self.eos < 0:
             raise ValueError(f"{spiece_path}: got no {'pad' if self.pad < 0 else 'eos'} token, want a T5 model")
         self._special = {
-            self.model.id_to_piece(i): i for i in range(size) if self.model.is_control(i) or self.model.is_unknown(i)
+            self.processor.id_to_piece(i): i
+            for i in range(size)
+            if self.processor.is_control(i) or self.processor.is_unknown(i)
         } | {f"<extra_id_{i}>": size + extra_ids - 1 - i for i in range(extra_ids)}
         self._split_special = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
-        pieces = [self.model.id_to_piece(i) for i in range(size)] if size < _WORD_LIST else []
+        pieces = [self.processor.id_to_piece(i) for i in range(size)] if size < _WORD_LIST else []
         self._words = {piece.removeprefix(_WORD_START) for piece in pieces if piece.startswith(_WORD_START)}
         self._spaces = {ord(c): " " for c in _SPACES if self._keeps(c)}
         self._keeps_word_start = self._keeps(_WORD_START)
@@ -91,7 +93,7 @@ class Tokenizer:
         return [word for word in dict.fromkeys(words) if not self._knows(word)]
 
     def _knows(self, word: str) -> bool:
-        if self.model.unk_id() in self._tokenize_word(word):
+        if self.processor.unk_id() in self._tokenize_word(word):
             return False
         if not self._words or word[0] in string.punctuation:
             return True
@@ -99,7 +101,9 @@ class Tokenizer:
 
     def piece(self, token: int) -> str:
         """Return the text of a token id, also of a sentinel."""
-        return next((text for text, i in self._special.items() if i == token), None) or self.model.id_to_piece(token)
+        return next((text for text, i in self._special.items() if i == token), None) or self.processor.id_to_piece(
+            token
+        )
 
     def _tokenize(self, prompt: str) -> list[int]:
         ids: list[int] = []
@@ -113,12 +117,12 @@ class Tokenizer:
 
     def _tokenize_word(self, word: str) -> list[int]:
         if _WORD_START not in word or not self._keeps_word_start:
-            return self.model.encode(word)
+            return self.processor.encode(word)
         # transformers starts a word at each of these characters; sentencepiece would join or strip them.
         starts = re.findall(f"{_WORD_START}[^{_WORD_START}]*|^[^{_WORD_START}]+", word)
-        bare = self.model.piece_to_id(_WORD_START)
-        return [i for s in starts for i in self.model.encode(s.removeprefix(_WORD_START)) or [bare]]
+        bare = self.processor.piece_to_id(_WORD_START)
+        return [i for s in starts for i in self.processor.encode(s.removeprefix(_WORD_START)) or [bare]]
 
     def _keeps(self, character: str) -> bool:
         """Say whether the model's normalisation keeps a character. Tested with two, because two spaces become one."""
-        return self.model.normalize(f"a{character}{character}b").endswith(f"a{character}{character}b")
+        return self.processor.normalize(f"a{character}{character}b").endswith(f"a{character}{character}b")

@@ -22,20 +22,20 @@ class TextEncoder:
     """Encode prompts with T5: transformers' `T5EncoderModel` and a `Tokenizer`."""
 
     def __init__(self, model: T5EncoderModel, tokenizer: Tokenizer) -> None:
-        self.model = model
+        self.t5 = model
         self.tokenizer = tokenizer
 
     def set_ops(self, ops: Ops) -> None:
         """Run these operations from now on."""
-        use_ops(self.model, ops)
+        use_ops(self.t5, ops)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.shared.weight.dtype
+        return self.t5.shared.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.model.shared.weight.device
+        return self.t5.shared.weight.device
 
     def __call__(self, prompts: Sequence[str], max_length: int) -> Tensor:
         """Return embeddings `[B, max_length, E]` in the encoder's dtype, on its device.
@@ -47,7 +47,7 @@ class TextEncoder:
             ValueError: the encoder has no embedding for a token of a prompt.
         """
         ids = self.tokenizer.encode(prompts, max_length)
-        rows, size = ids.tolist(), self.model.config.vocab_size
+        rows, size = ids.tolist(), self.t5.config.vocab_size
         for prompt, row in zip(prompts, rows, strict=True):
             if max(row) >= size:
                 piece = self.tokenizer.piece(max(row))
@@ -55,7 +55,7 @@ class TextEncoder:
                     f"prompt: got {prompt!r:.40} with the piece {piece!r} of id {max(row)}, want ids below {size}, "
                     "the text encoder's vocab_size"
                 )
-        return self.model(ids.to(self.device)).last_hidden_state
+        return self.t5(ids.to(self.device)).last_hidden_state
 
 
 class _RMSNorm(nn.Module):

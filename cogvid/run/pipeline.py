@@ -139,9 +139,7 @@ class Pipeline:
             seed,
             generator,
         )
-        schedule = make_schedule(
-            self.model.scheduler, settings.num_inference_steps, previous=settings.previous_timestep
-        )
+        schedule = make_schedule(self.model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
         if video is not None:
             schedule = schedule.tail(settings.strength)
 

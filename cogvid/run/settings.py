@@ -264,7 +264,7 @@ def _check_schedule(model: ModelConfig, settings: Settings) -> None:
     """Raise unless the noise schedule has every step of the run, and the first one can be taken."""
     from cogvid.sampling.schedule import make_schedule  # here, because it imports torch
 
-    config = model.scheduler
+    config = model.schedule
     check_int("num_inference_steps", settings.num_inference_steps, 1, config.num_train_timesteps)
     schedule = make_schedule(config, settings.num_inference_steps, previous="next")
     if settings.task == "video-to-video":

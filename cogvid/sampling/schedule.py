@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvid.config import PREVIOUS_TIMESTEPS, SchedulerConfig
+from cogvid.config import PREVIOUS_TIMESTEPS, ScheduleConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Schedule:
         return dataclasses.replace(self, timesteps=self.timesteps[-count:], prev_timesteps=self.prev_timesteps[-count:])
 
 
-def make_schedule(config: SchedulerConfig, num_inference_steps: int, *, previous: str = "diffusers") -> Schedule:
+def make_schedule(config: ScheduleConfig, num_inference_steps: int, *, previous: str = "diffusers") -> Schedule:
     """Build the noise levels and the steps of a run.
 
     previous: where a step ends. "diffusers" is t - num_train_timesteps // num_inference_steps, which with most counts
@@ -93,7 +93,7 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int, *, previous
     )
 
 
-def alphas_cumprod(config: SchedulerConfig) -> Tensor:
+def alphas_cumprod(config: ScheduleConfig) -> Tensor:
     """Return abar of every level, `[num_train_timesteps]` on the CPU, falling, to 0 if the terminal SNR is zero.
 
     fp64 for "scaled_linear"; fp32 for other betas, because diffusers has those and all that follows from them in fp32.
@@ -124,7 +124,7 @@ def alphas_cumprod(config: SchedulerConfig) -> Tensor:
     return alphas
 
 
-def timesteps(config: SchedulerConfig, num_inference_steps: int) -> tuple[int, ...]:
+def timesteps(config: ScheduleConfig, num_inference_steps: int) -> tuple[int, ...]:
     """Return the timestep of each step, descending.
 
     For 62 counts (61, 103, ...) the float range of "trailing" is one too long. diffusers then takes one more step, at
@@ -151,7 +151,7 @@ def _trailing(train_steps: int, count: int) -> np.ndarray:
     return np.arange(train_steps, 0, -train_steps / count).round()
 
 
-def _warn_of_misses(config: SchedulerConfig, landing: tuple[int, ...], following: tuple[int, ...]) -> None:
+def _warn_of_misses(config: ScheduleConfig, landing: tuple[int, ...], following: tuple[int, ...]) -> None:
     """Warn if steps do not end where the next one begins."""
     count, train_steps = len(landing), config.num_train_timesteps
     faults = []

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from cogvid.config import (
     CONFIGS,
-    SCHEDULER_CLASS_DEFAULTS,
+    SCHEDULER_DEFAULTS,
     Condition,
     ModelConfig,
-    SchedulerConfig,
+    ScheduleConfig,
     TransformerConfig,
     VAEConfig,
 )
@@ -70,7 +70,7 @@ FIXED: dict[str, dict[str, Any]] = {
     },
 }
 
-Config = TypeVar("Config", TransformerConfig, VAEConfig, SchedulerConfig)
+Config = TypeVar("Config", TransformerConfig, VAEConfig, ScheduleConfig)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def read_model_config(directory: str | Path, variant: str | None = None) -> Mode
 def _read_model(directory: Path, conditions: tuple[str, ...], variant: str | None) -> ModelConfig:
     transformer = read_config(directory / "transformer", "transformer", TransformerConfig)
     vae = read_config(directory / "vae", "vae", VAEConfig)
-    scheduler = read_config(directory / "scheduler", "scheduler", SchedulerConfig)
+    schedule = read_config(directory / "scheduler", "scheduler", ScheduleConfig)
     text_width = read_json(directory / "text_encoder" / "config.json").get("d_model")
     for what, got, wanted in (
         ("out_channels", transformer.out_channels, vae.latent_channels),
@@ -134,7 +134,7 @@ def _read_model(directory: Path, conditions: tuple[str, ...], variant: str | Non
         if got != wanted:
             raise ValueError(f"{directory}: got a transformer with {what} {got}, want {wanted} as the other parts have")
 
-    parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+    parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "schedule": schedule}
     known = next((m for m in CONFIGS.values() if _without_size(m.transformer) == _without_size(transformer)), None)
     # 1.5 is hosted with sample sizes that are not what it was trained for.
     if known is not None and (transformer == known.transformer or transformer.patch_size_t is not None):
@@ -183,9 +183,9 @@ def _with_diffusers_defaults(model: ModelConfig, index: dict[str, Any]) -> Model
     )
 
 
-def load_scheduler_config(model: str | Path) -> SchedulerConfig:
+def load_schedule_config(source: str | Path) -> ScheduleConfig:
     """Read the noise schedule of a checkpoint; what the file does not name is the default of diffusers' class."""
-    return read_config(component_directory(model, "scheduler"), "scheduler", SchedulerConfig)
+    return read_config(component_directory(source, "scheduler"), "scheduler", ScheduleConfig)
 
 
 def read_model_index(directory: str | Path) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def read_config(directory: Path, component: str, config: type[Config]) -> Config
         if values.get(name, value) != value:
             raise ValueError(f"{path}: {name}: got {values[name]!r}, want {value!r}: no other is implemented")
     if component == "scheduler":  # unlike the other two, upstream's defaults here are not those of CogVideoX
-        values = {**SCHEDULER_CLASS_DEFAULTS, **values}
+        values = {**SCHEDULER_DEFAULTS, **values}
     try:
         return config.from_dict(values)
     except ValueError as error:
@@ -256,6 +256,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "config": {
             "transformer": model.transformer.to_dict(),
             "vae": model.vae.to_dict(),
-            "scheduler": model.scheduler.to_dict(),
+            "scheduler": model.schedule.to_dict(),
         },
     }

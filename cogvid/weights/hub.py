@@ -26,17 +26,17 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def find(
-    model: str | Path,
+    source: str | Path,
     *,
     revision: str | None = None,
     local_files_only: bool = False,
     components: Iterable[str] = COMPONENTS,
     variant: str | None = None,
 ) -> Path:
-    """Return the directory of a checkpoint; download it first if `model` is a hub id.
+    """Return the directory of a checkpoint; download it first if `source` is a hub id.
 
     Args:
-        model: the name of a shipped pack, a directory, or a hub id such as "zai-org/CogVideoX-5b", tried in this order
+        source: the name of a shipped pack, a directory, or a hub id such as "zai-org/CogVideoX-5b", tried in this order
             ("./tiny-i2v" is always a directory).
         revision: branch, tag or commit of a hub id.
         local_files_only: read a hub id from the local cache only, without the network.
@@ -47,7 +47,7 @@ def find(
         ValueError: there is no such model, or none in this variant.
         OSError: the hub cannot be reached, or the disk is full.
     """
-    name = os.fspath(model)
+    name = os.fspath(source)
     if name in packs():
         return PACKS / name
     path = Path(name).expanduser()
@@ -55,7 +55,7 @@ def find(
         return path
     if name and path.exists():
         raise ValueError(f"model: got {shown(name)}, which is a file, want the directory of a checkpoint")
-    if _HUB_ID.fullmatch(name) and isinstance(model, str):
+    if _HUB_ID.fullmatch(name) and isinstance(source, str):
         return _fetch(name, revision, local_files_only, components, variant)
     known = f", whose weights are {CONFIGS[name].repo}," if name in CONFIGS and CONFIGS[name].repo else ""
     raise ValueError(
@@ -190,9 +190,9 @@ def _fetch(
         raise OSError(f"{got}, which {reason}, want another try: what was fetched is kept") from error
 
 
-def component_directory(model: str | Path, component: str, variant: str | None = None) -> Path:
-    """Return the directory of one component. `model` is a checkpoint, as for `find`, or the component's directory."""
-    directory = find(model, components=(component,), variant=variant)
+def component_directory(source: str | Path, component: str, variant: str | None = None) -> Path:
+    """Return the directory of one component. `source` is a checkpoint, as for `find`, or the component's directory."""
+    directory = find(source, components=(component,), variant=variant)
     if (directory / component).is_dir():
         return directory / component
     if (directory / CONFIG_FILES[component]).is_file() and not (directory / "model_index.json").is_file():

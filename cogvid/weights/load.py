@@ -35,7 +35,7 @@ Module = TypeVar("Module", Transformer, VAE)
 
 
 def load_transformer(
-    model: str | Path,
+    source: str | Path,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
@@ -46,7 +46,7 @@ def load_transformer(
     """Load the transformer of a checkpoint, or the one in its own directory.
 
     Args:
-        model: as for `hub.find`, or a directory that holds the transformer's own config.json.
+        source: as for `hub.find`, or a directory that holds the transformer's own config.json.
         dtype: float32, float16 or bfloat16, as a name or a `torch.dtype`; None is the stored one. A dtype that this CPU
             is slow at is replaced, with a warning: see `resolve_dtype`.
         ops: "auto", "torch", "triton" or an `Ops`.
@@ -56,14 +56,14 @@ def load_transformer(
     Raises:
         ValueError: the files are missing, broken or not this model's; an argument is not one of the above.
     """
-    directory = component_directory(model, "transformer", variant)
+    directory = component_directory(source, "transformer", variant)
     config = read_config(directory, "transformer", TransformerConfig)
     state = load_state(directory, variant=variant)
     return make_transformer(config, state, _place(device, dtype, ops, state, directory), directory, qk_norm)
 
 
 def load_vae(
-    model: str | Path,
+    source: str | Path,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
@@ -71,14 +71,14 @@ def load_vae(
     variant: str | None = None,
 ) -> VAE:
     """Load the VAE of a checkpoint, or the one in its own directory; arguments as for `load_transformer`."""
-    directory = component_directory(model, "vae", variant)
+    directory = component_directory(source, "vae", variant)
     config = read_config(directory, "vae", VAEConfig)
     state = load_state(directory, variant=variant)
     return make_vae(config, state, _place(device, dtype, ops, state, directory), directory)
 
 
 def load_text_encoder(
-    model: str | Path,
+    source: str | Path,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
@@ -90,8 +90,8 @@ def load_text_encoder(
     Arguments and errors as for `load_transformer`. With float16 the `wo` matrices are float32, as transformers keeps
     them, because they overflow.
     """
-    directory = component_directory(model, "text_encoder", variant)
-    tokenizer = component_directory(model, "tokenizer")
+    directory = component_directory(source, "text_encoder", variant)
+    tokenizer = component_directory(source, "tokenizer")
     state = load_state(directory, WEIGHTS["text_encoder"], variant)
     return make_text_encoder(directory, tokenizer, state, _place(device, dtype, ops, state, directory))
 

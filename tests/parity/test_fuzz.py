@@ -18,7 +18,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideo
 from torch import Generator, Tensor, nn
 
 import cogvid
-from cogvid.config import SchedulerConfig
+from cogvid.config import ScheduleConfig
 from cogvid.sampling.samplers import sample
 from cogvid.sampling.schedule import add_noise, make_schedule
 from measure import rel_rms
@@ -189,7 +189,7 @@ def sampler(case: Case, _directory: Path) -> Runs:
         return (torch.einsum("bc...,cd->bd...", x, mix) + t / 500).sin()
 
     def ours() -> list[Tensor]:
-        schedule = make_schedule(SchedulerConfig.from_dict(dict(scheduler.config)), call["steps"]).tail(strength)
+        schedule = make_schedule(ScheduleConfig.from_dict(dict(scheduler.config)), call["steps"]).tail(strength)
         states = [add_noise(x0, x, call["add_noise_at"], schedule)]
         sample(
             lambda x, _index, timestep, _branch: network(x, timestep), x, schedule, sampler=call["sampler"],

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from torch import Generator, Tensor
 
-from cogvid.config import CONFIGS, SCHEDULER_CLASS_DEFAULTS, SchedulerConfig
+from cogvid.config import CONFIGS, SCHEDULER_DEFAULTS, ScheduleConfig
 from cogvid.run.settings import resolve_settings
 from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.samplers import draw_noise, sample
@@ -36,7 +36,7 @@ SHIFTS = [1.0, 3.0]
 def schedule_for(steps: int, shift: float) -> Schedule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return make_schedule(SchedulerConfig(snr_shift_scale=shift), steps)
+        return make_schedule(ScheduleConfig(snr_shift_scale=shift), steps)
 
 
 def scheduler_for(name: str, shift: float) -> Any:
@@ -109,7 +109,7 @@ def test_schedule_is_diffusers_to_the_bit(steps: int, shift: float) -> None:
 
 
 def test_schedule_without_terminal_rescale() -> None:
-    ours = make_schedule(SchedulerConfig(rescale_betas_zero_snr=False), 50)
+    ours = make_schedule(ScheduleConfig(rescale_betas_zero_snr=False), 50)
     assert torch.equal(ours.alphas_cumprod, CogVideoXDDIMScheduler(snr_shift_scale=3.0).alphas_cumprod)
 
 
@@ -153,7 +153,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shift": {"snr_shift_scale": 7.0},
     "other betas": {"beta_start": 0.002, "beta_end": 0.03},
     "500 levels": {"num_train_timesteps": 500},
-    "class defaults": SCHEDULER_CLASS_DEFAULTS,
+    "class defaults": SCHEDULER_DEFAULTS,
 }  # fmt: skip
 
 
@@ -161,12 +161,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_setting_of_the_schedulers(name: str, setting: str, steps: int) -> None:
-    config = {**SchedulerConfig().to_dict(), **SETTINGS[setting]}
+    config = {**ScheduleConfig().to_dict(), **SETTINGS[setting]}
     scheduler = SCHEDULERS[name](**config)
     scheduler.set_timesteps(steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        schedule = make_schedule(SchedulerConfig.from_dict(config), steps)
+        schedule = make_schedule(ScheduleConfig.from_dict(config), steps)
     assert torch.equal(schedule.alphas_cumprod, scheduler.alphas_cumprod)
     assert list(schedule.timesteps) == scheduler.timesteps.tolist()
     generators = Generator().manual_seed(3), Generator().manual_seed(3)
@@ -197,18 +197,18 @@ def test_counts_for_which_diffusers_takes_a_step_more(name: str, steps: int) -> 
 def test_the_settings_and_their_defaults_are_those_of_the_class(name: str) -> None:
     parameters = inspect.signature(SCHEDULERS[name].__init__).parameters
     theirs = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
-    assert {**SchedulerConfig().to_dict(), **SCHEDULER_CLASS_DEFAULTS} == theirs
+    assert {**ScheduleConfig().to_dict(), **SCHEDULER_DEFAULTS} == theirs
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_noise_cannot_be_predicted_where_there_is_nothing_else(name: str) -> None:
     """diffusers divides by zero at the first step, and so do the samplers; a run is refused before it begins."""
-    config = SchedulerConfig(prediction_type="epsilon")
+    config = ScheduleConfig(prediction_type="epsilon")
     scheduler = SCHEDULERS[name](**config.to_dict())
     scheduler.set_timesteps(5)
     theirs, _ = drive(scheduler, noise(), Generator().manual_seed(1))
     assert not torch.isfinite(theirs[0]).any()
-    model = dataclasses.replace(CONFIGS["cogvideox-2b"], scheduler=config)
+    model = dataclasses.replace(CONFIGS["cogvideox-2b"], schedule=config)
     with pytest.raises(ValueError, match=r"^prediction_type: got 'epsilon' with a first step at timestep 999, where"):
         resolve_settings(model, task="text-to-video", scheduler=name, num_inference_steps=5)
     # With the noisiest step left out, both run.

@@ -127,7 +127,7 @@ def test_a_vocabulary_larger_than_the_embedding_runs_as_in_diffusers(tmp_path: P
     )
     encoder.save_pretrained(tmp_path / "text_encoder")
     ours = load_text_encoder(tmp_path)
-    assert ours.tokenizer.vocab_size > ours.model.config.vocab_size
+    assert ours.tokenizer.vocab_size > ours.t5.config.vocab_size
     prompts = ["a red circle moves to the left.", ""]
     expected = diffusers_embeds(tmp_path, torch.float32, 16, prompts=prompts)
     assert rel_rms(ours(prompts, 16), expected) <= TEXT_FP32
@@ -180,7 +180,7 @@ def test_prompt_embeds_fp16(tmp_path: Path) -> None:
     """On a GPU, because a CPU does not run fp16 here; `wo` is fp32 in both."""
     save_text_parts(tmp_path, dtype=torch.float16)
     encoder = load_text_encoder(tmp_path, device="cuda", ops="torch")
-    stored = {name: tensor.dtype for name, tensor in encoder.model.state_dict().items()}
+    stored = {name: tensor.dtype for name, tensor in encoder.t5.state_dict().items()}
     assert all(dtype == (torch.float32 if ".wo." in name else torch.float16) for name, dtype in stored.items())
     ours = encoder(FILLED, 32).cpu()
     truth = diffusers_embeds(tmp_path, torch.float64, 32, prompts=FILLED)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cogvid
-from cogvid.config import CONFIGS, SchedulerConfig
+from cogvid.config import CONFIGS, ScheduleConfig
 from cogvid.ops import BlockContext
 from cogvid.run.settings import OPTIONS, check_frames, outside_training, resolve_settings
 from cogvid.weights.checkpoint import read_checkpoint
@@ -153,7 +153,7 @@ def test_frames_are_legal_exactly_when_they_decode_to_themselves(num_frames: int
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_a_schedule_that_cannot_be_run_is_refused_with_the_settings(scheduler: dict[str, Any], message: str) -> None:
-    model = dataclasses.replace(CONFIGS["cogvideox-5b"], scheduler=SchedulerConfig(**scheduler))
+    model = dataclasses.replace(CONFIGS["cogvideox-5b"], schedule=ScheduleConfig(**scheduler))
     with pytest.raises(ValueError, match=f"^{message}"):
         resolve_settings(model, task="text-to-video")
 

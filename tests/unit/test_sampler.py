@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from cogvid.config import SchedulerConfig
+from cogvid.config import ScheduleConfig
 from cogvid.sampling.guidance import GUIDANCE, guidance_schedule, guide
 from cogvid.sampling.samplers import SAMPLERS, Network, State, Step, draw_noise, sample
 from cogvid.sampling.schedule import Schedule, add_noise, make_schedule, velocity
 
-CONFIG = SchedulerConfig(snr_shift_scale=1.0)
+CONFIG = ScheduleConfig(snr_shift_scale=1.0)
 SCHEDULE = make_schedule(CONFIG, 2)
 
 
@@ -104,13 +104,13 @@ def test_the_warning_says_where_diffusers_goes_on() -> None:
     with pytest.warns(UserWarning, match=r"does not divide 1000: 3 steps land beside .*, as in diffusers;"):
         make_schedule(CONFIG, 6)
     with pytest.warns(UserWarning, match=r"=50 with spacing 'linspace': 19 steps land beside .*, as in diffusers;"):
-        make_schedule(SchedulerConfig(timestep_spacing="linspace"), 50)
+        make_schedule(ScheduleConfig(timestep_spacing="linspace"), 50)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("steps", [1, 3, 7, 50, 61, 600])
 def test_leading_steps_land_on_each_other(steps: int) -> None:
-    schedule = make_schedule(SchedulerConfig(timestep_spacing="leading"), steps)
+    schedule = make_schedule(ScheduleConfig(timestep_spacing="leading"), steps)
     assert schedule.prev_timesteps[:-1] == schedule.timesteps[1:]
     assert schedule.prev_timesteps[-1] < 0
 
@@ -231,7 +231,7 @@ def test_a_sampler_may_ask_the_network_twice_in_a_step() -> None:
 
     # Without zero terminal SNR, because a step divides by the first signal level. The last step ends at clean latents,
     # where neither sampler can follow the flow, so the step before it is compared.
-    config = SchedulerConfig(snr_shift_scale=1.0, rescale_betas_zero_snr=False)
+    config = ScheduleConfig(snr_shift_scale=1.0, rescale_betas_zero_snr=False)
     x, errors = noise(1, 2, 3, 4, 5), {}
 
     def flow(alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,18 +308,18 @@ def test_guidance() -> None:
         (lambda: make_schedule(CONFIG, 0), "num_inference_steps: got 0, want 1 to 1000"),
         (lambda: make_schedule(CONFIG, 1001), "num_inference_steps: got 1001, want 1 to 1000"),
         (lambda: make_schedule(CONFIG, 50, previous="last"), "previous: got 'last', want one of diffusers, next"),
-        (lambda: SchedulerConfig(timestep_spacing="log"), "timestep_spacing: got 'log', want one of leading, linspace"),
-        (lambda: SchedulerConfig(prediction_type="x"), "prediction_type: got 'x', want one of epsilon, sample, v_pred"),
-        (lambda: SchedulerConfig(beta_schedule="x"), "beta_schedule: got 'x', want one of linear, scaled_linear, squ"),
-        (lambda: SchedulerConfig(trained_betas=(0.1,)), "trained_betas: got 1 of them, want one for each of the 1000"),
-        (lambda: SchedulerConfig(beta_start=-1.0), "beta_start, beta_end: got -1.0, 0.012, want 0 or more"),
+        (lambda: ScheduleConfig(timestep_spacing="log"), "timestep_spacing: got 'log', want one of leading, linspace"),
+        (lambda: ScheduleConfig(prediction_type="x"), "prediction_type: got 'x', want one of epsilon, sample, v_pred"),
+        (lambda: ScheduleConfig(beta_schedule="x"), "beta_schedule: got 'x', want one of linear, scaled_linear, squ"),
+        (lambda: ScheduleConfig(trained_betas=(0.1,)), "trained_betas: got 1 of them, want one for each of the 1000"),
+        (lambda: ScheduleConfig(beta_start=-1.0), "beta_start, beta_end: got -1.0, 0.012, want 0 or more"),
         (
-            lambda: make_schedule(SchedulerConfig(beta_end=1.1), 50),
+            lambda: make_schedule(ScheduleConfig(beta_end=1.1), 50),
             "scheduler: got betas and a shift that make a noise",
         ),
-        (lambda: make_schedule(SchedulerConfig(snr_shift_scale=0.0), 50), "scheduler: got betas and a shift that make"),
+        (lambda: make_schedule(ScheduleConfig(snr_shift_scale=0.0), 50), "scheduler: got betas and a shift that make"),
         (
-            lambda: make_schedule(SchedulerConfig(timestep_spacing="leading", steps_offset=20), 50),
+            lambda: make_schedule(ScheduleConfig(timestep_spacing="leading", steps_offset=20), 50),
             "steps_offset: got 20, which with 50 steps begins at timestep 1000, want 999 at most",
         ),
         (lambda: make_schedule(CONFIG, 50).tail(0.0), "strength: got 0.0"),

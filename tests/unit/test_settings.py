@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_a_saved_step_with_its_step_cache(pipe: cogvid.Pipeli
             return x + self.state["delta"]
 
     settings = resolve_settings(pipe.model, task="text-to-video", num_inference_steps=5)
-    schedule = make_schedule(pipe.model.scheduler, 5)
+    schedule = make_schedule(pipe.model.schedule, 5)
     embeds = encode_prompts(pipe.text_encoder, ["the red circle moves right"], [""], pipe.model.text_length)
     x = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     generator, cache = torch.Generator().manual_seed(3), EveryOther()

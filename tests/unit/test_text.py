@@ -113,7 +113,7 @@ def test_embedding_under_either_name(checkpoint: Path, tmp_path: Path) -> None:
         encoder = load_text_encoder(root)
         # Not bit for bit: the matrices have other addresses in the file, and a BLAS may order its sums by address.
         assert rel_rms(encoder(PROMPTS, 8), expected) <= TEXT_FP32
-        assert encoder.model.shared is encoder.model.encoder.embed_tokens
+        assert encoder.t5.shared is encoder.t5.encoder.embed_tokens
 
 
 def copy_of(checkpoint: Path, root: Path) -> Path:
@@ -138,7 +138,7 @@ def test_float16_checkpoint_on_a_cpu(tmp_path: Path) -> None:
 def test_weights_stay_mapped(checkpoint: Path) -> None:
     """The parameters are the mapped file, not a copy: same dtype, no gradient, nothing left on the meta device."""
     encoder = load_text_encoder(checkpoint)
-    assert all(not p.requires_grad and p.device.type == "cpu" for p in encoder.model.parameters())
+    assert all(not p.requires_grad and p.device.type == "cpu" for p in encoder.t5.parameters())
     names = [line.rsplit(maxsplit=1)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
     assert str((checkpoint / "text_encoder" / "model.safetensors").resolve()) in names
 
@@ -250,7 +250,7 @@ def test_a_variant_of_the_encoder(tmp_path: Path, shard: str) -> None:
     with pytest.raises(ValueError, match=r"^variant: got None, want 'fp16': .*text_encoder has no other$"):
         load_text_encoder(tmp_path)
     ours = load_text_encoder(tmp_path, variant="fp16")
-    assert torch.equal(ours.model.shared.weight, encoder.shared.weight)
+    assert torch.equal(ours.t5.shared.weight, encoder.shared.weight)
 
 
 def test_ids_that_have_no_embedding_are_refused_when_they_occur(checkpoint: Path, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_unknown_words_are_named(checkpoint: Path) -> None:
 
 def test_a_large_vocabulary_spells_words_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5 splits rare words into pieces, so there only words with the unknown piece are unknown."""
-    monkeypatch.setattr("cogvid.models.text._WORD_LIST", 10)
+    monkeypatch.setattr("cogvid.media.tokenizer._WORD_LIST", 10)
     tokenizer = Tokenizer(train_tokenizer(tmp_path, "nmt_nfkc"))
     assert tokenizer.unknown_words("a bison 猫 dressed") == ["猫"]
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvid.config import CONFIGS, SchedulerConfig, TransformerConfig, VAEConfig
+from cogvid.config import CONFIGS, ScheduleConfig, TransformerConfig, VAEConfig
 from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
-from cogvid.weights.checkpoint import CLASSES, load_scheduler_config, read_model_config
+from cogvid.weights.checkpoint import CLASSES, load_schedule_config, read_model_config
 from cogvid.weights.files import load_state
 from cogvid.weights.hub import component_variants
 from cogvid.weights.load import load_transformer, load_vae, save_vae
@@ -44,7 +44,7 @@ def test_an_unknown_model_has_the_settings_of_its_configs(pristine: Path) -> Non
     assert (model.height, model.width, model.num_frames, model.max_frames) == (64, 96, 17, 17)
     assert (model.fps, model.frame_multiple) == (8, 8)
     assert (model.transformer, model.vae) == (TRANSFORMER, VAE_CONFIG)
-    assert model.scheduler == SchedulerConfig(snr_shift_scale=1.0)
+    assert model.schedule == ScheduleConfig(snr_shift_scale=1.0)
 
 
 @pytest.mark.parametrize("name", [name for name, model in CONFIGS.items() if model.repo])
@@ -63,7 +63,7 @@ def test_official_models_are_recognised_by_their_config(tmp_path: Path, name: st
     write_json(directory / "vae" / "config.json", {"_class_name": "AutoencoderKLCogVideoX", **known.vae.to_dict()})
     write_json(
         directory / "scheduler" / "scheduler_config.json",
-        {"_class_name": "CogVideoXDDIMScheduler", **known.scheduler.to_dict()},
+        {"_class_name": "CogVideoXDDIMScheduler", **known.schedule.to_dict()},
     )
     write_json(directory / "text_encoder" / "config.json", {"d_model": 4096})
     assert read_model_config(directory) == known
@@ -82,19 +82,19 @@ def test_a_15_style_image_model_is_recognised(tmp_path: Path) -> None:
 
 
 def test_scheduler_config(pristine: Path) -> None:
-    expected = SchedulerConfig(snr_shift_scale=1.0)
-    assert load_scheduler_config(pristine) == load_scheduler_config(pristine / "scheduler") == expected
+    expected = ScheduleConfig(snr_shift_scale=1.0)
+    assert load_schedule_config(pristine) == load_schedule_config(pristine / "scheduler") == expected
 
 
 def test_a_scheduler_setting_that_is_not_named_is_the_default_of_the_class(checkpoint: Path) -> None:
     path = checkpoint / "scheduler" / "scheduler_config.json"
     write_json(path, {"_class_name": "CogVideoXDPMScheduler", "snr_shift_scale": 2.0})
-    found = load_scheduler_config(checkpoint)
-    assert found == SchedulerConfig(
+    found = load_schedule_config(checkpoint)
+    assert found == ScheduleConfig(
         clip_sample=True, prediction_type="epsilon", timestep_spacing="leading", rescale_betas_zero_snr=False,
         snr_shift_scale=2.0,
     )  # fmt: skip
-    assert read_model_config(checkpoint).scheduler == found
+    assert read_model_config(checkpoint).schedule == found
 
 
 # What is refused, and in which words: (what is done to a good checkpoint, what is said).
