@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 class TextEncoder:
-    """Encode prompts with T5: transformers' `T5EncoderModel` and a `Tokenizer`."""
+    """Encode prompts with T5: transformers' `T5EncoderModel` and a `Tokenizer`. device: where T5 runs."""
 
-    def __init__(self, model: T5EncoderModel, tokenizer: Tokenizer) -> None:
-        self.t5 = model
+    def __init__(self, t5: T5EncoderModel, tokenizer: Tokenizer, device: torch.device) -> None:
+        self.t5 = t5
         self.tokenizer = tokenizer
+        self.device = device
 
     def set_ops(self, ops: Ops) -> None:
         """Run these operations from now on."""
@@ -32,10 +33,6 @@ class TextEncoder:
     @property
     def dtype(self) -> torch.dtype:
         return self.t5.shared.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.t5.shared.weight.device
 
     def __call__(self, prompts: Sequence[str], max_length: int) -> Tensor:
         """Return embeddings `[B, max_length, E]` in the encoder's dtype, on its device.

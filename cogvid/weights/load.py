@@ -162,7 +162,7 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
     except RuntimeError as error:  # names or shapes
         reason = " ".join(str(error).split())
         raise ValueError(f"{directory}: got {reason:.400}, want the weights of the config") from None
-    return TextEncoder(encoder.eval().requires_grad_(False), tokens)
+    return TextEncoder(encoder.eval().requires_grad_(False), tokens, placement.device)
 
 
 def _load_tokenizer(directory: Path) -> Tokenizer:

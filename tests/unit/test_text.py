@@ -86,9 +86,8 @@ def test_ops_can_be_set_later(checkpoint: Path) -> None:
 
 
 def test_ops_can_be_set_on_a_model_of_transformers(checkpoint: Path) -> None:
-    encoder = TextEncoder(
-        T5EncoderModel.from_pretrained(checkpoint / "text_encoder"), load_text_encoder(checkpoint).tokenizer
-    )
+    t5 = T5EncoderModel.from_pretrained(checkpoint / "text_encoder")
+    encoder = TextEncoder(t5, load_text_encoder(checkpoint).tokenizer, torch.device("cpu"))
     counted = Counted()
     encoder.set_ops(counted.ops)
     encoder(PROMPTS, 8)
