@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 import cogvid
 from cogvid.cli import main
+from cogvid.ops import BlockContext, Ops, Shard
+from file_table import CORE, counted, statements
+from tests.unit import test_imports
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -21,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
+    namespace: dict[str, Any] = {}
     registries = [(registry, dict(registry)) for registry in (cogvid.SAMPLERS, cogvid.GUIDANCE)]
     try:
         for block in blocks("python"):
@@ -33,6 +39,25 @@ def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch
     frames, fps = cogvid.read_video(tmp_path / "out.mp4")
     assert frames.shape == (17, 64, 64, 3)
     assert fps == cogvid.CONFIGS["tiny-i2v"].fps
+    check_near_frames(namespace["near_frames"])
+
+
+def check_near_frames(near_frames: Any) -> None:
+    """The sparse attention of the examples equals attention with a mask."""
+    text, (frames, height, width) = 5, (4, 2, 3)
+    size = text + frames * height * width
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, size, 2, 8, generator=generator)
+    context = BlockContext(torch.zeros(2, 4), None, text, (frames, height, width), Shard(0, size, size), 1, 5)
+    frame = torch.arange(frames).repeat_interleave(height * width)
+    mask = torch.ones(size, size, dtype=torch.bool)
+    mask[text:, text:] = (frame[:, None] - frame).abs() <= 1
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(near_frames(q, k, v, context), expected)
+    unmasked = Ops.torch().attention(q, k, v, context)
+    assert not torch.allclose(unmasked, expected, atol=1e-2)
+    assert torch.equal(near_frames(q, k, v, context.at(0)), unmasked)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +77,28 @@ def test_the_links_lead_somewhere() -> None:
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-def test_the_file_table_is_complete() -> None:
-    table = README[README.index("## What is where") : README.index("## Status")]
-    for path in (ROOT / "cogvid").rglob("[!_]*.py"):
-        assert path.name in table, path
+def test_the_file_table_has_every_file() -> None:
+    rows = re.findall(r"^\| \[`([^`]+)`\]\(cogvid/([^)]+)\) \| \d+ \|", README, re.MULTILINE)
+    assert all(shown == target for shown, target in rows)
+    files = [path.relative_to(ROOT / "cogvid").as_posix() for path in (ROOT / "cogvid").rglob("*.py")]
+    assert sorted(shown for shown, _ in rows) == sorted(files)
+
+
+def test_the_line_counts_are_right() -> None:
+    """If this fails: `python scripts/file_table.py`."""
+    assert counted(README) == README
+    assert CORE == test_imports.CORE
+    assert len(re.findall(r"^\*\*.+\*\* \(\d+ lines\)", README, re.MULTILINE)) == 7
+    assert README.count(" lines in all: ") == 1
+
+
+def test_a_wrong_line_count_is_noticed() -> None:
+    for count in (r"\.py\) \| (\d+) \|", r"\*\* \((\d+) lines\)", r"([\d,]+) lines in all"):
+        for match in re.finditer(count, README):
+            wrong = README[: match.start(1)] + "7" + README[match.end(1) :]
+            assert counted(wrong) == README
+
+
+def test_lines_of_an_example_are_counted() -> None:
+    code = "import a\nfrom b import c\n\ndef f(x):  # why\n    import d\n\n    return x\n"
+    assert statements(code) == 3

@@ -1,0 +1,37 @@
+"""Write the line counts of README.md: those of the files in "What is where", and those of the examples.
+
+python scripts/file_table.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+_ROW = re.compile(r"^(\| \[`[^`]+`\]\((cogvid/[^)]+\.py)\) \|) \d* \|", re.MULTILINE)
+_EXAMPLE = re.compile(r"^(\*\*[^*\n]+\*\*) \(\d* lines\)(.*?```python\n(.*?)```)", re.MULTILINE | re.DOTALL)
+_CORE = re.compile(r"[\d,]+ lines(?= in all)")
+CORE = ("config.py", "ops.py", "models/*.py", "sampling/*.py", "run/pipeline.py")  # what a reader must know
+
+
+def counted(text: str) -> str:
+    """Return the text of README.md with the line counts as they are now."""
+    core = sum(lines(path) for pattern in CORE for path in (ROOT / "cogvid").glob(pattern))
+    text = _CORE.sub(f"{core:,} lines", text)
+    text = _ROW.sub(lambda row: f"{row[1]} {lines(ROOT / row[2])} |", text)
+    return _EXAMPLE.sub(lambda example: f"{example[1]} ({statements(example[3])} lines){example[2]}", text)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def statements(code: str) -> int:
+    """Count the lines of an example that are not blank and no import."""
+    return sum(bool(line.strip()) and not line.startswith(("import ", "from ")) for line in code.splitlines())
+
+
+if __name__ == "__main__":
+    README.write_text(counted(README.read_text()))
