@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     make.set_defaults(run=generate)
     make.add_argument("prompt", metavar="PROMPT", help="what happens in the video")
     make.add_argument("-o", "--output", required=True, metavar="MP4", help="file to write, completely or not at all")
-    _add_checkpoint_options(make, "--model", help="tiny-i2v with --image, tiny-t2v without")
+    _add_checkpoint_options(make, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
     make.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
     make.add_argument("--video", metavar="PATH", help="a video to start from")
     make.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")

@@ -41,7 +41,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
     """Turn `ops` ("auto", "torch", "triton" or an `Ops`) into the bundle and the name to record for it.
 
-    "auto" is triton on CUDA and torch elsewhere. An `Ops` that is neither bundle is recorded as "custom".
+    "auto" is triton on CUDA and torch elsewhere. An `Ops` is recorded as "torch" if it is `Ops.torch()`, else "custom".
 
     Raises:
         ValueError: an unknown name.
