@@ -313,7 +313,7 @@ _VAE_TINY = VAEConfig(
     norm_num_groups=2,
     sample_height=64,
     sample_width=64,
-    scaling_factor=1.0,  # measured in training: a pack's own config.json has it
+    scaling_factor=1.0,  # a placeholder: the config.json of a pack has the measured value
 )
 _SIZE_10: dict[str, Any] = {"height": 480, "width": 720, "num_frames": 49, "max_frames": 49, "fps": 8}
 _SIZE_15: dict[str, Any] = {

@@ -402,7 +402,7 @@ def spatial_norm_silu(
 
     def apply(frames: slice) -> Tensor:
         part = x[:, :, frames].to(gain.dtype)
-        # clone, not contiguous, which takes the strides after indexing for channels-last; later operations do not.
+        # clone, not contiguous(): it would keep the strides after indexing, which later operations do not recognise.
         small = (t[:, :, sources[frames]].clone(memory_format=layout) for t in (gain, offset))
         g, o = (F.interpolate(t, size=part.shape[2:]) for t in small)
         return F.silu(torch.addcmul(o, part, g), inplace=not torch.is_grad_enabled()).to(x.dtype)

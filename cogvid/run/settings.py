@@ -164,7 +164,7 @@ def outside_training(model: ModelConfig, height: int, width: int, num_frames: in
     model = model.recommended or model
     reasons = []
     shorter, longer = sorted((height, width))
-    # CogVideoX1.5-I2V saw every aspect ratio with the same shorter side.
+    # CogVideoX1.5-I2V was trained on all aspect ratios, with one length of the shorter side.
     any_ratio = bool(model.conditions) and model.transformer.patch_size_t is not None
     in_range = shorter == min(model.height, model.width) and longer <= max(model.height, model.width)
     if (height, width) != (model.height, model.width) and not (any_ratio and in_range):

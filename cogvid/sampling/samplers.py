@@ -85,7 +85,7 @@ class Sampler(Protocol):
         ...
 
 
-OnStep = Callable[[Step, Tensor, State], Tensor | None]  # (the step done, its x, its state) -> an x to go on with
+OnStep = Callable[[Step, Tensor, State], Tensor | None]  # (the finished step, its x, its state) -> None, or a new x
 
 
 def sample(
