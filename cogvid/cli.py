@@ -63,7 +63,7 @@ def generate(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in inputs}
     job = prepare(checkpoint.model, arguments.prompt, arguments.output, **given)
     if arguments.model is None and task != "text-to-video":
-        # With words alone, the tokenizer names those that the model does not know.
+        # For text alone, the tokenizer warns of the words that the model does not know.
         warnings.warn(
             f"model: got none, so {source} is taken, which knows flat circles, squares and triangles and no photos; "
             f"for others name one, such as --model {settings.models_for(task)[0]}",
@@ -118,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     make = commands.add_parser("generate", help="make a video", description=generate.__doc__)
     make.set_defaults(run=generate)
     make.add_argument("prompt", metavar="PROMPT", help="what happens in the video")
-    make.add_argument("-o", "--output", required=True, metavar="MP4", help="the file to write; it appears whole or not")
-    _add_checkpoint_options(make, "--model", help="tiny-i2v with --image, tiny-t2v without")
+    make.add_argument("-o", "--output", required=True, metavar="MP4", help="file to write, completely or not at all")
+    _add_checkpoint_options(make, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
     make.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
     make.add_argument("--video", metavar="PATH", help="a video to start from")
     make.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--defaults",
         default="recommended",
         metavar="WHOSE",
-        help="of the options that are not given: recommended (by the model's authors) or diffusers",
+        help="defaults of the options: recommended (by the model's authors) or diffusers",
     )
     for name, option in settings.OPTIONS.items():
         kind = option.metadata["kind"]
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if there is one")
     make.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's if not given")
     make.add_argument("--ops", default="auto", metavar="NAME", help="auto, torch or triton")
-    make.add_argument("--qk-norm", default="layer", metavar="NAME", help="of Q and K: layer, or rms (centred weights)")
+    make.add_argument("--qk-norm", default="layer", metavar="NAME", help="norm of Q and K: layer, or rms (RMSNorm)")
 
     look = commands.add_parser("inspect", help="say what a checkpoint is", description=inspect.__doc__)
     look.set_defaults(run=inspect)
@@ -158,7 +158,7 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: st
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its mistakes raised instead of printed over several lines; sub-commands inherit it."""
+    """argparse, but an error is raised instead of printed over several lines; sub-commands inherit this."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -172,7 +172,7 @@ def _flag(name: str) -> str:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by
+    # torch's CPU allocator raises a plain RuntimeError, which can be told from others only by its message.
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 

@@ -67,7 +67,7 @@ class TransformerConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         rotary, learned = self.use_rotary_positional_embeddings, self.use_learned_positional_embeddings
-        split = sum(HEAD_DIM_SPLIT)  # in shares of even width
+        split = sum(HEAD_DIM_SPLIT)  # of a multiple of this, each share has an even width
         if rotary and self.attention_head_dim % split:
             _refuse("attention_head_dim", self.attention_head_dim, f"a multiple of {split} with rotary positions")
         if self.adds_positions and self.hidden_size % split:
@@ -137,7 +137,7 @@ class VAEConfig(JsonConfig):
     def __post_init__(self) -> None:
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             _refuse("norm_num_groups", self.norm_num_groups, f"a divisor of each of {list(self.block_out_channels)}")
-        # All blocks but the last may halve the frames, of which the encoder takes 8 at a time.
+        # Each block except the last may halve the frames. The encoder takes 8 at a time, so at most three blocks do.
         ratios = [2**i for i in range(min(len(self.block_out_channels), 4))]
         if self.temporal_compression_ratio not in ratios:
             _refuse("temporal_compression_ratio", self.temporal_compression_ratio, f"one of {ratios}")
@@ -154,17 +154,17 @@ class VAEConfig(JsonConfig):
         return (num_frames - 1) // self.temporal_compression_ratio + 1
 
     def decoded_frames(self, latent_frames: int) -> int:
-        """Return how many pixel frames are decoded; the first latent frame of an odd number gives one."""
+        """Return how many pixel frames are decoded. If `latent_frames` is odd, the first of them gives one."""
         ratio = self.temporal_compression_ratio
         return ratio * latent_frames - (ratio - 1) * (latent_frames % 2)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig(JsonConfig):
-    """Noise schedule: what `CogVideoXDDIMScheduler` and `CogVideoXDPMScheduler` take, both the same.
+    """Noise schedule: the settings of `CogVideoXDDIMScheduler` and `CogVideoXDPMScheduler`, which are the same.
 
-    The defaults are those of CogVideoX-2B, as its converter writes them; the classes' own differ in four, which
-    `SCHEDULER_DEFAULTS` has.
+    The defaults are those of CogVideoX-2B, as its converter writes them. Four of them differ from the defaults of the
+    classes: see `SCHEDULER_DEFAULTS`.
 
     beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2", the last without `beta_start` and `beta_end`.
     trained_betas: replace all three. snr_shift_scale: as for SD3; 1 is none.
@@ -211,7 +211,7 @@ _SCHEDULE_CHOICES = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "timestep_spacing": ("leading", "linspace", "trailing"),
 }
-# What diffusers takes for a setting that a scheduler_config.json does not name, where that is not CogVideoX's.
+# Defaults of diffusers' classes for what a scheduler_config.json does not name, where they are not CogVideoX's.
 SCHEDULER_DEFAULTS = {
     "clip_sample": True,
     "prediction_type": "epsilon",
@@ -238,11 +238,11 @@ class ModelConfig:
     repo: hub id of the official weights, or None for a shipped pack.
     height, width: pixels. num_frames: pixel frames. fps: of the written video.
     max_frames: the longest clip that the model was trained on.
-    conditions: what the transformer takes on the channels behind the noisy latents, in this order.
+    conditions: what the transformer takes on the channels after the noisy latents, in this order.
     frame_multiple: the authors' frame counts are `frame_multiple * n + 1`; others that decode exactly run too.
     dynamic_guidance: with dpm, vary the guidance by default. With ddim it varies only if the call asks for it.
     max_sequence_length: text tokens; None is the transformer's `max_text_seq_length`.
-    recommended: the same model with its authors' defaults, where this one has others.
+    recommended: the same model with its authors' defaults; None if this one has them.
     """
 
     name: str
@@ -277,7 +277,7 @@ class ModelConfig:
         return [task for task, needed in TASKS.items() if needed == names]
 
     def padding(self, num_frames: int) -> int:
-        """Return how many latent frames fill up the temporal patches of 1.5; they lie in front and are cut off."""
+        """Return how many latent frames are put in front to fill the temporal patches of 1.5. They are not decoded."""
         return -self.vae.latent_frames(num_frames) % self.transformer.patch[0]
 
     def latent_size(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
@@ -313,7 +313,7 @@ _VAE_TINY = VAEConfig(
     norm_num_groups=2,
     sample_height=64,
     sample_width=64,
-    scaling_factor=1.0,  # measured in training: a pack's own config.json has it
+    scaling_factor=1.0,  # a placeholder: the config.json of a pack has the measured value
 )
 _SIZE_10: dict[str, Any] = {"height": 480, "width": 720, "num_frames": 49, "max_frames": 49, "fps": 8}
 _SIZE_15: dict[str, Any] = {

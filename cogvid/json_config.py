@@ -32,7 +32,7 @@ def _checked(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, float) and value.is_integer() and kind.startswith("int"):
-        value = int(value)  # upstream's own type for some of them is float
+        value = int(value)  # upstream writes some of them as floats
     words, fits = _KINDS[kind]
     if not fits(value):
         raise ValueError(f"{name}: got {value!r}, want {words}")

@@ -176,7 +176,7 @@ class SpatialNormSiluOp(Protocol):
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int, eps: float
     ) -> Tensor:
-        """Compute `silu(GroupNorm(x) * up(scale) + up(shift))`, `up` being nearest upsampling to x's frames and size.
+        """Compute `silu(GroupNorm(x) * up(scale) + up(shift))`, `up` is nearest upsampling to x's frames and size.
 
         x: `[B, C, T, H, W]`. weight, bias: `[C]`. scale, shift: `[B, C, t, h, w]` at latent resolution, t <= T.
         When T is odd and above 1, frame 0 takes latent frame 0 and the other frames are upsampled from the others:
@@ -235,14 +235,14 @@ def _without_context(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Atte
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PLAIN_WEIGHTS = (nn.Parameter, FakeTensor)  # torch.export puts the latter in place of the former
+_PLAIN_WEIGHTS = (nn.Parameter, FakeTensor)  # torch.export replaces parameters by FakeTensors
 
 
 def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Say whether an operation may take a module's weights in place of a call of the module.
 
-    It may only if the module is exactly of `kind` and nothing changes what a call does: no hook, no `forward` of the
-    instance (offloading puts one there), no weight of a class of its own (quantised, sharded). Otherwise the module is
+    It may only if the module is exactly of `kind` and nothing changes what a call does: no hook, no `forward` set on
+    the instance (as offloading does), no weight of another tensor class (quantised, sharded). Otherwise the module is
     called, so that adapters, hooks and quantised layers take effect wherever they are put.
     """
     return (
@@ -315,7 +315,7 @@ def layer_norm_modulate(
     wide = _wide_dtype(x)
     gain = 1 + scale.to(wide)
     weights, biases = weight.to(wide) * gain, bias.to(wide) * gain + shift.to(wide)  # [B, 2, D]
-    # A CPU norms low precision with fp32 weights as it is; elsewhere the two must agree.
+    # On a CPU, layer_norm takes low precision with fp32 weights; elsewhere both must have the same dtype.
     source = x if x.device.type == "cpu" else x.to(wide)
     streams = [
         F.layer_norm(stream, stream.shape[-1:], weights[b, row], biases[b, row], eps).to(x.dtype)
@@ -362,9 +362,9 @@ def gate_residual_norm_modulate(
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `LinearGeluOp`."""
-    narrow = x.dtype == weight.dtype == torch.bfloat16  # under autocast the weight may be wider, which F.linear mends
+    narrow = x.dtype == weight.dtype == torch.bfloat16  # under autocast the weight may be wider; F.linear casts it
     if narrow and x.device.type == "cpu" and not torch.is_grad_enabled() and _onednn_has_bf16():
-        # oneDNN applies the gelu to the fp32 sums as it stores them: a pass and a rounding less. It has no backward.
+        # oneDNN applies the gelu to the fp32 sums before it stores them, which saves a rounding. It has no backward.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
@@ -395,14 +395,14 @@ def spatial_norm_silu(
 ) -> Tensor:
     """Compute `SpatialNormSiluOp`: diffusers' `CogVideoXSpatialNorm3D` after its convolutions, and its activation."""
     gain, offset = _group_norm_affine(x, weight, bias, num_groups, eps)
-    # The norm's own gain and offset, and the latents', are one of each, still at latent resolution.
+    # Join the gain and offset of the norm with those of the latents, still at latent resolution.
     scale, shift = scale.to(gain.dtype), shift.to(gain.dtype)
     gain, offset = gain * scale, torch.addcmul(shift, offset, scale)
     sources, layout = _latent_frames(x.shape[2], scale.shape[2]), layout_of(x)
 
     def apply(frames: slice) -> Tensor:
         part = x[:, :, frames].to(gain.dtype)
-        # clone, not contiguous: indexing leaves strides that count as channels-last and are not seen as such later.
+        # clone, not contiguous(): it would keep the strides after indexing, which later operations do not recognise.
         small = (t[:, :, sources[frames]].clone(memory_format=layout) for t in (gain, offset))
         g, o = (F.interpolate(t, size=part.shape[2:]) for t in small)
         return F.silu(torch.addcmul(o, part, g), inplace=not torch.is_grad_enabled()).to(x.dtype)
@@ -441,7 +441,7 @@ def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int,
     """Return gain and offset, `[B, C, 1, 1, 1]` in at least fp32, such that `GroupNorm(x) = x * gain + offset`.
 
     `F.group_norm` on a CPU takes E[x^2] - E[x]^2 in fp32 when x is channels-last: off by 2e-4 where the mean is ten
-    standard deviations. Here sums are taken about each channel's mean in the first frame, which cancels nothing.
+    standard deviations. Here the sums are of differences from each channel's mean in the first frame.
     """
     wide, count = _wide_dtype(x), x[0, 0].numel()
     center = x[:, :, :1].to(wide).mean(dim=(2, 3, 4), keepdim=True)  # [B, C, 1, 1, 1]
@@ -452,7 +452,7 @@ def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int,
         square = square + (difference * difference).sum(dim=(2, 3, 4), keepdim=True)
     mean = center + total / count
     spread = square / count - (total / count) ** 2
-    # From channels to groups: the variance in a group is that in its channels and that between them.
+    # The variance of a group is the mean of the variances of its channels plus the variance of their means.
     group_mean = mean.flatten(1).unflatten(1, (num_groups, -1))  # [B, groups, C / groups]
     between, group_mean = torch.var_mean(group_mean, dim=2, correction=0, keepdim=True)
     within = spread.flatten(1).unflatten(1, (num_groups, -1)).mean(dim=2, keepdim=True)
@@ -464,7 +464,7 @@ def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int,
 
 
 def _latent_frames(frames: int, latent_frames: int) -> list[int]:
-    """Return the latent frame that each frame takes: nearest, but the first of an odd number has one to itself."""
+    """Return the latent frame that each frame takes: see `SpatialNormSiluOp`."""
     if frames > 1 and frames % 2 == 1:
         return [0, *(1 + i * (latent_frames - 1) // (frames - 1) for i in range(frames - 1))]
     return [i * latent_frames // frames for i in range(frames)]

@@ -65,7 +65,7 @@ class _RMSNorm(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        # With float16 weights x is float32, because `wo` is. The next projection needs the dtype of the weights.
+        # With float16 weights, x is float32, because `wo` is float32. The next projection needs the weights' dtype.
         return self.ops.rms_norm(x, self.weight, eps=self.eps).to(self.weight.dtype)
 
 

@@ -49,7 +49,7 @@ class StepCache(Protocol):
     state: dict[str, Any]
 
     def run(self, x: Tensor, context: BlockContext, blocks: Callable[..., Tensor]) -> Tensor:
-        """Return what all blocks would make of x, or a prediction of it.
+        """Return the output of all blocks for x, or a prediction of it.
 
         x: `[B, N, D]`, the embedded text and video.
         blocks: `blocks(x, start=0, stop=None)` runs the blocks start..stop-1 and returns `[B, N, D]`.
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
 
         Args:
             latents: `[B, in_channels, T, h, w]` in the model's dtype; what the model is conditioned on, such as image
-                latents, lies on the channels behind the noisy latents. T, h and w must be multiples of the patch.
+                latents, is on the channels after the noisy latents. T, h and w must be multiples of the patch.
             prompt_embeds: `[B, L, E]` in the model's dtype.
             timestep: `[B]`, 0 to 999, integer or float.
             step, branch: told to the blocks, attention and step caches; see `BlockContext`.
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         return torch.cat([text, video], dim=1)
 
     def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed the timesteps and the constant ofs: `[B, time_embed_dim]`, after the silu that every reader wants."""
+        """Embed the timesteps and the constant ofs: `[B, time_embed_dim]`, after the SiLU, which all its users need."""
         temb = self.time_embed(timestep, dtype)
         if self.config.ofs_embed_dim is not None:
             temb = temb + self.ofs_embed(timestep.new_full((1,), OFS, dtype=torch.float32), dtype)
@@ -222,7 +222,7 @@ class Transformer(nn.Module):
     def _initial_pos_embedding(self) -> Tensor:
         text_len, grid = self.config.max_text_seq_length, self.config.trained_grid
         table = torch.zeros(1, text_len + math.prod(grid), self.config.hidden_size)
-        if not table.is_meta:  # there it has no values, and arithmetic takes seconds to import
+        if not table.is_meta:  # it has no values there, and arithmetic on meta takes seconds to import
             table[0, text_len:] = self._sincos_table(grid)
         return table
 
@@ -297,7 +297,7 @@ class Block(nn.Module):
 
         shift, scale, gate = _modulation(self.modulation1, context.temb)
         y = _norm_modulate(ops, self.norm1, x, shift, scale, text_len=text_len)
-        # Each [B, N, heads, head_dim], where its linear left it.
+        # Each is a view [B, N, heads, head_dim] of what its linear returned.
         q, k, v = (proj(y).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._norm_rotate(q, k, context)
         y = self.out(ops.attention(q, k, v, context))
@@ -341,7 +341,7 @@ class SinusoidMLP(nn.Module):
     def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Return `[B, width]` of `value` `[B]`; the sinusoids are fp32 and enter the MLP as `dtype`."""
         half = self.num_sinusoids // 2
-        # Multiply, then divide: a timestep of 999 would blow up another rounding of the exponent to 1e-4 of an angle.
+        # Multiply, then divide: another order rounds the exponent otherwise, which at 999 changes an angle by 1e-4.
         exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=value.device) / half
         angle = value[:, None].float() * exponent.exp()
         sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
@@ -349,7 +349,7 @@ class SinusoidMLP(nn.Module):
 
 
 def _modulation(linear: nn.Linear, temb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return shift, scale and gate, each `[B, 2, D]`, text first; the checkpoints hold the video's first."""
+    """Return shift, scale and gate, each `[B, 2, D]`, text first; in the checkpoints video is first."""
     shift, scale, gate = linear(temb).unflatten(-1, (2, 3, -1)).flip(1).unbind(2)
     return shift, scale, gate
 

@@ -40,7 +40,7 @@ def encode_image(vae: VAE, image: Any, settings: Settings, inputs: Inputs, frame
 def posterior_samples(
     vae: VAE, pixels: list[Tensor], generator: Generators, count: int, placement: Placement
 ) -> Tensor:
-    """Encode each `[1, 3, F, H, W]` once, and draw `count` samples `[count, C, T, h, w]`, as many of each, in order."""
+    """Encode each `[1, 3, F, H, W]` once; draw `[count, C, T, h, w]`, in order, the same number from each."""
     posteriors = [vae.encode(each.to(placement.device, placement.dtype)) for each in pixels]
     generators = [generator] * count if isinstance(generator, Generator) else generator
     return torch.cat([posteriors[i * len(pixels) // count].sample(generators[i]) for i in range(count)])
@@ -53,5 +53,5 @@ def image_latent_factor(config: VAEConfig, choice: str) -> float:
     """Return what image latents are multiplied by; `choice` matters only for models with `invert_scale_latents`."""
     if not config.invert_scale_latents or choice == "multiply":
         return config.scaling_factor
-    # These models were trained without the factor at this place, and diffusers answers with its inverse.
+    # These models were trained without a factor here; diffusers divides by the factor.
     return 1 / config.scaling_factor if choice == "diffusers" else 1.0

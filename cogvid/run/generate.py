@@ -1,7 +1,4 @@
-"""Make an MP4: refuse what can be refused, then generate, and encode frames while the next ones are decoded.
-
-The command line uses this, and so can a page or a batch.
-"""
+"""Make an MP4: check everything first, then generate, and encode frames while the next ones are decoded."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "vi
 class Job:
     """One video file to make. `prepare` checks it.
 
-    inputs: arguments of `Pipeline.__call__`. settings: what they come to. fps: of the file.
+    inputs: arguments of `Pipeline.__call__`. settings: the options, resolved. fps: of the file.
     """
 
     output: str
@@ -49,7 +46,7 @@ def prepare(
     fps: float | None = None,
     **options: Any,
 ) -> Job:
-    """Check all that can be checked without the weights, the cheapest first, and read the image or the video.
+    """Check everything that can be checked without the weights, and read the image or the video.
 
     Args:
         output: `.mp4` file to write. image: what `load_image` takes. video: path of a video to start from.

@@ -20,7 +20,7 @@ class Inputs:
 
     prompts, negatives: strings, or embeddings `[prompts, L, E]`; negatives is None without guidance.
     num_videos_per_prompt: of each. generator: one for all videos, or one for each. seeds: of the generators; None if
-    the caller gave them.
+    the caller gave generators.
     """
 
     prompts: list[str] | Tensor

@@ -55,7 +55,7 @@ def load(
 
 
 def load_checkpoint(checkpoint: Checkpoint, placement: Placement, qk_norm: str = "layer") -> Pipeline:
-    """Load all parts of a checkpoint that was found, to where they run."""
+    """Load all parts of a checkpoint that was found. placement: their device, dtype and operations."""
     directory = checkpoint.directory
     states = {
         part: load_state(directory / part, basename, checkpoint.variants[part]) for part, basename in WEIGHTS.items()

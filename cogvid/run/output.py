@@ -27,8 +27,8 @@ class Output:
     float32 `[B, F, 3, H, W]` in [0, 1]; "uint8" a tensor `[B, F, H, W, 3]`; "latent" `[B, T, C, h, w]`, padding of the
     1.5 models included; "stream" one iterator per video of uint8 `[f, H, W, 3]` on the CPU, decoded on demand.
     seed: that of the first video, or None if the caller gave generators; `provenance["seeds"]` lists them all.
-    fps: frames per second that the model was trained at. provenance: everything that decided the result, ready for
-    JSON.
+    fps: frames per second that the model was trained at. provenance: the record of the run, ready for JSON: see
+    `make_record`.
     """
 
     frames: Any

@@ -108,12 +108,12 @@ class Pipeline:
         """Generate videos. An option that is None has the default of `self.model`: see `defaults` of `load`.
 
         Args:
-            prompt: one or several; each becomes `num_videos_per_prompt` videos, which lie together in the batch.
+            prompt: one or several; each gives `num_videos_per_prompt` videos, next to each other in the batch.
             image: the first frame, anything that `load_image` takes, or a list with one per prompt.
             video: PIL images or uint8 `[F, H, W, 3]`, shared by all prompts; the first `num_frames` frames are used.
             negative_prompt: what to avoid, for all prompts or one for each; unused without guidance.
-            seed: of the first video; the k-th one has seed + k. Each video has a CPU generator of its own, so that its
-                seed alone gives the same video, to rounding. Drawn if neither it nor `generator` is given.
+            seed: of the first video; video k has seed + k. Each video has its own CPU generator, so the same seed gives
+                the same video in any batch, up to rounding. Drawn if neither it nor `generator` is given.
             generator: one for the whole batch, or a list with one per video, consumed as diffusers consumes it.
             latents: `[B, T, C, h, w]` that replace the initial noise or, for video-to-video, the noised video.
             prompt_embeds, negative_prompt_embeds: `[prompts, L, E]` that replace the prompts.
@@ -143,7 +143,7 @@ class Pipeline:
         if video is not None:
             schedule = schedule.tail(settings.strength)
 
-        # The posterior of the image or video is drawn before the noise, as in diffusers: the order decides the video.
+        # The posterior of the image or video is drawn before the noise, as in diffusers: the order changes the video.
         frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
         conditioning = self._condition({"image": image}, settings, inputs, frames)
         padding = self.model.padding(settings.num_frames)
@@ -202,7 +202,7 @@ def encode_prompts(
     """Encode prompts, or take their embeddings as they are; the negative ones come first.
 
     prompts, negative: strings, or embeddings `[B, L, E]`; negative is None without guidance.
-    max_length: tokens that strings are padded or cut to; embeddings that are given decide it themselves.
+    max_length: tokens that strings are padded or cut to; given embeddings keep their length.
     Returns `[B, L, E]`, or `[2B, L, E]` with negative ones.
     """
     cond = prompts if isinstance(prompts, Tensor) else encoder(prompts, max_length)
@@ -218,7 +218,7 @@ def noised_video(
     """Encode a video and take it to the first timestep of the schedule: `[B, C, padding + T, h, w]`.
 
     video: what `prepare_video` takes, `settings.num_frames` frames or more. padding: latent frames repeated in front.
-    One generator draws the posterior once, for all videos alike, as in diffusers; those of a list once for each.
+    A single generator draws one posterior sample for all videos, as in diffusers; a list draws one for each video.
     """
     pixels = prepare_video(video[: settings.num_frames], settings.height, settings.width, settings.resize)
     draws = 1 if isinstance(inputs.generator, Generator) else inputs.batch
@@ -260,7 +260,7 @@ def denoise(
 ) -> Tensor:
     """Denoise `x` `[B, C, T, h, w]` with guidance; the result has the shape of `x` and the transformer's dtype.
 
-    embeds: as `encode_prompts` returns them. conditioning: `[B, C, T, h, w]`, put behind `x` on the channels.
+    embeds: as `encode_prompts` returns them. conditioning: `[B, C, T, h, w]`, put after `x` on the channels.
     generator, on_step, start, state: see `samplers.sample`.
     """
     batch = len(x)

@@ -1,4 +1,4 @@
-"""The record of a run: everything that decided its result, ready for JSON."""
+"""The record of a run: its inputs, options, schedule, placement and versions, ready for JSON."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _names(module: str, registry: str) -> Callable[[], Iterable[str]]:
-    """Look the names of a registry up when they are needed: it may have grown, and it imports torch."""
+    """Return a function that reads the names of a registry. Users add names later, and its module imports torch."""
     return lambda: tuple(getattr(importlib.import_module(module), registry))
 
 
@@ -40,7 +40,7 @@ def _option(
     """Make a field of `Settings` that a caller may set.
 
     kind: int, float or str. help: one line. model: the field of `ModelConfig` that None stands for.
-    choices: of a string. above, low, high: what a number must be more than, and its bounds.
+    choices: of a string. above: a number must be greater. low, high: the least and the greatest number.
     """
     metadata = {"kind": kind, "help": help, "model": model, "choices": choices}
     return dataclasses.field(default=default, metadata={**metadata, "above": above, "low": low, "high": high})
@@ -64,15 +64,15 @@ class Settings:
     use_dynamic_cfg: str = _option(
         None,
         str,
-        "guidance rule: constant, diffusers (its dynamic guidance), cosine, or True and False for the first two in "
-        "reverse; by default dynamic with dpm, unless the defaults are diffusers'",
+        "guidance rule: constant, diffusers (its dynamic guidance) or cosine; in Python also False for constant and "
+        "True for diffusers; by default diffusers with dpm, and constant with ddim or with the defaults of diffusers",
         choices=_names("cogvid.sampling.guidance", "GUIDANCE"),
     )
     scheduler: str = _option(
         None, str, "sampler: dpm or ddim", model="sampler", choices=_names("cogvid.sampling.samplers", "SAMPLERS")
     )
     strength: float = _option(
-        0.8, float, "of video-to-video: how much is noise at the start, and the share of the steps run", above=0, high=1
+        0.8, float, "of video-to-video: share of the steps that run; more steps start from more noise", above=0, high=1
     )
     resize: str = _option(
         "stretch",
@@ -99,7 +99,7 @@ class Settings:
 
     @property
     def guided(self) -> bool:
-        """True when the unconditional branch may run; the given scale decides, whatever the rule makes of it."""
+        """True when the unconditional branch may run. This depends on `guidance_scale`, not on the rule."""
         return self.guidance_scale > 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
 
     Raises:
         TypeError: an unknown option.
-        ValueError: an option that cannot be; the line names it.
+        ValueError: an illegal value; the message names the option.
     """
     check_task(model, task)
     if unknown := [name for name in options if name not in OPTIONS]:
@@ -164,7 +164,7 @@ def outside_training(model: ModelConfig, height: int, width: int, num_frames: in
     model = model.recommended or model
     reasons = []
     shorter, longer = sorted((height, width))
-    # CogVideoX1.5-I2V saw every aspect ratio with the same shorter side.
+    # CogVideoX1.5-I2V was trained on all aspect ratios, with one length of the shorter side.
     any_ratio = bool(model.conditions) and model.transformer.patch_size_t is not None
     in_range = shorter == min(model.height, model.width) and longer <= max(model.height, model.width)
     if (height, width) != (model.height, model.width) and not (any_ratio and in_range):
@@ -233,7 +233,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
 
 
 def check_seed(seed: object, videos: int) -> None:
-    """Raise unless the seeds of all videos, one more each, have at most 63 bits, as many as torch takes."""
+    """Raise unless the seeds of all videos (seed, seed + 1, ...) have at most 63 bits, torch's limit."""
     check_int("seed", seed, 0, 2**63 - videos)
 
 
@@ -261,7 +261,7 @@ def _check_option(
 
 
 def _check_schedule(model: ModelConfig, settings: Settings) -> None:
-    """Raise unless the noise schedule has every step of the run, and the first one can be taken."""
+    """Raise unless the noise schedule has all steps of the run and the first one is possible."""
     from cogvid.sampling.schedule import make_schedule  # here, because it imports torch
 
     config = model.schedule
@@ -271,7 +271,7 @@ def _check_schedule(model: ModelConfig, settings: Settings) -> None:
         schedule = schedule.tail(settings.strength)
     first = schedule.timesteps[0]
     if config.prediction_type == "epsilon" and schedule.alpha(first) == 0:
-        # diffusers divides by zero here, and makes a video of no numbers.
+        # diffusers divides by zero here and makes a video of NaN.
         raise ValueError(
             f"prediction_type: got 'epsilon' with a first step at timestep {first}, where the signal is zero and "
             "cannot be told from the noise, want 'v_prediction' or 'sample', or rescale_betas_zero_snr false"

@@ -1,7 +1,7 @@
 """The samplers, each one step as a function, and `sample`, which runs them.
 
 Must equal diffusers' `CogVideoXDPMScheduler` (DPM-Solver++ SDE 2M, https://arxiv.org/abs/2211.01095) and
-`CogVideoXDDIMScheduler` (https://arxiv.org/abs/2010.02502) as the CogVideoX pipelines drive them, draw for draw.
+`CogVideoXDDIMScheduler` (https://arxiv.org/abs/2010.02502) in the CogVideoX pipelines, with the same random draws.
 `SAMPLERS` holds the samplers by name; add your own to it.
 """
 
@@ -69,7 +69,7 @@ class Step:
     def x0(self, x: Tensor, timestep: int | None = None) -> Tensor:
         """Run the network on `x`; return the clean latents that it predicts.
 
-        timestep: of `x`; None is the step's own. Samplers of higher order ask at others too.
+        timestep: of `x`; None is the step's own. Samplers of higher order may use others too.
         """
         timestep = self.timestep if timestep is None else timestep
         return self.schedule.predicted_x0(self.predict(x, timestep), x, timestep)
@@ -85,7 +85,7 @@ class Sampler(Protocol):
         ...
 
 
-OnStep = Callable[[Step, Tensor, State], Tensor | None]  # (the step done, its x, its state) -> an x to go on with
+OnStep = Callable[[Step, Tensor, State], Tensor | None]  # (the finished step, its x, its state) -> None, or a new x
 
 
 def sample(

@@ -127,8 +127,8 @@ def alphas_cumprod(config: ScheduleConfig) -> Tensor:
 def timesteps(config: ScheduleConfig, num_inference_steps: int) -> tuple[int, ...]:
     """Return the timestep of each step, descending.
 
-    For 62 counts (61, 103, ...) the float range of "trailing" is one too long. diffusers then takes one more step, at
-    -1, whose level is the noisiest. It is left out here.
+    For 62 counts (61, 103, ...) rounding makes the range of "trailing" one too long. diffusers then takes one more
+    step, at t = -1, with the level of the noisiest timestep. It is left out here.
     """
     train_steps, count = config.num_train_timesteps, num_inference_steps
     if not 1 <= count <= train_steps:

@@ -41,7 +41,7 @@ def load_state(directory: Path, basename: str = BASENAME, variant: str | None = 
         raise ValueError(f"{index}: got {shard_of!s:.60}, want a 'weight_map' of tensor names to file names")
     state: dict[str, Tensor] = {}
     for shard in sorted(set(shard_of.values())):
-        # A tensor that the index gives to another shard is that shard's; one the index leaves out is kept, to be named.
+        # Leave out tensors that the index has in another shard. Keep those that it does not name: an error lists them.
         state |= {k: v for k, v in _map_file(directory / shard).items() if shard_of.get(k, shard) == shard}
     if absent := [name for name in shard_of if name not in state]:
         raise ValueError(f"{index}: got {listing('tensors not in the shard it names', absent, str)}, want none")
@@ -81,7 +81,7 @@ def stored_dtype(state: Mapping[str, Tensor], source: str | Path) -> torch.dtype
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; what cannot be read is one `ValueError` that names the file."""
+    """Read a JSON object. If it cannot be read, raise one `ValueError` that names the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then rename it to `path`: it appears whole or not at all."""
+    """Call `write` with a temporary file beside `path`, then rename it to `path`: it appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(partial)

@@ -1,6 +1,6 @@
 """Load the parts of a checkpoint, and save them as diffusers reads them.
 
-Nothing is read into memory that need not be. Modules are built on the meta device and safetensors are mapped. Where
+Only what is needed is read into memory. Modules are built on the meta device and safetensors are mapped. Where
 neither device nor dtype changes, the parameters are the mapping itself: the kernel reads a page when it is first used
 and may drop it again.
 """
@@ -141,10 +141,10 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
     try:
         with torch.device("meta"):
             encoder = T5EncoderModel(T5Config.from_dict(values))
-    except Exception as error:  # of many kinds, for a value of another type or one that no model has
+    except Exception as error:  # transformers raises many kinds of errors for bad values
         reason = " ".join(str(error).split())
         raise ValueError(f"{directory / 'config.json'}: got {reason:.300}, want a T5 encoder's config") from error
-    encoder.set_input_embeddings(encoder.shared)  # the stack makes a table of its own
+    encoder.set_input_embeddings(encoder.shared)  # the encoder stack has made its own table
     use_ops(encoder, placement.ops)
 
     # One matrix under two names. Which of them is stored, or both, depends on the version that wrote the file.
@@ -180,7 +180,7 @@ def _place(
     state: Mapping[str, Tensor],
     source: Path,
 ) -> Placement:
-    """Resolve where one part runs that is loaded by itself."""
+    """Resolve the placement of a part that is loaded alone."""
     device = resolve_device(device)
     bundle, name = resolve_ops(ops, device)
     return Placement(device, resolve_dtype(dtype, device, stored=stored_dtype(state, source)), bundle, name)
@@ -210,7 +210,7 @@ def save_transformer(module: Transformer, directory: str | Path, dtype: torch.dt
     dtype: of the file; None keeps the module's.
     """
     config = module.config.to_dict()
-    del config["qk_norm_eps"]  # upstream has it in its code
+    del config["qk_norm_eps"]  # a constant in upstream's code
     _save(module, "transformer", config, Path(directory), dtype)
 
 

@@ -14,7 +14,7 @@ from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
 from cogvid.weights.files import listing
 
-# Upstream's module -> ours, one to one; `{}` is the number of a layer, and `.weight` and `.bias` come along.
+# Upstream's module -> ours, one to one; `{}` is the number of a layer. `.weight` and `.bias` keep their names.
 TRANSFORMER_NAMES = {
     "patch_embed.pos_embedding": "pos_embedding",
     "patch_embed.proj": "patch_proj",

@@ -41,7 +41,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
     """Turn `ops` ("auto", "torch", "triton" or an `Ops`) into the bundle and the name to record for it.
 
-    "auto" is triton on CUDA and torch elsewhere. An `Ops` that is neither bundle is recorded as "custom".
+    "auto" is triton on CUDA and torch elsewhere. An `Ops` is recorded as "torch" if it is `Ops.torch()`, else "custom".
 
     Raises:
         ValueError: an unknown name.
@@ -64,10 +64,10 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype to run in: the one asked for or else the stored one; on a CPU, not one that is very slow there.
+    """Return the dtype to run in: `dtype`, or else the stored one, except for dtypes that are very slow on a CPU.
 
-    On a CPU, float16 becomes bfloat16, or float32 where bfloat16 is slow too. Where it is slow, a model stored in
-    bfloat16 becomes float32, but bfloat16 that the caller asked for, to save memory, is kept. Each is warned of.
+    On a CPU, float16 becomes bfloat16, or float32 if bfloat16 is slow too. If bfloat16 is slow, a model stored in it
+    runs in float32; but if the caller asked for bfloat16, to save memory, it is kept. A warning says so each time.
     """
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else stored if dtype is None else dtype
     if chosen is None or chosen not in DTYPES.values():
@@ -95,7 +95,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     return chosen
 
 
-@functools.cache  # said once, not by each part of a model that is loaded as asked
+@functools.cache  # one warning, not one for each part of a model
 def _warn_of_slow_bfloat16() -> None:
     warnings.warn("bfloat16 is slow on this CPU, which has no instructions for it; float32 is faster", stacklevel=3)
 
@@ -103,8 +103,8 @@ def _warn_of_slow_bfloat16() -> None:
 def _cpu_has_bfloat16() -> bool:
     """Say whether PyTorch hands bfloat16 products and convolutions to oneDNN on this CPU; its own loops are slow.
 
-    This is the question that PyTorch itself asks: for AVX-512 on x86, for BF16 on ARM. Limits of the environment
-    (ONEDNN_MAX_CPU_ISA) count. It has no public name; where it is gone, the answer is no.
+    This is PyTorch's own check: for AVX-512 on x86, for BF16 on ARM. Limits of the environment
+    (ONEDNN_MAX_CPU_ISA) count. The function is private; if it does not exist, the answer is no.
     """
     ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return bool(ask is not None and ask())

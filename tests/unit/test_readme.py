@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -82,6 +83,11 @@ def test_the_file_table_has_every_file() -> None:
     assert all(shown == target for shown, target in rows)
     files = [path.relative_to(ROOT / "cogvid").as_posix() for path in (ROOT / "cogvid").rglob("*.py")]
     assert sorted(shown for shown, _ in rows) == sorted(files)
+
+
+def test_the_table_of_operations_has_each_one() -> None:
+    table = README[README.index("### Where each operation runs") :].split("\n\n")[1]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {field.name for field in dataclasses.fields(Ops)}
 
 
 def test_the_line_counts_are_right() -> None:
