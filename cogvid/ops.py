@@ -15,6 +15,7 @@ A model takes an `Ops`; `dataclasses.replace(Ops.torch(), attention=mine)` swaps
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ class Ops:
         return Ops(**{**found, "attention": _without_context(found["attention"])})
 
 
+@functools.cache  # so that a bundle equals itself
 def _without_context(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> AttentionOp:
     """Make an `AttentionOp` of a function that needs q, k and v alone."""
 
@@ -242,14 +244,14 @@ def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Say whether an operation may take a module's weights in place of a call of the module.
 
     It may only if the module is exactly of `kind` and nothing changes what a call does: no hook, no `forward` set on
-    the instance (as offloading does), no weight of another tensor class (quantised, sharded). Otherwise the module is
-    called, so that adapters, hooks and quantised layers take effect wherever they are put.
+    the instance (as offloading does), no weight that is missing or of another tensor class (quantised, sharded).
+    Otherwise the module is called, so that adapters, hooks and quantised layers take effect wherever they are put.
     """
     return (
         type(module) is kind
         and "forward" not in vars(module)
         and not any(getattr(module, hooks) or getattr(_nn_module, "_global" + hooks) for hooks in _HOOKS)
-        and all(type(weight) in _PLAIN_WEIGHTS for weight in module._parameters.values() if weight is not None)
+        and all(type(weight) in _PLAIN_WEIGHTS for weight in module._parameters.values())
     )
 
 

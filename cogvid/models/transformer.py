@@ -276,6 +276,8 @@ class Block(nn.Module):
         self.ops = ops
         self.num_heads = config.num_attention_heads
         self.centred = False
+        # Weights that are loaded are not centred; whoever loads centred ones says so again.
+        self.register_load_state_dict_post_hook(lambda block, _: setattr(block, "centred", False))
 
         self.modulation1 = nn.Linear(config.time_embed_dim, 6 * width)
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)

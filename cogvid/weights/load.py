@@ -119,10 +119,11 @@ def make_transformer(
             if ".q_proj." in key or ".k_proj." in key:
                 heads = mapped[key].float().unflatten(0, (config.num_attention_heads, -1))
                 mapped[key] = (heads - heads.mean(1, keepdim=True)).flatten(0, 1)
-        for block in module.blocks:
-            assert isinstance(block, Block)
-            block.centred = True
-    return _fill(module, mapped, placement)
+    module = _fill(module, mapped, placement)
+    for block in module.blocks:
+        assert isinstance(block, Block)
+        block.centred = qk_norm == "rms"
+    return module
 
 
 def make_vae(config: VAEConfig, state: Mapping[str, Tensor], placement: Placement, source: str | Path) -> VAE:

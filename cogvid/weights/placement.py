@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -41,26 +42,28 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
     """Turn `ops` ("auto", "torch", "triton" or an `Ops`) into the bundle and the name to record for it.
 
-    "auto" is triton on CUDA and torch elsewhere. An `Ops` is recorded as "torch" if it is `Ops.torch()`, else "custom".
+    "auto" is triton on CUDA and torch elsewhere. An `Ops` that is neither of the two bundles is recorded as "custom".
 
     Raises:
         ValueError: an unknown name.
         ImportError: Triton is missing or too old.
         RuntimeError: the kernels are missing, or the device is none that they run on.
     """
-    if isinstance(ops, Ops):
-        return ops, "torch" if ops == Ops.torch() else "custom"
+    bundle = ops if isinstance(ops, Ops) else None
+    if bundle is not None:
+        ops = "torch" if bundle == Ops.torch() else "custom"
+        # Only a process that has the kernels can hold their bundle.
+        if "cogvid_kernels" in sys.modules and bundle == Ops.triton():
+            ops = "triton"
     if ops == "auto":
         ops = "triton" if torch.device(device).type == "cuda" else "torch"
-    if ops == "torch":
-        return Ops.torch(), ops
-    if ops == "triton":
-        bundle = Ops.triton()
-        # Triton's own switch, which it reads when the kernels are imported.
-        if torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError("ops 'triton': got device cpu, want cuda, or Triton's interpreter (TRITON_INTERPRET=1)")
-        return bundle, ops
-    raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
+    if ops not in ("torch", "triton", "custom") or (ops == "custom" and bundle is None):
+        raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
+    bundle = bundle or (Ops.triton() if ops == "triton" else Ops.torch())
+    # Triton's own switch, which it reads when the kernels are imported.
+    if ops == "triton" and torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("ops: got 'triton' on a CPU, want cuda, or Triton's interpreter (TRITON_INTERPRET=1)")
+    return bundle, ops
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:

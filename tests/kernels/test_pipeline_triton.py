@@ -1,11 +1,13 @@
 """Whole tiny pipelines on the Triton kernels give what the plain operations give."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 import cogvid
+from cogvid.ops import attention
 from measure import rel_rms
 from references import picture, save_pipeline, tiny_pipeline
 from tests import tolerances
@@ -31,6 +33,16 @@ def test_triton_equals_torch(variant: str, tmp_path: Path, device: torch.device)
     assert rel_rms(latents["triton"], latents["torch"]) <= tolerances.PIPELINE_LATENTS
     assert rel_rms(frames["triton"], frames["torch"]) <= tolerances.PIPELINE_TRITON_FRAMES
     assert frames["torch"].std() > 0.05
+
+
+def test_the_bundle_of_kernels_is_known_by_its_name(device: torch.device) -> None:
+    pipe = cogvid.load("tiny-t2v", device=device, ops=cogvid.Ops.triton())
+    assert pipe.ops == "triton"
+    pipe.set_ops("torch")
+    pipe.set_ops(cogvid.Ops.triton())
+    assert pipe.ops == "triton"
+    pipe.set_ops(dataclasses.replace(cogvid.Ops.triton(), attention=attention))
+    assert pipe.ops == "custom"
 
 
 PACK = Path(cogvid.__file__).parent / "packs" / "tiny-i2v"

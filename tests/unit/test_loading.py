@@ -129,6 +129,17 @@ def test_rms_falls_back_to_layer_where_a_projection_is_not_plain() -> None:
     assert rel_rms(rms, layer) < QK_NORM_RMS_FP32
 
 
+def test_rms_ends_where_other_weights_are_loaded() -> None:
+    calls: list[bool] = []
+    layer, rms = (load_transformer(PACKS / "tiny-t2v", dtype="float32", qk_norm=norm) for norm in ("layer", "rms"))
+    rms.set_ops(centred_calls(calls))
+    rms.load_state_dict(layer.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(1, 16, 5, 8, 8, generator=generator), torch.randn(1, 16, 64, generator=generator)
+    assert torch.equal(rms(latents, text, torch.tensor([500])), layer(latents, text, torch.tensor([500])))
+    assert calls == [False] * 6
+
+
 def test_an_unknown_norm_is_refused_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cogvid.weights.hub._fetch", None)
     with pytest.raises(ValueError, match=r"^qk_norm: got 'none', want one of layer, rms$"):

@@ -154,7 +154,9 @@ def test_operations_are_fused_only_where_modules_are_plain() -> None:
 
 def test_can_fuse() -> None:
     assert can_fuse(nn.Linear(2, 3), nn.Linear)
-    assert can_fuse(nn.Linear(2, 3, bias=False), nn.Linear)
+    assert can_fuse(nn.LayerNorm(2), nn.LayerNorm)
+    assert not can_fuse(nn.Linear(2, 3, bias=False), nn.Linear)
+    assert not can_fuse(nn.LayerNorm(2, elementwise_affine=False), nn.LayerNorm)
     assert not can_fuse(Doubled(2, 3), nn.Linear)
     assert not can_fuse(nn.LayerNorm(2), nn.Linear)
     assert not can_fuse(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.Linear)

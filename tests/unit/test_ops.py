@@ -276,7 +276,7 @@ def test_an_unknown_name_raises() -> None:
 def test_triton_on_a_cpu_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ops, "triton", Ops.torch)  # there or not, and interpreted or not, in the process of the tests
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="ops 'triton': got device cpu, want cuda"):
+    with pytest.raises(RuntimeError, match="ops: got 'triton' on a CPU, want cuda"):
         resolve_ops("triton", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_ops("triton", "cpu")[1] == "triton"
