@@ -49,21 +49,20 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
         ImportError: Triton is missing or too old.
         RuntimeError: the kernels are missing, or the device is none that they run on.
     """
-    bundle = ops if isinstance(ops, Ops) else None
-    if bundle is not None:
-        ops = "torch" if bundle == Ops.torch() else "custom"
+    if isinstance(ops, Ops):
+        bundle, name = ops, "torch" if ops == Ops.torch() else "custom"
         # Only a process that has the kernels can hold their bundle.
-        if "cogvid_kernels" in sys.modules and bundle == Ops.triton():
-            ops = "triton"
-    if ops == "auto":
-        ops = "triton" if torch.device(device).type == "cuda" else "torch"
-    if ops not in ("torch", "triton", "custom") or (ops == "custom" and bundle is None):
-        raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
-    bundle = bundle or (Ops.triton() if ops == "triton" else Ops.torch())
+        if "cogvid_kernels" in sys.modules and ops == Ops.triton():
+            name = "triton"
+    else:
+        name = ("triton" if torch.device(device).type == "cuda" else "torch") if ops == "auto" else ops
+        if name not in ("torch", "triton"):
+            raise ValueError(f"ops: got {ops!r}, want 'auto', 'torch', 'triton' or an Ops")
+        bundle = Ops.triton() if name == "triton" else Ops.torch()
     # Triton's own switch, which it reads when the kernels are imported.
-    if ops == "triton" and torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if name == "triton" and torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("ops: got 'triton' on a CPU, want cuda, or Triton's interpreter (TRITON_INTERPRET=1)")
-    return bundle, ops
+    return bundle, name
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
