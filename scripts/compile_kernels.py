@@ -60,6 +60,7 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
     The rules are those of `JITFunction.run`: None and 1 are constants; addresses and integers that 16 divides say so.
     """
     import torch
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     short = {
@@ -74,9 +75,10 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, (TensorDescriptor, GluonDescriptor)):
             dtype = short[str(value.base.dtype).removeprefix("torch.")]
-            signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
+            layout = f",{value.layout!r}" if isinstance(value, GluonDescriptor) else ""
+            signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}{layout}>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + short[str(value.dtype).removeprefix("torch.")]
             if value.data_ptr() % 16 == 0:
