@@ -5,7 +5,8 @@
 
 It issues the instructions of the loop, in order and with the control codes that ptxas wrote, for the warps that one
 quarter of a multiprocessor holds, and counts clocks. The warps begin at random times, because the order in which they
-meet may last; the table has the median and the range over such phases, as TFLOP/s of an H200.
+meet may last. How a warp is chosen is not published, so two ways are tried: in turns, and the same one for as long as
+it can. The table has the median and the range over all of these, as TFLOP/s of an H200.
 
 It ranks variants and is no measurement. Known: what a unit is busy for with each instruction. Guessed: latencies, and
 how many wgmma may wait in the queue. Left out: the L2 cache and DRAM, what comes before and after the loop, and power.
@@ -149,11 +150,13 @@ def misused_registers(body: Sequence[Instruction]) -> list[str]:
     return problems
 
 
-def clocks_per_trip(bodies: Sequence[Sequence[Instruction]], starts: Sequence[int], program: int) -> float:
+def clocks_per_trip(
+    bodies: Sequence[Sequence[Instruction]], starts: Sequence[int], program: int, greedy: bool
+) -> float:
     """Return the clocks that one trip of one warp takes once all are under way.
 
     bodies: the loop of each warp of the quarter. starts: when it begins. program: so many of them meet at a barrier of
-    the whole block.
+    the whole block. greedy: a warp issues for as long as it can; otherwise they take turns.
     """
     warps = range(len(bodies))
     warps = range(len(bodies))
@@ -170,6 +173,8 @@ def clocks_per_trip(bodies: Sequence[Sequence[Instruction]], starts: Sequence[in
     def may_issue(w: int) -> bool:
         instruction = bodies[w][place[w]]
         unit = instruction.unit
+        if trip[w] > min(trip) + 3:  # as far ahead as a ring lets it be; else one warp could keep all others waiting
+            return False
         if ready[w] > now or any(boards[w][i] for i in instruction.waits):
             return False
         if unit == "wgmma":
@@ -182,9 +187,12 @@ def clocks_per_trip(bodies: Sequence[Sequence[Instruction]], starts: Sequence[in
         while releases and releases[0][0] <= now:
             _, w, board = heapq.heappop(releases)
             boards[w][board] -= 1
-        chosen = next((w for w in (*warps[last:], *warps[:last]) if may_issue(w)), None)
+        first = last if greedy else last + 1
+        chosen = next((w for w in (*warps[first:], *warps[:first]) if may_issue(w)), None)
         if chosen is None:
             now += 1
+            if now > 10**7:
+                raise RuntimeError(f"loop: got no end after {now} clocks, want {TRIPS} trips of every warp")
             continue
         last, instruction = chosen, bodies[chosen][place[chosen]]
         unit = instruction.unit
@@ -220,7 +228,7 @@ def clocks_per_trip(bodies: Sequence[Sequence[Instruction]], starts: Sequence[in
 
 
 def predict(loops: Sequence[Sequence[Instruction]], keys: int, warps: int, programs: int, phases: int) -> list[float]:
-    """Return TFLOP/s for each phase, in order.
+    """Return TFLOP/s for each phase and way to choose among warps, in order.
 
     loops: of one program; one for all its warpgroups, or one for each.
     keys: of one trip. warps: of a program in a quarter. programs: of a multiprocessor.
@@ -233,7 +241,8 @@ def predict(loops: Sequence[Sequence[Instruction]], keys: int, warps: int, progr
         if len(loops) == 1:  # the warps of a program begin together
             shifts = [shifts[w // warps] for w in range(len(bodies))]
         scores = 64 * keys * len(bodies)
-        found.append(LIMIT * 512 / (clocks_per_trip(bodies, shifts, warps) / (scores / 8192)))
+        for greedy in (False, True):
+            found.append(LIMIT * 512 / (clocks_per_trip(bodies, shifts, warps, greedy) / (scores / 8192)))
     return sorted(found)
 
 

@@ -22,8 +22,9 @@ so P V runs during exp2 of the next tile. The softmax is bounded: no maximum and
 order, and the last one, which may be partial, comes first. Then no tile in the loop needs a mask.
 
 A row for which the bound is too loose is not computed again here but noted in `redo`; a second launch, of the online
-kernel of `attention.py`, computes the tiles noted there. The online form needs a running maximum and a rescaling beside
-the 160 registers that a consumer has, and a way to tell the producer to begin again; the second launch needs neither.
+kernel of `attention.py`, computes the tiles noted there. Registers would allow an online loop here. But the consumers
+would have to agree on a second round and tell the producer, which is one more protocol of barriers for a case that a
+model with normalised queries and keys hardly meets. The second launch reads one flag per tile and ends.
 """
 
 from typing import Any
