@@ -1,8 +1,9 @@
 """Compile every Triton kernel for real architectures, without a GPU, and check what came out.
 
 Each module of `cogvid_kernels` that has `compile_cases(architecture)` is compiled for sm_80, sm_89, sm_90 and sm_100. A
-case fails if it does not compile, spills registers to local memory, needs more shared memory than a block may have, or
-lacks an instruction that it was written for (wgmma, TMA, 128-bit loads).
+case fails if it does not compile, spills registers to local memory, needs more shared memory than a block may have,
+lacks an instruction that it was written for (wgmma, TMA, 128-bit loads), or, if it is specialised, has main loops that
+do not overlap.
 
     python scripts/compile_kernels.py                       check everything, print the table
     python scripts/compile_kernels.py --write               and write it to kernels/COMPILED.md
@@ -35,7 +36,10 @@ ARCHITECTURES = (80, 89, 90, 100)
 # Shared memory that one block may have, in bytes (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Counted in the table. A name counts every opcode that begins with it.
-COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG.E.128", "STG.E.128", "MUFU.EX2", "SHFL", "BAR.SYNC")
+COUNTED = (
+    "HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG.E.128", "STG.E.128", "MUFU.EX2", "SHFL", "BAR.SYNC",
+    "USETMAXREG",
+)  # fmt: skip
 
 
 @dataclass
@@ -60,6 +64,7 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
     The rules are those of `JITFunction.run`: None and 1 are constants; addresses and integers that 16 divides say so.
     """
     import torch
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     short = {
@@ -74,9 +79,10 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, (TensorDescriptor, GluonDescriptor)):
             dtype = short[str(value.base.dtype).removeprefix("torch.")]
-            signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
+            layout = f",{value.layout!r}" if isinstance(value, GluonDescriptor) else ""
+            signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}{layout}>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + short[str(value.dtype).removeprefix("torch.")]
             if value.data_ptr() % 16 == 0:
@@ -129,6 +135,8 @@ def compile_case(case: Any, arch: int, sass_directory: Path | None = None) -> Re
     result.registers, result.local = usage["REG"], usage["STACK"] + usage["LOCAL"]
     result.counts = {name: count_opcode(opcodes, name) for name in COUNTED}
     check(result, case, opcodes)
+    if case.loops is not None:
+        result.problems += check_loops(sass, case.loops)
     return result
 
 
@@ -153,6 +161,24 @@ def check(result: Result, case: Any, opcodes: Counter[str]) -> None:
         result.problems.append(f"shared memory: {result.shared} bytes, the chip has {SHARED_LIMIT[result.arch]}")
     result.problems += [f"no {name} in the machine code" for name in case.sass if not count_opcode(opcodes, name)]
     result.problems += [f"{name} in the machine code" for name in case.absent if count_opcode(opcodes, name)]
+
+
+def check_loops(sass: str, wanted: Any) -> list[str]:
+    """Say what is wrong with the main loops of a specialised kernel; `wanted` is a MainLoops."""
+    from sass_model import is_of_one_warpgroup, left_running, main_loops, misused_registers, parse
+
+    loops = main_loops(parse(sass))
+    problems = [] if len(loops) == wanted.count else [f"main loops: got {len(loops)}, want {wanted.count}"]
+    for i, loop in enumerate(loops):
+        units = Counter(instruction.unit for instruction in loop)
+        if units["wgmma"] != wanted.hgmma:
+            problems.append(f"loop {i}: got {units['wgmma']} HGMMA, want {wanted.hgmma}")
+        if not any(left_running(x) for x in loop if x.unit == "wait"):
+            problems.append(f"loop {i}: every wait is for all wgmma")
+        if not all(is_of_one_warpgroup(x) for x in loop if x.unit == "barrier"):
+            problems.append(f"loop {i}: a barrier of the whole block")
+        problems += [f"loop {i}: a register of a running wgmma: {line}" for line in misused_registers(loop)]
+    return problems
 
 
 def disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:

@@ -49,6 +49,8 @@ ATTENTION_TILES = [  # BLOCK_M, BLOCK_N, warps, stages
     (64, 64, 4, 3),
     (64, 128, 4, 3),
 ]
+SPECIALISED_TILES = [(192, 128, 4, 4), (192, 128, 4, 3), (192, 128, 4, 2)]  # of the variants whose warps have roles
+PROBES = [("bf16", 193), ("bf16", 272), ("fp16", 640), ("bf16", 4000)]  # dtype, tokens
 ROW_TILES = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8), (32, 4), (64, 4)]  # BLOCK_ROWS, warps
 PEERS = ("SDPA FLASH", "SDPA CUDNN", "FlashAttention")  # timed beside our best attention where they are
 
@@ -112,14 +114,67 @@ def limits_of(recorder: Recorder) -> dict[str, float]:
     return {"matmul_tflops": float("inf"), "copy_gbs": float("inf"), **recorder.value("limits", "limits")}
 
 
+# Kernels that wait for barriers of their own, and so may wait for ever.
+
+
+def specialised(device: str) -> list[str]:
+    """List the attention variants with roles that this device takes."""
+    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    return [name for name, variant in VARIANTS.items() if hopper and variant.schedule == "ws"]
+
+
+def probe(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
+    """Run them on short sequences; later stages run only what was right here. This process is killed if it hangs."""
+    exact_arithmetic()
+    torch.manual_seed(0)
+
+    def check(variant: str, dtype_name: str, tokens: int) -> dict[str, Any]:
+        dtype = bench_kernels.DTYPES[dtype_name]
+        q, k, v = torch.randn(2, tokens, 3, 3, 64, device=device, dtype=dtype).unbind(2)
+        q, k = q.clone(), k.clone()
+        k[1] = k[1, :1] + 0.1 * k[1]
+        q[1, tokens // 2] = -20 * k[1, 0]  # leaves the range of the bound, so its tile is computed again
+        with measure.poisoned_memory():
+            out = attention_op(q, k, v, variant=variant)
+        return {"error": allowed(bench_kernels.relative_rms(out, bench_kernels.exact_attention(q, k, v)), 1.5e-2)}
+
+    names = specialised(device)
+    for name in names:
+        for dtype_name, tokens in PROBES:
+            recorder.measure(probe_key(name, dtype_name, tokens), functools.partial(check, name, dtype_name, tokens))
+    if not names:
+        recorder.measure("probe", lambda: {"note": "no kernel of this device has roles"})
+
+
+def probe_key(variant: str, dtype_name: str, tokens: int) -> str:
+    return f"{variant} {dtype_name} {tokens} tokens"
+
+
+def not_probed(recorder: Recorder, device: str) -> list[str]:
+    """List the variants that the probe did not find right, and record each as a failure of this stage."""
+
+    def refuse() -> dict[str, Any]:
+        raise RuntimeError("the probe stage did not find it right, so it is not run")
+
+    def was_right(name: str) -> bool:
+        return all(recorder.value("probe", probe_key(name, *what)) for what in PROBES)
+
+    wrong = [name for name in specialised(device) if not was_right(name)]
+    for name in wrong:
+        recorder.measure(name, refuse)
+    return wrong
+
+
 # Compilation.
 
 
-def attention_jobs(device: str) -> list[tuple[str, tuple[int, int, int, int]]]:
+def attention_jobs(recorder: Recorder, device: str) -> list[tuple[str, tuple[int, int, int, int]]]:
     tiles = ATTENTION_TILES if device == "cuda" else [(32, 32, 4, 1), (16, 32, 4, 1)]
     capability = torch.cuda.get_device_capability()[0] if device == "cuda" else 9
-    names = [name for name, variant in VARIANTS.items() if capability >= 9 or variant.load == "pointer"]
-    return [(name, tile) for name in names for tile in tiles]
+    ordinary = [name for name, v in VARIANTS.items() if v.schedule != "ws" and (capability >= 9 or v.load == "pointer")]
+    wrong = not_probed(recorder, device)
+    right = [name for name in specialised(device) if name not in wrong]
+    return [(n, tile) for n in right for tile in SPECIALISED_TILES] + [(n, tile) for n in ordinary for tile in tiles]
 
 
 def as_tile(numbers: tuple[int, int, int, int]) -> Tile:
@@ -141,9 +196,10 @@ def compilation(recorder: Recorder, device: str, compile: bool) -> None:  # noqa
     if device != "cuda":
         recorder.measure("interpreter", lambda: {"note": "nothing to compile"})
         return
+    jobs = attention_jobs(recorder, device)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        futures = {(v, t): pool.submit(compile_attention, device, v, t) for v, t in attention_jobs(device)}
+        futures = {(v, t): pool.submit(compile_attention, device, v, t) for v, t in jobs}
         for (variant, tile), future in futures.items():
             recorder.measure(f"{variant} {tile}", future.result)
 
@@ -156,16 +212,19 @@ def numerics(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: A
     exact_arithmetic()
     torch.manual_seed(0)
     target = torch.device(device)
+    left_out = {f"ours/{name}" for name in not_probed(recorder, device)}
     sizes = [("toy", "fp32"), ("toy", "fp16"), ("toy", "bf16")] + ([("full", "bf16")] if device == "cuda" else [])
     for size, name in sizes:
         dtype = bench_kernels.DTYPES[name]
         for op in make_registry():
             for case in op.cases(size, False, dtype):
-                check_case(recorder, op, case, name, target)
+                check_case(recorder, op, case, name, target, left_out)
     recorder.measure("beyond 2**31 elements under compute-sanitizer", functools.partial(sanitize, device))
 
 
-def check_case(recorder: Recorder, op: Op, case: Case, dtype_name: str, device: torch.device) -> None:
+def check_case(
+    recorder: Recorder, op: Op, case: Case, dtype_name: str, device: torch.device, left_out: set[str]
+) -> None:
     dtype = bench_kernels.DTYPES[dtype_name]
 
     @functools.cache
@@ -187,7 +246,7 @@ def check_case(recorder: Recorder, op: Op, case: Case, dtype_name: str, device: 
         return {"error": error}
 
     for name, build in find_providers(op, compiled=False).items():
-        if name.startswith("ours"):
+        if name.startswith("ours") and name not in left_out:
             recorder.measure(f"{op.name} {case.label} {dtype_name} {name}", functools.partial(check, build))
     prepared.cache_clear()
     bench_kernels.free(device)
@@ -285,7 +344,7 @@ def attention(recorder: Recorder, device: str, compile: bool) -> None:
         }  # fmt: skip
 
     found = []
-    for variant, numbers in attention_jobs(device):
+    for variant, numbers in attention_jobs(recorder, device):
         run = functools.partial(candidate, cases[0], variant, numbers)
         found.append(recorder.measure(f"{cases[0].label} {variant} {numbers}", run))
     best = sorted((line for line in found if line["state"] == "done"), key=lambda line: line["median_ms"])
@@ -520,6 +579,7 @@ def run_op(name: str) -> None:
 
 STAGES = {
     "limits": Stage(15, limits),
+    "probe": Stage(30, probe),
     "compile": Stage(30, compilation),
     "numerics": Stage(80, numerics),
     "parity": Stage(30, parity),

@@ -1,7 +1,8 @@
-"""Tables and proposed block sizes from the results of `gpu_session.py`."""
+"""Tables, proposed block sizes and the proposed default of attention from the results of `gpu_session.py`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from gpu_session import ROOT, read_results
 
 Line = dict[str, Any]
+CHECKS = ("probe", "numerics")
 
 
 def write_tables(out: Path) -> list[Path]:
@@ -60,8 +62,28 @@ def best_tiles(lines: dict[tuple[str, str], Line]) -> dict[tuple[str, str, int],
     return best
 
 
+def attention_orders(lines: dict[tuple[str, str], Line]) -> dict[int, dict[str, float]]:
+    """Return for each GPU architecture the variants of attention, fastest first, and their milliseconds.
+
+    A variant that was wrong or cut off in the stages that check is left out. "pointer", which takes any tensors, is the
+    last one; what is slower is not needed.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for line in lines.values():
+        if line["stage"] == "attention" and line["state"] == "done" and "variant" in line and line["arch"]:
+            times = found.setdefault(line["arch"], {})
+            times[line["variant"]] = min(line["median_ms"], times.get(line["variant"], line["median_ms"]))
+    wrong = [line["key"] for line in lines.values() if line["stage"] in CHECKS and line["state"] != "done"]
+    orders = {}
+    for arch, times in found.items():
+        right = {n: ms for n, ms in times.items() if not any(re.search(rf"(^|[ /]){n}( |$)", key) for key in wrong)}
+        if "pointer" in right:
+            orders[arch] = dict(sorted((x for x in right.items() if x[1] <= right["pointer"]), key=lambda x: x[1]))
+    return orders
+
+
 def tiles_source(lines: dict[tuple[str, str], Line]) -> str:
-    """Return `cogvid_kernels/_tiles.py` with an assignment for each measured tile at its end."""
+    """Return `cogvid_kernels/_tiles.py` with an assignment for each measured tile and order at its end."""
     source = (ROOT / "kernels" / "cogvid_kernels" / "_tiles.py").read_text()
     added = []
     for (operation, shape_class, arch), line in sorted(best_tiles(lines).items()):
@@ -70,6 +92,9 @@ def tiles_source(lines: dict[tuple[str, str], Line]) -> str:
             f'TILES["{operation}", "{shape_class}"][{arch}] = Tile({blocks}, {warps}, {stages})'
             f"  # {line['median_ms']:.4g} ms"
         )
+    for arch, times in sorted(attention_orders(lines).items()):
+        note = ", ".join(f"{ms:.4g}" for ms in times.values())
+        added.append(f"ATTENTION_ORDER[{arch}] = {(*times,)!r}  # {note} ms".replace("'", '"'))
     if not added:
         return source
     return f"{source}\n# Fastest of those measured.\n" + "\n".join(added) + "\n"

@@ -9,6 +9,22 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class MainLoops:
+    """What the loops that hold both wgmma and exp2 must be in the machine code of a warp-specialised kernel.
+
+    In each of them a wait must leave a wgmma running, no barrier may be one of the whole block, and no register of a
+    running wgmma may be written.
+
+    Attributes:
+        count: how many there are, one of each consumer.
+        hgmma: HGMMA instructions in each.
+    """
+
+    count: int
+    hgmma: int
+
+
+@dataclass(frozen=True)
 class KernelCase:
     """One specialisation of one kernel.
 
@@ -19,6 +35,7 @@ class KernelCase:
             device, so that what is compiled here is what runs; launch options (num_warps, ...) are among them.
         sass: opcode prefixes that the machine code must contain, for example `("HGMMA", "UTMALDG")`.
         absent: opcode prefixes that it must not contain.
+        loops: what its main loops must be; None does not look.
     """
 
     name: str
@@ -26,3 +43,4 @@ class KernelCase:
     arguments: dict[str, Any]
     sass: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    loops: MainLoops | None = None

@@ -134,6 +134,21 @@ _TMA_AHEAD_16x128 = {
     100: _attention(128, 64, 8, 2),
 }
 
+# Three warpgroups of 64 rows; the stages are slots of 32 KiB for keys and values, beside 24 KiB of queries. A power of
+# two makes a slot's number a mask. Two warpgroups, or 64 keys a tile, are slower by the model (kernels/RESULTS.md).
+_TMA_WS_16x64 = {90: _attention(192, 128, 4, 4)}
+
+# The variants of attention that may run when none is asked for; the first that can take the tensors runs. An entry
+# changes only with a measurement in kernels/RESULTS.md; `scripts/gpu_session.py` proposes one. On Hopper
+# "tma_bounded" is expected to be faster than "tma", and "tma_ws_bounded" than both, which has never run.
+ATTENTION_ORDER: dict[int, tuple[str, ...]] = {
+    INTERPRETER: ("pointer",),
+    80: ("pointer",),
+    89: ("pointer",),
+    90: ("tma", "pointer"),
+    100: ("pointer",),
+}
+
 TILES: dict[tuple[str, str], dict[int, Tile]] = {
     ("attention", "pointer/16x64"): _POINTER_16x64,
     ("attention", "pointer/16x128"): _POINTER_16x128,
@@ -143,6 +158,7 @@ TILES: dict[tuple[str, str], dict[int, Tile]] = {
     ("attention", "tma/16x128"): _TMA_16x128,
     ("attention", "tma_ahead/16x64"): _TMA_AHEAD_16x64,
     ("attention", "tma_ahead/16x128"): _TMA_AHEAD_16x128,
+    ("attention", "tma_ws/16x64"): _TMA_WS_16x64,
     ("rows", "128"): _everywhere(_rows(32, 4), _rows(64, 4)),
     ("rows", "1024"): _everywhere(_rows(2, 4), _rows(16, 4)),
     ("rows", "4096"): _everywhere(_rows(1, 4), _rows(16, 4)),

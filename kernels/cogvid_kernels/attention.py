@@ -13,17 +13,18 @@ Letters: B batch, H heads, N query tokens, M key tokens, hd head_dim.
 A `Variant` is one choice of each of these three:
 
 - load: plain pointers, or TMA descriptors made by the host (Hopper and later).
-- schedule: plain (a program computes one tile of queries), or one of two that need TMA. Persistent: a program computes
-  several tiles of queries, one after the other. Ahead: the logits of the next keys are computed during the softmax of
-  the present ones.
+- schedule: plain (a program computes one tile of queries), or one of three that need TMA. Persistent: a program
+  computes several tiles of queries, one after the other. Ahead: the logits of the next keys are computed during the
+  softmax of the present ones. Ws: warps are specialised, some load and some compute (`_attention_ws.py`); on Hopper,
+  head_dim 64, bounded.
 - softmax: online or bounded.
   Online: the running maximum of each row is the shift, and each tile rescales the sums so far (FlashAttention).
   Bounded: `|q_i| * max_j |k_j| * c` bounds every logit of row i (Cauchy-Schwarz). Any shift gives the same softmax as
   long as nothing over- or underflows. So the bound is the shift, fixed before the loop, and the loop has no maximum, no
   rescaling and no dependency between tiles. The row sum shows afterwards whether the bound was too loose: if it is at
   least 2**-80, then the keys lost to underflow (each below 2**-126) are less than M * 2**-46 of it. A tile with any row
-  outside the safe range, or with NaN, is computed again in the online form by the same program. A loose bound costs
-  time and never correctness.
+  outside the safe range, or with NaN, is computed again in the online form: by the same program, or by a second launch
+  after the specialised one. A loose bound costs time and never correctness.
 """
 
 import math
@@ -37,12 +38,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cogvid_kernels import _attention_ws
 from cogvid_kernels._cases import KernelCase
 from cogvid_kernels._checks import check_alignment, check_runnable, check_tensor, is_aligned
+from cogvid_kernels._descriptors import heads_first
 from cogvid_kernels._interpreter import dot, round_to
 from cogvid_kernels._key_norms import largest_key_norms
 from cogvid_kernels._operators import register, want_tensors
-from cogvid_kernels._tiles import INTERPRETER, Tile, architecture, tile_for
+from cogvid_kernels._softmax import bounding_shift, log_sum_exp, mask_keys, rows_are_safe, weights
+from cogvid_kernels._tiles import ATTENTION_ORDER, INTERPRETER, Tile, architecture, tile_for
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Variant:
     """One form of the attention kernel; the module's docstring explains the choices."""
 
     load: Literal["pointer", "tma"]
-    schedule: Literal["plain", "persistent", "ahead"] = "plain"
+    schedule: Literal["plain", "persistent", "ahead", "ws"] = "plain"
     bounded: bool = False
 
     @property
@@ -62,22 +66,15 @@ class Variant:
     @property
     def tile_class(self) -> str:
         """Return the part of the tile table's shape class that depends on the variant."""
-        return "tma_ahead" if self.schedule == "ahead" else self.load
+        return f"{self.load}_{self.schedule}" if self.schedule in ("ahead", "ws") else self.load
 
 
 _PLACES: tuple[Any, ...] = (("pointer", "plain"), ("tma", "plain"), ("tma", "persistent"), ("tma", "ahead"))
 VARIANTS = {v.name: v for place in _PLACES for v in (Variant(*place), Variant(*place, bounded=True))}
+VARIANTS["tma_ws_bounded"] = Variant("tma", "ws", bounded=True)
 MAX_HEAD_DIM = 128
 
 _FLOAT_MIN: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
-_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# The range of row sums in which the bounded form is right (see above; the upper end keeps the accumulator finite).
-_SAFE_LOW: tl.constexpr = tl.constexpr(2.0**-80)
-_SAFE_HIGH: tl.constexpr = tl.constexpr(2.0**60)
-# fp16 ends at 2**16 and loses bits below 2**-14. So weights are lifted to just under the top, and the mean weight must
-# be at least 2**-13: its absolute rounding error of 2**-25 is then one unit of fp16's own relative rounding.
-_FP16_LIFT: tl.constexpr = tl.constexpr(15.0)
-_FP16_SAFE_MEAN: tl.constexpr = tl.constexpr(2.0**-13)
 
 
 @triton.jit
@@ -150,14 +147,14 @@ def _add_keys(
 ):
     """Add these keys to the running sums."""
     if MASKED:
-        b_s = tl.where((start + tl.arange(0, b_s.shape[1]) < num_keys)[None, :], b_s, float("-inf"))
+        b_s = mask_keys(b_s, start + tl.arange(0, b_s.shape[1]), num_keys)
     if not BOUNDED:
         b_max = tl.maximum(b_shift, tl.max(b_s, 1) * scale_log2)
         b_decay = tl.exp2(b_shift - b_max)
         b_sum = b_sum * b_decay
         b_acc = b_acc * b_decay[:, None]
         b_shift = b_max
-    b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
+    b_p = weights(b_s, b_shift, scale_log2)
     b_sum += tl.sum(b_p, 1)
     b_v = _load_tile(
         v, stride=stride_v, batch=batch, head=head, start=start, num_tokens=num_keys,
@@ -237,6 +234,7 @@ def _attention_kernel(
     key_norms,  # [B, H] fp32, the largest |k_j| of each head; read when BOUNDED
     out,  # [B, N, H * hd] contiguous
     lse,  # [B, H, N] fp32 contiguous; written when WRITE_LSE
+    redo,  # [num_tiles] int32, or None: only the tiles with a 1 are computed; not with PERSISTENT
     stride_qb,
     stride_qn,
     stride_qh,
@@ -269,6 +267,8 @@ def _attention_kernel(
         first = 0
         stop = 1
         step = 1
+        if redo is not None:
+            stop = tl.load(redo + tl.program_id(0))
     for i in tl.range(first, stop, step):
         i_tile = i if PERSISTENT else tl.program_id(0)
         tiles_per_head = tl.cdiv(num_queries, BLOCK_M)
@@ -292,10 +292,7 @@ def _attention_kernel(
         # Not -inf: a first tile of logits that are all -inf must not turn later, finite ones into NaN.
         b_lowest = tl.full([BLOCK_M], _FLOAT_MIN, tl.float32)
         if BOUNDED:
-            b_q32 = b_q.to(tl.float32)
-            b_first = tl.sqrt(tl.sum(b_q32 * b_q32, 1)) * tl.load(key_norms + i_bh) * scale_log2
-            if b_q.dtype == tl.float16:
-                b_first -= _FP16_LIFT
+            b_first = bounding_shift(b_q, tl.load(key_norms + i_bh), scale_log2)
         else:
             b_first = b_lowest
         b_acc, b_sum, b_shift = _attend(
@@ -304,14 +301,7 @@ def _attention_kernel(
             BOUNDED=BOUNDED,
         )  # fmt: skip
         if BOUNDED:
-            safe_low = _SAFE_LOW
-            if b_q.dtype == tl.float16:
-                safe_low = num_keys * _FP16_SAFE_MEAN
-            # NaN compares false, so it takes the online form too.
-            safe = (b_sum >= safe_low) & (b_sum <= _SAFE_HIGH)
-            if b_q.dtype == tl.float16:
-                # A bound that is too small by rounding may make a weight infinite in fp16 while the fp32 sum is not.
-                safe = safe & (tl.sum(b_acc * 0.0, 1) == 0.0)
+            safe = rows_are_safe(b_sum, b_acc, num_keys, b_q.dtype)
             if tl.min(safe.to(tl.int32), 0) == 0:
                 b_acc, b_sum, b_shift = _attend(
                     b_q, b_lowest, k_head, v_head, stride_k=stride_kn, stride_v=stride_vn, batch=i_b, head=i_h,
@@ -326,8 +316,8 @@ def _attention_kernel(
         m_out = (o_m < num_queries)[:, None] & (o_d < HEAD_DIM)[None, :]
         tl.store(p_row[:, None] + o_d[None, :], round_to(b_out, out.dtype.element_ty), mask=m_out)
         if WRITE_LSE:
-            b_lse = (b_shift + tl.log2(b_sum)) * _LN2
-            tl.store(lse + i_bh.to(tl.int64) * num_queries + o_m, b_lse, mask=o_m < num_queries)
+            p_lse = lse + i_bh.to(tl.int64) * num_queries + o_m
+            tl.store(p_lse, log_sum_exp(b_shift, b_sum), mask=o_m < num_queries)
 
 
 def attention(
@@ -394,13 +384,15 @@ def _attention(
     check_alignment(q=q, k=k, v=v)
     arch = architecture(q)
     chosen = default_variant(q, k, v, arch) if variant is None else VARIANTS[variant]
+    if refusal := _refusal(chosen, q, arch):
+        raise ValueError(refusal)
     if chosen.load == "tma":
-        if arch not in (INTERPRETER, 90, 100):
-            major, minor = torch.cuda.get_device_capability(q.device)
-            raise ValueError(f"variant: got {variant!r} on compute capability {major}.{minor}, want 9.0, 10.x or 11.x")
         check_alignment(16, q=q, k=k, v=v)
-    key_norms = largest_key_norms(k) if chosen.bounded else None
     tile = None if blocks is None else _tile(*blocks)
+    if chosen.schedule == "ws":
+        _launch_ws(q, k, v, out, lse if return_lse else None, scale, chosen, arch, tile)
+        return out, lse
+    key_norms = largest_key_norms(k) if chosen.bounded else None
     arguments = _arguments(q, k, v, out, lse if return_lse else None, key_norms, scale, chosen, arch, tile)
     programs = arguments["num_tiles"]
     if chosen.schedule == "persistent":
@@ -411,6 +403,33 @@ def _attention(
 
 
 _operator = register(_attention, _outputs)
+
+
+def _launch_ws(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    scale: float | None,
+    variant: Variant,
+    arch: int,
+    tile: Tile | None,
+) -> None:
+    """Launch the specialised kernel, and the online one for the tiles whose bound was too loose."""
+    tile = tile or tile_for("attention", f"{variant.tile_class}/16x64", arch)
+    block_m = tile.blocks["BLOCK_M"]
+    if (block_m, tile.num_warps) != (_attention_ws.BLOCK_M, 4):
+        want = f"{_attention_ws.BLOCK_M} and 4"
+        raise ValueError(f"tile: got BLOCK_M {block_m} and {tile.num_warps} warps with {variant.name!r}, want {want}")
+    online = _arguments(q, k, v, out, lse, None, scale, Variant("tma"), arch, None)
+    redo = torch.zeros(online["num_tiles"], dtype=torch.int32, device=q.device)
+    bounded = _attention_ws.arguments(
+        q, k, v, out, lse, largest_key_norms(k), redo, online["BLOCK_M"], online["scale_log2"], tile
+    )
+    with torch.cuda.device_of(q):
+        _attention_ws.launch(triton.cdiv(q.shape[1], block_m) * q.shape[0] * q.shape[2], bounded)
+        _attention_kernel[(online["num_tiles"],)](**online | {"redo": redo})
 
 
 def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
@@ -426,9 +445,26 @@ def _programs_at_once(device: torch.device, variant: Variant) -> int:
 
 
 def default_variant(q: Tensor, k: Tensor, v: Tensor, arch: int) -> Variant:
-    """Return the variant that runs when none is asked for: TMA on Hopper where it can take the tensors."""
-    tma = arch == 90 and q.element_size() == 2 and all(is_aligned(x, 16) for x in (q, k, v))
-    return Variant("tma" if tma else "pointer")
+    """Return the variant that runs when none is asked for: the table's first that can take the tensors."""
+    aligned = all(is_aligned(x, 16) for x in (q, k, v))
+    variants = [VARIANTS[name] for name in ATTENTION_ORDER[arch]]
+    return next(x for x in variants if not _refusal(x, q, arch) and (aligned or x.load == "pointer"))
+
+
+def _refusal(variant: Variant, q: Tensor, arch: int | None = None) -> str | None:
+    """Say why the variant cannot run, or None; without `arch` only what holds everywhere."""
+    got = f"variant: got {variant.name!r}"
+    if variant.load == "tma" and q.element_size() != 2:
+        return f"{got} with {q.dtype}, want bfloat16 or float16 for TMA"
+    if variant.schedule == "ws" and q.shape[3] != _attention_ws.HEAD_DIM:
+        return f"{got} with head_dim {q.shape[3]}, want head_dim {_attention_ws.HEAD_DIM}"
+    runs_on = (90,) if variant.schedule == "ws" else (INTERPRETER, 90, 100)
+    if arch is None or variant.load == "pointer" or arch in runs_on:
+        return None
+    place = "in Triton's interpreter"
+    if arch != INTERPRETER:
+        place = "on compute capability {}.{}".format(*torch.cuda.get_device_capability(q.device))
+    return f"{got} {place}, want compute capability {'9.0' if runs_on == (90,) else '9.0, 10.x or 11.x'}"
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, variant: str | None) -> None:
@@ -448,8 +484,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, variant: str | 
     if variant is not None:
         if variant not in VARIANTS:
             raise ValueError(f"variant: got {variant!r}, want one of {', '.join(VARIANTS)}")
-        if VARIANTS[variant].load == "tma" and q.element_size() != 2:
-            raise ValueError(f"variant: got {variant!r} with {q.dtype}, want bfloat16 or float16 for TMA")
+        if refusal := _refusal(VARIANTS[variant], q):
+            raise ValueError(refusal)
 
 
 def _arguments(
@@ -474,14 +510,8 @@ def _arguments(
     def source(x: Tensor, block: int) -> Tensor | TensorDescriptor:
         if variant.load == "pointer":
             return x
-        # Tokens next to channels, so that the block is a plain matrix; a descriptor's strides may have any order.
-        heads_first = x.transpose(1, 2)
-        # The stride of an axis of size 1 is never used and may be any number; a descriptor wants 16 bytes of all.
-        strides = [
-            stride if size > 1 else 16 // x.element_size()
-            for size, stride in zip(heads_first.shape[:3], heads_first.stride()[:3], strict=True)
-        ]
-        return TensorDescriptor(heads_first, list(heads_first.shape), [*strides, 1], [1, 1, block, block_d])
+        view, strides = heads_first(x)
+        return TensorDescriptor(view, list(view.shape), strides, [1, 1, block, block_d])
 
     return {
         "q": source(q, block_m),
@@ -490,6 +520,7 @@ def _arguments(
         "key_norms": key_norms,
         "out": out,
         "lse": lse,
+        "redo": None,
         "stride_qb": q.stride(0),
         "stride_qn": q.stride(1),
         "stride_qh": q.stride(2),
@@ -520,17 +551,22 @@ def _arguments(
 def compile_cases(arch: int) -> list[KernelCase]:
     """List what is compiled without a GPU: every variant at CogVideoX's own shape, every dtype and head_dim once."""
     default, pointer = Variant("tma" if arch == 90 else "pointer"), Variant("pointer")
-    cases = [_case(v, torch.bfloat16, 64, arch) for v in VARIANTS.values() if arch >= 90 or v.load == "pointer"]
+    variants = [v for v in VARIANTS.values() if v.schedule != "ws" and (arch >= 90 or v.load == "pointer")]
+    cases = [_case(variant, torch.bfloat16, 64, arch) for variant in variants]
+    if arch == 90:
+        cases.append(_case(default, torch.bfloat16, 64, arch, redo=True))
     cases += [_case(default, torch.bfloat16, head_dim, arch) for head_dim in (32, 80, 96, 128)]
     cases.append(_case(default, torch.float16, 64, arch))
     return cases + [_case(pointer, torch.float32, head_dim, arch) for head_dim in (64, 128)]
 
 
-def _case(variant: Variant, dtype: torch.dtype, head_dim: int, arch: int) -> KernelCase:
+def _case(variant: Variant, dtype: torch.dtype, head_dim: int, arch: int, redo: bool = False) -> KernelCase:
     q, k, v = (torch.empty(2, 17776, 48, head_dim, dtype=dtype, device="meta") for _ in range(3))
     out = torch.empty(2, 17776, 48 * head_dim, dtype=dtype, device="meta")
     norms = torch.empty(2, 48, dtype=torch.float32, device="meta") if variant.bounded else None
     arguments = _arguments(q, k, v, out, None, norms, None, variant, arch, None)
+    if redo:
+        arguments["redo"] = torch.empty(arguments["num_tiles"], dtype=torch.int32, device="meta")
     if dtype == torch.float32:
         sass = ("FFMA",)
     else:
@@ -538,4 +574,5 @@ def _case(variant: Variant, dtype: torch.dtype, head_dim: int, arch: int) -> Ker
         copy = "UTMALDG" if variant.load == "tma" else "LDGSTS.128"
         sass = (multiply, copy, "MUFU.EX2", "STG.E.128")
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    return KernelCase(f"attention/{variant.name}/{short}-hd{head_dim}", _attention_kernel, arguments, sass)
+    name = f"attention/{variant.name}{'_redo' * redo}/{short}-hd{head_dim}"
+    return KernelCase(name, _attention_kernel, arguments, sass)

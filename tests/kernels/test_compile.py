@@ -61,6 +61,37 @@ def test_the_check_can_fail(arch: int, name: str, change: dict, problem: str) ->
     assert problem in run.stdout, run.stdout + run.stderr
 
 
+BAD_LOOPS = """
+import sys
+from pathlib import Path
+sys.path[:0] = ["kernels", "scripts"]
+from compile_kernels import check_loops, compile_case, find_cases
+case = next(case for case in find_cases(90) if case.name == "attention/tma_ws_bounded/bf16-hd64")
+result = compile_case(case, 90, Path(sys.argv[1]))
+sass = next(Path(sys.argv[1]).iterdir()).read_text()
+print(result.problems)
+for old, new in (
+    ("HGMMA.64x128x16", "HMMA.64x128x16"),
+    ("gsb0, 0x1", "gsb0, 0x0"),
+    (", 0x80", ""),
+    ("WARPGROUP.DEPBAR.LE gsb0, 0x1", "NOP"),
+):
+    assert old in sass
+    print(check_loops(sass.replace(old, new), case.loops))
+"""
+
+
+def test_the_check_of_specialised_loops_can_fail(tmp_path: Path) -> None:
+    """The machine code as it is, then with fewer wgmma, only full waits, barriers of the block, and a wait less."""
+    run = run_without_interpreter("-c", BAD_LOOPS, str(tmp_path))
+    good, fewer, full, block, unwaited = run.stdout.splitlines()
+    assert good == "[]"
+    assert fewer.count("got 8 HGMMA, want 12") == 3
+    assert full.count("every wait is for all wgmma") == 3
+    assert block.count("a barrier of the whole block") == 3
+    assert "a register of a running wgmma: FFMA" in unwaited
+
+
 def test_a_cpu_tensor_is_refused_without_the_interpreter() -> None:
     program = (
         "import sys; sys.path.insert(0, 'kernels'); import torch; from cogvid_kernels import attention;"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gpu_session import DEVICE_FAULT, OUT_OF_TIME, RESULTS, ROOT, RUNNING, Recorder, main, read_results, run_stages
-from gpu_tables import best_tiles, markdown, tiles_source
+from gpu_tables import attention_orders, best_tiles, markdown, tiles_source
 
 DIES_AT = "step/5B step, cogvid torch"
 
@@ -169,3 +169,50 @@ def test_the_fastest_correct_tile_is_proposed(tmp_path: Path) -> None:
     tile = runpy.run_path(str(tmp_path / "_tiles.py"))["TILES"]["attention", "tma/16x64"][90]
     assert (dict(tile.blocks), tile.num_warps, tile.num_stages) == ({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2)
     assert "- attention: wrong: error: got 1, want less" in markdown(lines)
+
+
+def attention_line(
+    variant: str, milliseconds: float, tile: str = "(128, 64, 8, 3)", state: str = "done"
+) -> dict[str, Any]:
+    key = f"5B {variant} {tile}"
+    line = {"stage": "attention", "key": key, "state": state, "variant": variant, "arch": 90}
+    return line | {"median_ms": milliseconds, "operation": "attention", "shape_class": "tma/16x64", "tile": [{}, 8, 3]}
+
+
+def test_the_order_of_attention_is_that_of_the_variants_that_were_right(tmp_path: Path) -> None:
+    found = [
+        attention_line("tma", 3.0),
+        attention_line("tma_bounded", 4.0),
+        attention_line("tma_bounded", 2.0, "(64, 64, 4, 3)"),
+        attention_line("tma_bounded", 0.5, "(128, 128, 8, 3)", "failed"),  # one block size, not the variant
+        attention_line("tma_ahead", 1.0),
+        attention_line("tma_ws_bounded", 0.9),
+        attention_line("tma_persistent", 9.0),
+        attention_line("pointer", 5.0),
+        {"stage": "numerics", "key": "attention toy bf16 ours/tma_ahead", "state": "failed", "reason": "x"},
+        {"stage": "probe", "key": "tma_ws_bounded bf16 193 tokens", "state": "cut", "reason": "x"},
+    ]
+    lines = {(line["stage"], line["key"]): line for line in found}
+    assert attention_orders(lines) == {90: {"tma_bounded": 2.0, "tma": 3.0, "pointer": 5.0}}
+    (tmp_path / "_tiles.py").write_text(tiles_source(lines))
+    orders = runpy.run_path(str(tmp_path / "_tiles.py"))["ATTENTION_ORDER"]
+    assert orders[90] == ("tma_bounded", "tma", "pointer")
+    assert orders[80] == ("pointer",)
+    # Without "pointer" there is nothing for tensors that TMA cannot take.
+    assert attention_orders({k: v for k, v in lines.items() if v.get("variant") != "pointer"}) == {}
+
+
+def test_what_the_probe_did_not_find_right_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_stages
+
+    monkeypatch.setattr(gpu_stages, "specialised", lambda _: ["tma_ws_bounded"])
+    keys = [gpu_stages.probe_key("tma_ws_bounded", *what) for what in gpu_stages.PROBES]
+    probe = recorder(tmp_path, stage="probe")
+    for key in keys[:-1]:
+        probe.measure(key, lambda: {"error": 0.0})
+    later = recorder(tmp_path, stage="attention")
+    assert "tma_ws_bounded" not in {name for name, _ in gpu_stages.attention_jobs(later, "cpu")}
+    assert later.all["attention", "tma_ws_bounded"]["reason"].endswith("so it is not run")
+    probe.measure(keys[-1], lambda: {"error": 0.0})
+    jobs = gpu_stages.attention_jobs(recorder(tmp_path, stage="attention"), "cpu")
+    assert [tile for name, tile in jobs if name == "tma_ws_bounded"] == gpu_stages.SPECIALISED_TILES
