@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cogvid.run.load import load as load
     from cogvid.run.output import Output as Output
     from cogvid.run.pipeline import Pipeline as Pipeline
+    from cogvid.run.saved_run import SavedRun as SavedRun
     from cogvid.sampling.guidance import GUIDANCE as GUIDANCE
     from cogvid.sampling.samplers import SAMPLERS as SAMPLERS
     from cogvid.weights.load import load_transformer as load_transformer
@@ -34,6 +35,7 @@ _HOME = {
     "Output": "run.output",
     "Pipeline": "run.pipeline",
     "SAMPLERS": "sampling.samplers",
+    "SavedRun": "run.saved_run",
     "VideoWriter": "media.video",
     "export_to_video": "media.video",
     "load": "run.load",

@@ -1,39 +1,56 @@
 """The `cogvid` command: `generate` makes an MP4, `inspect` says what a checkpoint is.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
-the machine (no memory, no disk), each with one line on stderr; 130 after an interrupt. torch is not imported before
-there is something to compute, so that `--help` and a mistyped option answer at once.
+the machine (no memory, no disk), each with one line on stderr; 128 + n after signal n, such as 130 after Ctrl-C. torch
+is not imported before there is something to compute, so that `--help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
+import secrets
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import cogvid
 from cogvid.run import settings
+from cogvid.run.signals import StopOnSignals
 
-USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 1, 130
+if TYPE_CHECKING:
+    from cogvid.run.saved_run import SavedRun
+
+USER_ERROR, MACHINE_ERROR = 2, 1
+_UNSET = object()
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; an error becomes one line on stderr."""
+    status = 0
+    with StopOnSignals() as stop:
+        status = _main(sys.argv[1:] if argv is None else list(argv))
+    if stop.received is None:
+        return status
+    with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal to write to
+        _fail(stop.received, stop.received.status)
+    return stop.received.status
+
+
+def _main(argv: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"cogvid(\.|$)")
         warnings.showwarning = _show_warning
         try:
             arguments = _parser().parse_args(argv)
+            arguments.given = _given(argv, arguments)
             arguments.run(arguments)
-        except KeyboardInterrupt:
-            return _fail("interrupted", INTERRUPTED)
         except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error:
             machine = isinstance(error, (MemoryError, FloatingPointError))
             machine = machine or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS)
@@ -50,8 +67,29 @@ def generate(arguments: argparse.Namespace) -> None:
     from cogvid import versions
 
     versions.check()
+    from cogvid.run import resume
+    from cogvid.run.stages import listen, print_stage
+
+    with contextlib.ExitStack() as stack:
+        if arguments.verbose:
+            stack.enter_context(listen(print_stage))
+        saved = resume.open_saved_run(arguments.checkpoint, arguments.resume, arguments.every)
+        if saved is not None:
+            stack.enter_context(saved)
+            if arguments.resume:
+                vars(arguments).update(resume.restore(saved, arguments.given))
+            if arguments.seed is None:
+                arguments.seed = secrets.randbelow(2**32)
+        _generate(arguments, saved)
+
+
+def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
+    if arguments.prompt is None or arguments.output is None:
+        raise ValueError("PROMPT, -o/--output: got one or none of them, want both, or the --resume DIR of a saved run")
+    from cogvid.run import resume
     from cogvid.run.generate import DEFAULT_MODELS, prepare, run
     from cogvid.run.load import load_checkpoint
+    from cogvid.run.stages import stage
     from cogvid.weights.checkpoint import read_checkpoint
     from cogvid.weights.files import DTYPES
     from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
@@ -62,6 +100,8 @@ def generate(arguments: argparse.Namespace) -> None:
     inputs = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
     given = {name: getattr(arguments, name) for name in inputs}
     job = prepare(checkpoint.model, arguments.prompt, arguments.output, **given)
+    if saved is not None:
+        resume.keep(saved, vars(arguments), job)
     if arguments.model is None and task != "text-to-video":
         # For text alone, the tokenizer warns of the words that the model does not know.
         warnings.warn(
@@ -75,8 +115,9 @@ def generate(arguments: argparse.Namespace) -> None:
     except RuntimeError as error:  # kernels that were asked for and are not there
         raise ValueError(error) from error
     dtype = resolve_dtype(arguments.dtype, device, stored=DTYPES[checkpoint.model.dtype])
-    pipe = load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), arguments.qk_norm)
-    out = run(pipe, job)
+    with stage("load"):
+        pipe = load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), arguments.qk_norm)
+    out = run(pipe, job, saved)
     print(f"seed {out.seed}", file=sys.stderr)
     print(arguments.output)
 
@@ -110,15 +151,22 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("revision", "local_files_only", "variant")}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that the command line names; the others have their defaults."""
+    bare = vars(_parser(unset=vars(arguments)).parse_args(argv))
+    return {name: value for name, value in bare.items() if value is not _UNSET}
+
+
+def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Make the parser. unset: options of `generate` that get no default."""
     parser = _Parser(prog="cogvid", description="CogVideoX: an image and a prompt in, a video out.")
     parser.add_argument("--version", action="version", version=f"cogvid {cogvid.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     make = commands.add_parser("generate", help="make a video", description=generate.__doc__)
     make.set_defaults(run=generate)
-    make.add_argument("prompt", metavar="PROMPT", help="what happens in the video")
-    make.add_argument("-o", "--output", required=True, metavar="MP4", help="file to write, completely or not at all")
+    make.add_argument("prompt", nargs="?", metavar="PROMPT", help="what happens in the video")
+    make.add_argument("-o", "--output", metavar="MP4", help="file to write, completely or not at all")
     _add_checkpoint_options(make, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
     make.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
     make.add_argument("--video", metavar="PATH", help="a video to start from")
@@ -140,12 +188,25 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's if not given")
     make.add_argument("--ops", default="auto", metavar="NAME", help="auto, torch or triton")
     make.add_argument("--qk-norm", default="layer", metavar="NAME", help="norm of Q and K: layer, or rms (RMSNorm)")
+    _add_saving_options(make)
+    make.set_defaults(**dict.fromkeys(unset, _UNSET))
 
     look = commands.add_parser("inspect", help="say what a checkpoint is", description=inspect.__doc__)
     look.set_defaults(run=inspect)
     _add_checkpoint_options(look, "checkpoint", help="what to look at")
     look.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
+
+
+def _add_saving_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="DIR", help="save the run there as it goes, whole or not at all")
+    parser.add_argument("--every", type=int, metavar="N", help="steps between two saves; 1 if not given")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the run saved there, and save it there; PROMPT and all options are those it was begun with",
+    )
+    parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from types import TracebackType
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from cogvid import versions
 from cogvid.media.download import shown
+from cogvid.media.whole_file import whole_file
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -43,9 +43,8 @@ _REPRODUCIBLE = {"threads": "4", "x264-params": "cpu-independent=1"}
 class VideoWriter:
     """Write one H.264 MP4 (yuv420p, BT.709, index first) chunk by chunk, as a context manager.
 
-    Frames go to a temporary file in the target's directory. When the `with` block ends without an exception, this file
-    replaces the target. After an exception it is removed and the target stays as it was. The same frames give the same
-    bytes, whatever the chunks.
+    The file replaces the target when the `with` block ends without an exception; after one, the target stays as it was:
+    see `whole_file`. The same frames give the same bytes, whatever the chunks.
 
     Args:
         path: `.mp4` file to write; its directory must exist.
@@ -84,19 +83,18 @@ class VideoWriter:
         self._options = {"crf": f"{crf:g}", "preset": preset, **_REPRODUCIBLE}
         self._comment = None if metadata is None else json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
         self._count = 0
-        self._temporary: str | None = None
+        self._open = contextlib.ExitStack()
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
 
     def __enter__(self) -> Self:
         import av
 
-        self._temporary = os.path.join(os.path.dirname(self._target), f".cogvid-{secrets.token_hex(6)}.mp4")
-        try:
-            # Not with `tempfile`, which makes the file private: its mode must follow the umask.
-            os.close(os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            container = av.open(self._temporary, "w", format="mp4", options={"movflags": "+faststart"})
+        with contextlib.ExitStack() as stack:
+            path = stack.enter_context(whole_file(self._target))
+            container = av.open(path, "w", format="mp4", options={"movflags": "+faststart"})
             self._container = container
+            stack.push(self._close)
             if self._comment is not None:
                 container.metadata["comment"] = self._comment
             stream = container.add_stream("libx264", rate=self._rate, options=self._options)
@@ -105,9 +103,7 @@ class VideoWriter:
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _LIMITED
             self._stream = stream
-        except BaseException:
-            self._discard()
-            raise
+            self._open = stack.pop_all()
         return self
 
     def write(self, frames: Tensor | np.ndarray) -> None:
@@ -129,31 +125,23 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._open.__exit__(kind, error, traceback)
+
+    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write what the encoder holds back, unless there was an exception, and close the container."""
+        container, stream = self._container, self._stream
+        assert container is not None
+        self._container = self._stream = None
         try:
             if kind is None:
-                self._finish()
+                if self._count == 0:
+                    raise ValueError("frames: got none, want at least one frame")
+                assert stream is not None
+                container.mux(stream.encode(None))
+                container.close()
         finally:
-            self._discard()
-
-    def _finish(self) -> None:
-        assert self._container is not None
-        assert self._stream is not None
-        assert self._temporary is not None
-        if self._count == 0:
-            raise ValueError("frames: got none, want at least one frame")
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
-        os.replace(self._temporary, self._target)
-
-    def _discard(self) -> None:
-        """Close the container and remove the temporary file, if they are still there."""
-        if self._container is not None:
-            with contextlib.suppress(Exception):  # a container that failed may fail again; the file is removed below
-                self._container.close()
-        if self._temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
-        self._container = self._stream = None
+            with contextlib.suppress(Exception):  # a container that failed may fail again; its file is dropped
+                container.close()
 
 
 def export_to_video(

@@ -16,10 +16,12 @@ from cogvid.media.image import prepare_image
 from cogvid.models.vae import VAE
 from cogvid.run.inputs import Inputs
 from cogvid.run.settings import Settings
+from cogvid.run.stages import stage
 from cogvid.sampling.samplers import Generators
 from cogvid.weights.placement import Placement
 
 
+@stage("image")
 def encode_image(vae: VAE, image: Any, settings: Settings, inputs: Inputs, frames: int, placement: Placement) -> Tensor:
     """Encode the first frame to scaled latents `[B, C, frames, h, w]`, zero after the first latent frame.
 

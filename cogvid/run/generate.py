@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cogvid.config import ModelConfig
@@ -16,7 +17,9 @@ from cogvid.media.video import VideoWriter, read_video
 from cogvid.run.inputs import frames_to_use
 from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline
+from cogvid.run.saved_run import SavedRun
 from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
+from cogvid.run.stages import stage
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
 
@@ -40,7 +43,7 @@ def prepare(
     output: str | os.PathLike[str],
     *,
     image: Any = None,
-    video: str | os.PathLike[str] | None = None,
+    video: str | os.PathLike[str] | Tensor | None = None,
     negative_prompt: str = "",
     seed: int | None = None,
     fps: float | None = None,
@@ -49,7 +52,8 @@ def prepare(
     """Check everything that can be checked without the weights, and read the image or the video.
 
     Args:
-        output: `.mp4` file to write. image: what `load_image` takes. video: path of a video to start from.
+        output: `.mp4` file to write. image: what `load_image` takes. video: a video to start from, its path or its
+            frames `[F, H, W, 3]` uint8.
         fps: frames per second of the file; None is the model's.
         options: the fields of `Settings`.
 
@@ -58,7 +62,7 @@ def prepare(
     """
     task, frames = task_of(image, video), None
     if video is not None:
-        frames, _ = read_video(video, options.get("num_frames"))
+        frames = video if isinstance(video, Tensor) else read_video(video, options.get("num_frames"))[0]
         options["num_frames"] = frames_to_use(frames, options.get("num_frames"))
     settings = resolve_settings(model, task=task, **options)
     if seed is not None:
@@ -78,11 +82,12 @@ def prepare(
     return Job(output, inputs, settings, fps)
 
 
-def run(pipe: Pipeline, job: Job) -> Output:
+def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
     """Generate the video of a job and write its file, whole or not at all; return what the pipeline did."""
-    out = pipe(**job.inputs, output_type="stream")
+    out = pipe(**job.inputs, output_type="stream", saved_run=saved_run)
     settings = job.settings
     with (
+        stage("decode"),
         VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=out.provenance) as writer,
         tqdm(total=settings.num_frames, desc="decode", unit="frame") as bar,
     ):

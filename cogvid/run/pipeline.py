@@ -30,9 +30,12 @@ from cogvid.run.conditioning import CONDITION_ENCODERS, posterior_samples
 from cogvid.run.inputs import Inputs, check_inputs, frames_to_use
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
+from cogvid.run.saved_run import SavedRun
 from cogvid.run.settings import Settings, check_choice, outside_training, resolve_settings, takes_options, task_of
+from cogvid.run.stages import stage
+from cogvid.run.steps import after_each_step
 from cogvid.sampling.guidance import guidance_schedule
-from cogvid.sampling.samplers import Generators, OnStep, State, Step, draw_noise, sample
+from cogvid.sampling.samplers import Generators, OnStep, State, draw_noise, sample
 from cogvid.sampling.schedule import Schedule, add_noise, make_schedule
 from cogvid.weights.checkpoint import Checkpoint
 from cogvid.weights.placement import Placement, resolve_ops
@@ -102,6 +105,7 @@ class Pipeline:
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
         step_cache: StepCache | None = None,
+        saved_run: SavedRun | None = None,
         progress: bool = True,
         **options: Any,
     ) -> Output:
@@ -121,6 +125,7 @@ class Pipeline:
             callback_on_step_end: called with (pipeline, step index, timestep, {"latents": fp32 `[B, T, C, h, w]`}).
                 It may return a dictionary, whose latents replace the present ones.
             step_cache: wraps the block loop of the transformer; make one for each call.
+            saved_run: where to save the run as it goes, and to go on from what is saved there.
             progress: show a bar on stderr.
             options: the fields of `Settings`.
         """
@@ -155,13 +160,6 @@ class Pipeline:
         embeds = encode_prompts(self.text_encoder, inputs.prompts, inputs.negatives, self.model.text_length)
         embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
-        with tqdm(total=len(schedule), desc="denoise", unit="step", disable=not progress) as bar:
-            run = {"generator": inputs.generator, "on_step": self._reporter(bar, callback_on_step_end)}
-            x = denoise(
-                self.transformer, x, embeds, schedule, settings, conditioning=conditioning, step_cache=step_cache, **run
-            )
-        if not torch.isfinite(x).all():
-            raise FloatingPointError(f"latents: got numbers that are not finite in {self.dtype}, want a wider dtype")
         tensors = {"generator": generator, "latents": latents}
         tensors |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         record = make_record(
@@ -173,6 +171,14 @@ class Pipeline:
             given=[name for name, tensor in tensors.items() if tensor is not None],
             **inputs.record(),
         )
+        first = {"latents": x, "prompt_embeds": embeds, "image": conditioning}
+        run: dict[str, Any] = {"generator": inputs.generator, "step_cache": step_cache}
+        if saved_run is not None:
+            run["start"], x, run["state"], first = saved_run.begin(record, inputs.generator, step_cache, first)
+        done, embeds, conditioning = run.get("start", 0), first["prompt_embeds"], first["image"]
+        with tqdm(total=len(schedule), initial=done, desc="denoise", unit="step", disable=not progress) as bar:
+            run["on_step"] = after_each_step(self, bar, first, callback_on_step_end, saved_run)
+            x = denoise(self.transformer, x, embeds, schedule, settings, conditioning=conditioning, **run)
         decoded = decode_output(self.vae, x, padding, output_type)
         return Output(frames=decoded, seed=record["seed"], fps=self.model.fps, provenance=record)
 
@@ -184,18 +190,8 @@ class Pipeline:
         ]
         return torch.cat(parts, dim=1) if parts else None
 
-    def _reporter(self, bar: tqdm, callback: Callback | None) -> OnStep:
-        def on_step(step: Step, x: Tensor, state: State) -> Tensor | None:  # noqa: ARG001 - the driver's signature
-            bar.update()
-            if callback is None:
-                return None
-            latents = rearrange(x, "b c t h w -> b t c h w")
-            returned = callback(self, step.index, step.timestep, {"latents": latents}) or {}
-            return rearrange(returned["latents"], "b t c h w -> b c t h w") if "latents" in returned else None
 
-        return on_step
-
-
+@stage("text")
 def encode_prompts(
     encoder: TextEncoder, prompts: list[str] | Tensor, negative: list[str] | Tensor | None, max_length: int
 ) -> Tensor:
@@ -212,6 +208,7 @@ def encode_prompts(
     return torch.cat([uncond.to(cond), cond])
 
 
+@stage("video")
 def noised_video(
     vae: VAE, video: Any, settings: Settings, inputs: Inputs, schedule: Schedule, padding: int, placement: Placement
 ) -> Tensor:
@@ -244,6 +241,7 @@ def initial_latents(
     return rearrange(latents.to(device, dtype), "b t c h w -> b c t h w")
 
 
+@stage("denoise")
 def denoise(
     transformer: Transformer,
     x: Tensor,

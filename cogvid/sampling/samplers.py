@@ -143,10 +143,10 @@ def sample(
 
         step = Step(index, schedule, predict, noise)
         after, state = take(x, step, state)
-        x = _as_latents("sampler", after, x)
+        x = as_latents("sampler", after, x)
         replaced = None if on_step is None else on_step(step, x, state)
         if replaced is not None:
-            x = _as_latents("latents", replaced, x)
+            x = as_latents("latents", replaced, x)
     return x.to(dtype)
 
 
@@ -202,7 +202,7 @@ def draw_noise(
     )
 
 
-def _as_latents(name: str, got: Tensor, x: Tensor) -> Tensor:
+def as_latents(name: str, got: Tensor, x: Tensor) -> Tensor:
     """Bring what a sampler or a callback returned to the dtype and device of x."""
     if got.shape != x.shape:
         raise ValueError(f"{name}: got latents of shape {list(got.shape)}, want {list(x.shape)}")

@@ -45,6 +45,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "media.download": (set(), set()),
     "media.image": (TENSORS, {"PIL"}),
     "media.video": (TENSORS, {"av", "PIL"}),
+    "media.whole_file": (set(), set()),
     "media.tokenizer": (TENSORS, {"sentencepiece"}),
     "models.text": (TENSORS, {"transformers"}),
     "weights.hub": (set(), {"huggingface_hub"}),
@@ -54,6 +55,11 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.pipeline": (TENSORS | {"tqdm"}, set()),
     "run.generate": (TENSORS | {"tqdm"}, set()),
     "run.output": (TENSORS, {"PIL"}),
+    "run.resume": (TENSORS, {"PIL"}),
+    "run.saved_run": (TENSORS | {"safetensors"}, set()),
+    "run.signals": (set(), set()),
+    "run.stages": (TENSORS | {"tqdm"}, set()),
+    "run.steps": (TENSORS | {"tqdm"}, set()),
 }
 MODULES = sorted((ROOT / "cogvid").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))

@@ -219,9 +219,30 @@ def test_images_go_with_prompts(i2v: cogvid.Pipeline) -> None:
     assert torch.equal(one, two)
 
 
-def test_latents_that_are_not_finite_are_an_error(t2v: cogvid.Pipeline) -> None:
-    with pytest.raises(FloatingPointError, match=r"latents: got numbers that are not finite in torch\.float32, want a"):
-        t2v(prompt_embeds=EMBEDS / 0, **QUICK)
+def test_latents_that_are_not_finite_stop_the_run_at_that_step(t2v: cogvid.Pipeline) -> None:
+    steps: list[int] = []
+
+    def note(pipe: Any, index: int, timestep: int, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: ARG001
+        steps.append(index)
+        return {"latents": tensors["latents"] / 0} if index == 1 else None
+
+    at = r"^latents: got numbers that are not finite at step {} of 2 \(timestep {}\) in torch\.float32, want finite.*; "
+    cause = "likely cause: prompt_embeds had such numbers before"
+    with pytest.raises(FloatingPointError, match=at.format(1, 999) + cause):
+        t2v(prompt_embeds=EMBEDS / 0, callback_on_step_end=note, **QUICK)
+    assert steps == []
+    with pytest.raises(FloatingPointError, match=at.format(2, 499) + "likely cause: callback_on_step_end returned"):
+        t2v("a red", callback_on_step_end=note, **QUICK)
+    assert steps == [0, 1]
+
+
+def test_what_made_latents_infinite_is_named(t2v: cogvid.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = t2v.transformer.proj_out.bias
+    with pytest.raises(FloatingPointError, match=r"step 1 of 2 .*: .*a sampler or a guidance scale"):
+        t2v("a red", **{**QUICK, "guidance_scale": 1e39})
+    monkeypatch.setattr(bias, "data", torch.full_like(bias.data, torch.nan))
+    with pytest.raises(FloatingPointError, match=r"step 1 of 2 .*: the weight proj_out\.bias had such numbers before$"):
+        t2v("a red", **QUICK)
 
 
 def test_one_warning_outside_of_what_was_trained(t2v: cogvid.Pipeline) -> None:

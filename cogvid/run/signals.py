@@ -1,0 +1,87 @@
+"""Ctrl-C, SIGTERM and SIGHUP end a program in order; a second one ends it at once. Only the command line uses this."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_SAME = 0.1  # seconds; `timeout` and a closed terminal send one signal twice
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks the program to stop. number: which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status that says so, as shells count."""
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.number).name
+        return "interrupted" if self.number == signal.SIGINT else f"interrupted by {name}"
+
+
+class StopOnSignals:
+    """Within the block, the first signal raises `Interrupted` in the main thread, and a second one ends the process.
+
+    A signal that is ignored stays so, as `nohup` wants it. Outside of the main thread the block does nothing. Python
+    runs a handler only between two of its own instructions, so a thread of its own waits for the second signal, which
+    need not wait for a long call into a library.
+
+    After a signal no exception leaves the block. received: the first signal's `Interrupted`; None before.
+    """
+
+    def __init__(self) -> None:
+        self.received: Interrupted | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._writer)  # which ends the thread
+        return self.received is not None  # what fails after a signal fails because of it
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received = Interrupted(number)
+            raise self.received
+
+
+def _watch(reader: int) -> None:
+    """End the process at the second signal. Python's handler in C writes each signal's number to the pipe."""
+    first: tuple[int, float] | None = None
+    with open(reader, "rb", buffering=0) as pipe:
+        while received := pipe.read(1):
+            [number] = received
+            if number not in _SIGNALS:
+                continue
+            now = time.monotonic()
+            if first is None:
+                first = number, now
+            elif number != first[0] or now - first[1] > _SAME:
+                os._exit(128 + number)
