@@ -8,18 +8,20 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from cogvid.config import ModelConfig
-from cogvid.media.image import load_image
+from cogvid.media.image import load_image, resize_image
 from cogvid.media.video import VideoWriter, read_video
 from cogvid.run.inputs import frames_to_use
 from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline
+from cogvid.run.record import embedded
 from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
+from cogvid.run.side_files import NO_FILES, Measured, SideFiles, write_sidecar
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
 
@@ -28,13 +30,16 @@ DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "vi
 class Job:
     """One video file to make. `prepare` checks it.
 
-    inputs: arguments of `Pipeline.__call__`. settings: what they come to. fps: of the file.
+    inputs: arguments of `Pipeline.__call__`. settings: what they come to. fps: of the file. files: what else to write.
+    origin: what the record says of where the weights are from, in place of what the pipeline knows of it.
     """
 
     output: str
     inputs: Mapping[str, Any]
     settings: Settings
     fps: float
+    files: SideFiles = NO_FILES
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -47,6 +52,7 @@ def prepare(
     negative_prompt: str = "",
     seed: int | None = None,
     fps: float | None = None,
+    files: SideFiles = NO_FILES,
     **options: Any,
 ) -> Job:
     """Check all that can be checked without the weights, the cheapest first, and read the image or the video.
@@ -54,6 +60,7 @@ def prepare(
     Args:
         output: `.mp4` file to write. image: what `load_image` takes. video: path of a video to start from.
         fps: frames per second of the file; None is the model's.
+        files: what to write beside the video.
         options: the fields of `Settings`.
 
     Raises:
@@ -70,6 +77,7 @@ def prepare(
     output = os.fspath(output)
     VideoWriter(output, settings.height, settings.width, fps)
     _try_writing(output)
+    files.check(output)
     inputs = {
         "prompt": prompt,
         "image": None if image is None else load_image(image),
@@ -78,21 +86,29 @@ def prepare(
         "seed": seed,
         **options,
     }
-    return Job(output, inputs, settings, fps)
+    return Job(output, inputs, settings, fps, files)
 
 
 def run(pipe: Pipeline, job: Job) -> Output:
     """Generate the video of a job and write its file, whole or not at all; return what the pipeline did."""
-    out = pipe(**job.inputs, output_type="stream")
-    settings = job.settings
+    settings, measured, image = job.settings, Measured(), job.inputs["image"]
+    with measured.stage("sample"):
+        out = pipe(**job.inputs, output_type="stream")
+    record = {**out.provenance, **job.origin, "fps": job.fps}
+    cover = None
+    if image is not None and job.files.embed:
+        cover = embedded(resize_image(image, settings.height, settings.width, settings.resize))
     with (
-        VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=out.provenance) as writer,
+        measured.stage("decode"),
+        VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=record, cover=cover) as writer,
         tqdm(total=settings.num_frames, desc="decode", unit="frame") as bar,
     ):
         for frames in out.frames[0]:
             writer.write(frames)
             bar.update(len(frames))
-    return out
+    if job.files.sidecar is not None:
+        write_sidecar(job.files.sidecar, record, measured, pipe.device)
+    return replace(out, provenance=record)
 
 
 def _try_writing(path: str) -> None:
