@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cogvid.run.load import load as load
     from cogvid.run.output import Output as Output
     from cogvid.run.pipeline import Pipeline as Pipeline
+    from cogvid.run.record import read_record as read_record
     from cogvid.run.saved_run import SavedRun as SavedRun
     from cogvid.sampling.guidance import GUIDANCE as GUIDANCE
     from cogvid.sampling.samplers import SAMPLERS as SAMPLERS
@@ -42,6 +43,7 @@ _HOME = {
     "load_image": "media.image",
     "load_transformer": "weights.load",
     "load_vae": "weights.load",
+    "read_record": "run.record",
     "read_video": "media.video",
 }
 

@@ -1,4 +1,4 @@
-"""The `cogvid` command: `generate` makes an MP4, `inspect` says what a checkpoint is.
+"""The `cogvid` command: `generate` makes an MP4, `replay` makes it again, `inspect` says what a checkpoint or MP4 is.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
 the machine (no memory, no disk), each with one line on stderr; 128 + n after signal n, such as 130 after Ctrl-C. torch
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import json
+import os
 import secrets
 import sys
 import warnings
@@ -89,6 +91,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     from cogvid.run import resume
     from cogvid.run.generate import DEFAULT_MODELS, prepare, run
     from cogvid.run.load import load_checkpoint
+    from cogvid.run.side_files import SideFiles
     from cogvid.run.stages import stage
     from cogvid.weights.checkpoint import read_checkpoint
     from cogvid.weights.files import DTYPES
@@ -96,10 +99,15 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
 
     task = settings.task_of(arguments.image, arguments.video)
     source = arguments.model or DEFAULT_MODELS[task]
-    checkpoint = read_checkpoint(source, defaults=arguments.defaults, **_origin(arguments))
+    checkpoint = read_checkpoint(
+        source, defaults=arguments.defaults, hash_weights=arguments.hash_weights, **_origin(arguments)
+    )
     inputs = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
     given = {name: getattr(arguments, name) for name in inputs}
-    job = prepare(checkpoint.model, arguments.prompt, arguments.output, **given)
+    files = SideFiles(embed=not arguments.no_embed, sidecar=arguments.sidecar)
+    job = prepare(checkpoint.model, arguments.prompt, arguments.output, files=files, **given)
+    if arguments.record_paths and checkpoint.source_kind == "directory":
+        job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
     if saved is not None:
         resume.keep(saved, vars(arguments), job)
     if arguments.model is None and task != "text-to-video":
@@ -122,8 +130,28 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     print(arguments.output)
 
 
+def replay(arguments: argparse.Namespace) -> None:
+    """Make a video again from its record, say on stderr what is not as in the record, and print the new path."""
+    from cogvid import versions
+
+    versions.check()
+    from cogvid.run import replay
+
+    names = ("model", "image", "video", "device", "dtype", "ops", "local_files_only")
+    options = {name: getattr(arguments, name) for name in names}
+    replay.replay(arguments.path, arguments.output, say=lambda line: print(line, file=sys.stderr), **options)
+    print(arguments.output)
+
+
 def inspect(arguments: argparse.Namespace) -> None:
-    """Print what a checkpoint is: the model, its recommended settings, and what its weights hold."""
+    """Print what a checkpoint is (the model, its recommended settings, its weights), or the record of an MP4."""
+    if os.path.isfile(arguments.checkpoint):
+        from cogvid.run.record import read_record, record_rows
+
+        record = read_record(arguments.checkpoint)
+        for line in [json.dumps(record)] if arguments.json else [f"{n:<34}{text}" for n, text in record_rows(record)]:
+            print(line)
+        return
     from cogvid.weights.checkpoint import describe, read_checkpoint
 
     found = describe(read_checkpoint(arguments.checkpoint, **_origin(arguments)))
@@ -191,9 +219,12 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     _add_saving_options(make)
     make.set_defaults(**dict.fromkeys(unset, _UNSET))
 
-    look = commands.add_parser("inspect", help="say what a checkpoint is", description=inspect.__doc__)
+    _add_record_options(make)
+    _add_replay(commands)
+
+    look = commands.add_parser("inspect", help="say what a checkpoint or an MP4 is", description=inspect.__doc__)
     look.set_defaults(run=inspect)
-    _add_checkpoint_options(look, "checkpoint", help="what to look at")
+    _add_checkpoint_options(look, "checkpoint", help="or an MP4 of cogvid")
     look.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
@@ -207,6 +238,26 @@ def _add_saving_options(parser: argparse.ArgumentParser) -> None:
         help="go on with the run saved there, and save it there; PROMPT and all options are those it was begun with",
     )
     parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
+
+
+def _add_record_options(make: argparse.ArgumentParser) -> None:
+    make.add_argument("--hash-weights", action="store_true", help="record a SHA-256 of all weights, which reads them")
+    make.add_argument("--no-embed", action="store_true", help="record the image's hash alone, not the image")
+    make.add_argument("--record-paths", action="store_true", help="record the absolute path of a --model directory")
+    make.add_argument("--sidecar", metavar="JSON", help="a file for the record, seconds and peak memory")
+
+
+def _add_replay(commands: Any) -> None:
+    again = commands.add_parser("replay", help="make a video again from its record", description=replay.__doc__)
+    again.set_defaults(run=replay)
+    again.add_argument("path", metavar="MP4", help="a video made by cogvid")
+    again.add_argument("-o", "--output", required=True, metavar="MP4", help="the file to write")
+    again.add_argument("--model", metavar="MODEL", help="where the weights are, if not where the record says")
+    again.add_argument("--local-files-only", action="store_true", help="do not use the network")
+    again.add_argument("--image", metavar="PATH|URL", help="the image, if the video does not hold it")
+    again.add_argument("--video", metavar="PATH", help="the video that it was started from")
+    for name in ("device", "dtype", "ops"):
+        again.add_argument(f"--{name}", metavar="NAME", help="in place of the recorded one")
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str) -> None:

@@ -87,7 +87,7 @@ def prepare_image(source: ImageSource, height: int, width: int, resize: str = "s
     Returns:
         `[1, 3, height, width]` float32 on the CPU, RGB in [-1, 1].
     """
-    return _normalize([_resized(load_image(source), height, width, resize)])
+    return _normalize(np.asarray(resize_image(source, height, width, resize))[None])
 
 
 def prepare_video(
@@ -100,6 +100,13 @@ def prepare_video(
     Returns:
         `[1, 3, F, height, width]` float32 on the CPU, RGB in [-1, 1].
     """
+    return _normalize(resize_video(frames, height, width, resize)).transpose(0, 1)[None]
+
+
+def resize_video(
+    frames: Sequence[Image] | np.ndarray | Tensor, height: int, width: int, resize: str = "stretch"
+) -> np.ndarray:
+    """Resize the frames of `prepare_video` as it does, to `[F, height, width, 3]` uint8 RGB."""
     from PIL import Image as pil
 
     if isinstance(frames, (np.ndarray, Tensor)):
@@ -109,19 +116,23 @@ def prepare_video(
         frames = [pil.fromarray(frame) for frame in array]
     if len(frames) == 0:
         raise ValueError("frames: got none, want at least one frame")
-    resized = [_resized(load_image(frame), height, width, resize) for frame in frames]
-    return _normalize(resized).transpose(0, 1)[None]
+    return np.stack([np.asarray(resize_image(frame, height, width, resize)) for frame in frames])
 
 
-def _normalize(images: list[Image]) -> Tensor:
-    """Stack RGB images to `[F, 3, H, W]` float32 in [-1, 1], with the operations of diffusers in their order."""
-    pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255.0
+def _normalize(frames: np.ndarray) -> Tensor:
+    """Map `[F, H, W, 3]` uint8 to `[F, 3, H, W]` float32 in [-1, 1], with diffusers' operations in their order."""
+    pixels = frames.astype(np.float32) / 255.0
     return torch.from_numpy(2.0 * pixels - 1.0).permute(0, 3, 1, 2).contiguous()
 
 
-def _resized(image: Image, height: int, width: int, resize: str) -> Image:
+def resize_image(source: ImageSource, height: int, width: int, resize: str = "stretch") -> Image:
+    """Load a picture and resize it as `prepare_image` does, to an RGB image of 8 bits.
+
+    A picture that has the size already comes back with the same pixels, by each way of resizing.
+    """
     from PIL import Image as pil
 
+    image = load_image(source)
     for argument, size in (("height", height), ("width", width)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{argument}: got {size!r}, want a positive number of pixels")

@@ -6,19 +6,35 @@ A function takes (VAE, the call's argument, settings, inputs, latent frames, pla
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from cogvid.config import VAEConfig
-from cogvid.media.image import prepare_image
+from cogvid.media.image import prepare_image, resize_image, resize_video
 from cogvid.models.vae import VAE
 from cogvid.run.inputs import Inputs
 from cogvid.run.settings import Settings
 from cogvid.run.stages import stage
 from cogvid.sampling.samplers import Generators
 from cogvid.weights.placement import Placement
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def resized(image: Any, video: Any, settings: Settings) -> tuple[list[Image] | None, np.ndarray | None]:
+    """Load what a call was given and resize it, once: the encoders and the record then see the same pixels.
+
+    Returns RGB images of the run's size, and the frames that are used, `[F, H, W, 3]` uint8; None for what was not
+    given.
+    """
+    size = settings.height, settings.width, settings.resize
+    if image is not None:
+        image = [resize_image(each, *size) for each in (image if isinstance(image, (list, tuple)) else [image])]
+    return image, None if video is None else resize_video(video[: settings.num_frames], *size)
 
 
 @stage("image")

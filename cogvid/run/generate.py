@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cogvid.config import ModelConfig
-from cogvid.media.image import load_image
+from cogvid.media.image import load_image, resize_image
 from cogvid.media.video import VideoWriter, read_video
 from cogvid.run.inputs import frames_to_use
 from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline
+from cogvid.run.record import embedded
 from cogvid.run.saved_run import SavedRun
 from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
-from cogvid.run.stages import stage
+from cogvid.run.side_files import NO_FILES, SideFiles, write_sidecar
+from cogvid.run.stages import Stage, listen, stage
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
 
@@ -28,13 +31,16 @@ DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "vi
 class Job:
     """One video file to make. `prepare` checks it.
 
-    inputs: arguments of `Pipeline.__call__`. settings: the options, resolved. fps: of the file.
+    inputs: arguments of `Pipeline.__call__`. settings: the options, resolved. fps: of the file. files: what else to
+    write. origin: what the record says of where the weights are from, in place of what the pipeline knows of it.
     """
 
     output: str
     inputs: Mapping[str, Any]
     settings: Settings
     fps: float
+    files: SideFiles = NO_FILES
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -47,6 +53,7 @@ def prepare(
     negative_prompt: str = "",
     seed: int | None = None,
     fps: float | None = None,
+    files: SideFiles = NO_FILES,
     **options: Any,
 ) -> Job:
     """Check everything that can be checked without the weights, and read the image or the video.
@@ -55,6 +62,7 @@ def prepare(
         output: `.mp4` file to write. image: what `load_image` takes. video: a video to start from, its path or its
             frames `[F, H, W, 3]` uint8.
         fps: frames per second of the file; None is the model's.
+        files: what to write beside the video.
         options: the fields of `Settings`.
 
     Raises:
@@ -71,6 +79,7 @@ def prepare(
     output = os.fspath(output)
     VideoWriter(output, settings.height, settings.width, fps)
     _try_writing(output)
+    files.check(output)
     inputs = {
         "prompt": prompt,
         "image": None if image is None else load_image(image),
@@ -79,22 +88,35 @@ def prepare(
         "seed": seed,
         **options,
     }
-    return Job(output, inputs, settings, fps)
+    return Job(output, inputs, settings, fps, files)
 
 
 def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
-    """Generate the video of a job and write its file, whole or not at all; return what the pipeline did."""
-    out = pipe(**job.inputs, output_type="stream", saved_run=saved_run)
-    settings = job.settings
+    """Generate the video of a job and write its files, each whole or not at all; return what the pipeline did."""
+    stages: list[Stage] = []
+    with contextlib.ExitStack() as stack:
+        if job.files.sidecar is not None:
+            stack.enter_context(listen(stages.append))
+        out = pipe(**job.inputs, output_type="stream", saved_run=saved_run)
+        record = {**out.provenance, **job.origin, "fps": job.fps}
+        _write_video(job, out.frames[0], record)
+    if job.files.sidecar is not None:
+        write_sidecar(job.files.sidecar, record, stages)
+    return replace(out, provenance=record)
+
+
+def _write_video(job: Job, chunks: Iterable[Tensor], record: Mapping[str, Any]) -> None:
+    settings, image, cover = job.settings, job.inputs["image"], None
+    if image is not None and job.files.embed:
+        cover = embedded(resize_image(image, settings.height, settings.width, settings.resize))
     with (
         stage("decode"),
-        VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=out.provenance) as writer,
+        VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=record, cover=cover) as writer,
         tqdm(total=settings.num_frames, desc="decode", unit="frame") as bar,
     ):
-        for frames in out.frames[0]:
+        for frames in chunks:
             writer.write(frames)
             bar.update(len(frames))
-    return out
 
 
 def _try_writing(path: str) -> None:

@@ -28,6 +28,7 @@ def load(
     local_files_only: bool = False,
     variant: str | None = None,
     qk_norm: str = "layer",
+    hash_weights: bool = False,
 ) -> Pipeline:
     """Load a model: a shipped pack, a directory in the official layout, or a hub id, which is fetched.
 
@@ -41,13 +42,19 @@ def load(
         variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16"; a part that
             lacks it is loaded from its plain files, with a warning. It does not choose the dtype.
         qk_norm: "layer", which is exact, or "rms": the Q and K norms run as RMSNorm, see `make_transformer`.
+        hash_weights: put a SHA-256 over all weights into records, which reads the files whole; see `weights_identity`.
     """
     versions.check()
     check_choice("qk_norm", qk_norm, QK_NORMS)
     device = resolve_device(device)
     bundle, ops_name = resolve_ops(ops, device)
     checkpoint = read_checkpoint(
-        source, defaults=defaults, revision=revision, local_files_only=local_files_only, variant=variant
+        source,
+        defaults=defaults,
+        revision=revision,
+        local_files_only=local_files_only,
+        variant=variant,
+        hash_weights=hash_weights,
     )
     # Decided once, so that all three parts agree and a warning is given once.
     dtype = resolve_dtype(dtype, device, stored=DTYPES[checkpoint.model.dtype])
@@ -60,6 +67,7 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement, qk_norm: str =
     states = {
         part: load_state(directory / part, basename, checkpoint.variants[part]) for part, basename in WEIGHTS.items()
     }
+    _ = checkpoint.weights  # now, so that the record tells of the files that were loaded
     model, folders = checkpoint.model, {part: directory / part for part in COMPONENTS}
     return Pipeline(
         checkpoint,

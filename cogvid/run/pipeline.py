@@ -26,7 +26,7 @@ from cogvid.models.text import TextEncoder
 from cogvid.models.transformer import StepCache, Transformer
 from cogvid.models.vae import VAE
 from cogvid.ops import Branch, Ops
-from cogvid.run.conditioning import CONDITION_ENCODERS, posterior_samples
+from cogvid.run.conditioning import CONDITION_ENCODERS, posterior_samples, resized
 from cogvid.run.inputs import Inputs, check_inputs, frames_to_use
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
@@ -148,6 +148,8 @@ class Pipeline:
         if video is not None:
             schedule = schedule.tail(settings.strength)
 
+        image, video = resized(image, video, settings)
+
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order changes the video.
         frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
         conditioning = self._condition({"image": image}, settings, inputs, frames)
@@ -160,15 +162,18 @@ class Pipeline:
         embeds = encode_prompts(self.text_encoder, inputs.prompts, inputs.negatives, self.model.text_length)
         embeds = embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
-        tensors = {"generator": generator, "latents": latents}
-        tensors |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        given = {"generator": generator, "latents": latents, "callback_on_step_end": callback_on_step_end}
+        given |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         record = make_record(
             self.checkpoint,
             self.placement,
             settings,
             schedule,
             qk_norm=self.qk_norm,
-            given=[name for name, tensor in tensors.items() if tensor is not None],
+            image=image,
+            video=video,
+            step_cache=step_cache,
+            given=[name for name, value in given.items() if value is not None],
             **inputs.record(),
         )
         first = {"latents": x, "prompt_embeds": embeds, "image": conditioning}

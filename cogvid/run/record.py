@@ -1,29 +1,66 @@
-"""The record of a run: its inputs, options, schedule, placement and versions, ready for JSON."""
+"""The record of a run: everything that decided its result, and nothing else, ready for JSON.
+
+Two runs of one command on one machine have the same record. Times, memory, dates and paths are not in it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import os
 import platform
-from typing import Any
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 import cogvid
+from cogvid.media.download import shown
+from cogvid.media.image import load_image
+from cogvid.media.video import read_cover, read_metadata
 from cogvid.run.settings import Settings
 from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.schedule import Schedule
 from cogvid.weights.checkpoint import Checkpoint
 from cogvid.weights.placement import Placement
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_DECIDING = ("numpy", "pillow", "av", "transformers", "sentencepiece")  # packages that make pixels, tokens or bytes
+ENVIRONMENT = ("model", "weights", "device", "dtype", "ops", "qk_norm", "machine", "versions")
+
 
 def make_record(
-    checkpoint: Checkpoint, placement: Placement, settings: Settings, schedule: Schedule, **inputs: Any
+    checkpoint: Checkpoint,
+    placement: Placement,
+    settings: Settings,
+    schedule: Schedule,
+    *,
+    qk_norm: str,
+    image: Sequence[Image] | None,
+    video: np.ndarray | None,
+    step_cache: object | None,
+    **inputs: Any,
 ) -> dict[str, Any]:
-    """Return the record of a run. inputs: what the call was given beside its options, and `qk_norm`."""
+    """Return the record of a run.
+
+    The arguments have the call's names. image, video: as `conditioning.resized` returns them; the record has SHA-256
+    of their pixels, `[H, W, 3]` and `[F, H, W, 3]` uint8 in C order. step_cache: its class is recorded.
+    inputs: the rest of what the call was given.
+    """
     scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
     return {
         **inputs,
-        "model": checkpoint.model.name,
-        "source": checkpoint.source,
+        "image": None if image is None else [pixel_hash(np.asarray(each)) for each in image],
+        "video": None if video is None else pixel_hash(video),
+        "step_cache": None if step_cache is None else f"{type(step_cache).__module__}.{type(step_cache).__qualname__}",
+        "source": checkpoint.directory.name if checkpoint.source_kind == "directory" else checkpoint.source,
+        "source_kind": checkpoint.source_kind,
         "revision": checkpoint.revision,
         "variant": checkpoint.variant,
         "defaults": checkpoint.defaults,
@@ -32,12 +69,112 @@ def make_record(
         "timesteps": list(schedule.timesteps),
         "guidance_schedule": scales if settings.guided else None,
         "fps": checkpoint.model.fps,
+        **environment(checkpoint, placement, qk_norm),
+    }
+
+
+def environment(checkpoint: Checkpoint, placement: Placement, qk_norm: str) -> dict[str, Any]:
+    """Return the part of a record that a replay may find different: weights, placement, machine and versions.
+
+    Its names are `ENVIRONMENT`.
+    """
+    return {
+        "model": checkpoint.model.name,
+        "weights": checkpoint.weights,
         "device": str(placement.device),
         "dtype": str(placement.dtype).removeprefix("torch."),
         "ops": placement.ops_name,
+        "qk_norm": qk_norm,
+        "machine": _machine(placement.device),
         "versions": {
             "cogvid": cogvid.__version__,
-            "torch": torch.__version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _version(name) for name in (*_DECIDING, *(["triton"] if placement.ops_name == "triton" else []))},
         },
     }
+
+
+def differences(recorded: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a line for each value that is not the same in two records."""
+    for name in sorted({*recorded, *here}):
+        before, now = recorded.get(name), here.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name}: {now!r} here, {before!r} in the record"
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the record that a video carries.
+
+    Raises:
+        ValueError: the file is no video, or has no record of cogvid.
+    """
+    record = read_metadata(path)
+    if missing := [name for name in ("prompt", "seeds", "versions", "weights", "timesteps") if name not in record]:
+        reason = f"whose record lacks {', '.join(missing)}"
+        raise ValueError(f"video: got {shown(os.fspath(path))}, {reason}, want a file made by cogvid")
+    return record
+
+
+def record_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a record as rows of a table: what is nested is flat, what is long is cut."""
+    rows: list[tuple[str, str]] = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            rows += [(f"{name}.{inner}", text) for inner, text in record_rows(value)]
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            rows.append((name, text if len(text) <= 100 else f"{text[:97]}..."))
+    return rows
+
+
+def read_embedded_image(path: str | os.PathLike[str]) -> Image | None:
+    """Return the input image that a video carries, as the run had it, or None."""
+    cover = read_cover(path)
+    return None if cover is None else load_image(cover)
+
+
+def embedded(image: Image) -> bytes:
+    """Encode an input image for the video: a PNG, which keeps each pixel."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def pixel_hash(pixels: np.ndarray) -> str:
+    """Return SHA-256 of uint8 pixels in C order."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Return what of the hardware decides the last bits: the processor, its instructions, the number of threads."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "name": properties.name,
+            "instructions": f"compute capability {properties.major}.{properties.minor}",
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }
+    return {
+        "name": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

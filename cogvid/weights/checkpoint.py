@@ -7,6 +7,7 @@ with `config.json` and safetensors. weights.md lists the official ones.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,10 @@ from cogvid.weights.hub import (
     component_directory,
     component_variants,
     find,
+    packs,
     stored_variants,
 )
+from cogvid.weights.identity import weights_identity
 from cogvid.weights.names import map_transformer_state_dict, map_vae_state_dict
 
 DEFAULTS = ("recommended", "diffusers")
@@ -78,7 +81,7 @@ class Checkpoint:
     """A checkpoint that was found.
 
     directory: absolute. model: what it is, with the defaults of a call. variants: of each component's weights.
-    source, revision, variant, defaults: as they were asked for.
+    source, revision, variant, defaults: as they were asked for. hash_weights: whether `weights` has a full hash.
     """
 
     directory: Path
@@ -88,6 +91,19 @@ class Checkpoint:
     revision: str | None
     variant: str | None
     defaults: str
+    hash_weights: bool = False
+
+    @property
+    def source_kind(self) -> str:
+        """Say what the source is: a "pack", a "directory", or a repository of the "hub"."""
+        if self.source in packs():
+            return "pack"
+        return "directory" if Path(self.source).expanduser().absolute() == self.directory else "hub"
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Any]:
+        """Which weights these are; see `weights_identity`. Read once, when the weights are loaded."""
+        return weights_identity(self.directory, self.variants, self.hash_weights)
 
 
 def read_checkpoint(
@@ -97,6 +113,7 @@ def read_checkpoint(
     revision: str | None = None,
     local_files_only: bool = False,
     variant: str | None = None,
+    hash_weights: bool = False,
 ) -> Checkpoint:
     """Find or fetch a checkpoint, and say which model it is. The arguments are those of `cogvid.load`."""
     if defaults not in DEFAULTS:
@@ -108,7 +125,7 @@ def read_checkpoint(
     if defaults == "diffusers":
         model = _with_diffusers_defaults(model, index)
     variants = component_variants(directory, variant)
-    return Checkpoint(directory, model, variants, os.fspath(source), revision, variant, defaults)
+    return Checkpoint(directory, model, variants, os.fspath(source), revision, variant, defaults, hash_weights)
 
 
 def read_model_config(directory: str | Path, variant: str | None = None) -> ModelConfig:

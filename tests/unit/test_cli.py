@@ -136,7 +136,7 @@ def test_every_option_arrives(t2v: Path, out: Path, tmp_path: Path) -> None:
         "task": "video-to-video", "negative_prompt": ["two dogs"], "guidance_scale": 2.5,
         "use_dynamic_cfg": "diffusers",
         "scheduler": "ddim", "strength": 0.5, "resize": "crop", "image_latent_scale": "none", "seed": 7,
-        "dtype": "bfloat16", "device": "cpu", "ops": "torch", "num_inference_steps": 4, "source": str(t2v),
+        "dtype": "bfloat16", "device": "cpu", "ops": "torch", "num_inference_steps": 4, "source": t2v.name,
     }  # fmt: skip
     assert {name: made[name] for name in expected} == expected
     assert len(made["timesteps"]) == 2

@@ -1,0 +1,166 @@
+"""Make a video again from the record that it carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cogvid.media.download import shown
+from cogvid.media.video import read_video
+from cogvid.run.conditioning import resized
+from cogvid.run.generate import Job, prepare, run
+from cogvid.run.load import load_checkpoint
+from cogvid.run.output import Output
+from cogvid.run.record import ENVIRONMENT, differences, environment, pixel_hash, read_embedded_image, read_record
+from cogvid.run.settings import OPTIONS
+from cogvid.run.side_files import SideFiles
+from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
+from cogvid.weights.files import DTYPES
+from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
+
+_STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
+_NEEDED = (*_STRINGS, *OPTIONS, *ENVIRONMENT, "given", "num_videos_per_prompt", "negative_prompt", "step_cache",
+           "image", "video", "revision", "variant", "fps", "seed")  # fmt: skip
+
+
+def replay(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    image: Any = None,
+    video: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    ops: str | None = None,
+    local_files_only: bool = False,
+    say: Callable[[str], None] = print,
+) -> Output:
+    """Make the video at `path` again. On the same machine with the same versions the file has the same bytes.
+
+    Args:
+        output: `.mp4` file to write.
+        model, device, dtype, ops: in place of what the record names.
+        image, video: the input, where the record has only its hash; its pixels must be those of the record.
+        say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
+            the same.
+
+    Raises:
+        ValueError: the record does not hold all that the run was given; an input is another one.
+    """
+    record = read_record(path)
+    _check_whole(record, path)
+    if os.path.realpath(output) == os.path.realpath(path):
+        raise ValueError(f"output: got {shown(os.fspath(output))}, which is the video itself, want another file")
+    checkpoint = _find(record, model, local_files_only)
+    stored = read_embedded_image(path) if record["image"] else None
+    job = prepare(
+        checkpoint.model,
+        record["prompt"][0],
+        output,
+        image=_image(record, image, stored),
+        video=_video(record, video),
+        negative_prompt=(record["negative_prompt"] or [""])[0],
+        seed=record["seed"],
+        fps=record["fps"],
+        files=SideFiles(embed=stored is not None),
+        **{name: record[name] for name in OPTIONS},
+    )
+    _check_pixels(record, job)
+    where = resolve_device(device or record["device"])
+    try:
+        bundle, name = resolve_ops(ops or record["ops"], where)
+    except RuntimeError as error:
+        raise ValueError(error) from error
+    precision = resolve_dtype(dtype or record["dtype"], where, stored=DTYPES[checkpoint.model.dtype])
+    placement = Placement(where, precision, bundle, name)
+    here = environment(checkpoint, placement, record["qk_norm"])
+    for line in differences({name: record[name] for name in ENVIRONMENT}, here):
+        say(line)
+    if here["weights"].get("headers") == record["weights"].get("headers"):  # the same weights, wherever they lie
+        job = dataclasses.replace(job, origin={name: record[name] for name in ("source", "source_kind", "revision")})
+    out = run(load_checkpoint(checkpoint, placement, record["qk_norm"]), job)
+    say(_outcome(path, output))
+    return out
+
+
+def _check_whole(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raise unless the record has all that a replay needs."""
+    name = shown(os.fspath(path))
+    missing = [field for field in _NEEDED if field not in record]
+    wrong = [field for field in _STRINGS if field not in missing and not isinstance(record[field], str)]
+    for faults in (missing, wrong):
+        if faults:
+            raise ValueError(f"{faults[0]}: got none in the record of {name}, want a record written by cogvid")
+    if record["given"]:
+        listed = ", ".join(map(str, record["given"]))
+        raise ValueError(
+            f"{record['given'][0]}: got a run that was given {listed}, which its record does not hold, want one of "
+            "options alone"
+        )
+    if record["step_cache"] is not None:
+        raise ValueError(f"step_cache: got a run with {record['step_cache']}, which is no option, want one without")
+    prompts = record["prompt"]
+    if not isinstance(prompts, list) or len(prompts) != 1 or record["num_videos_per_prompt"] != 1:
+        raise ValueError("prompt: got a run of several videos in one batch, want one of a single video")
+
+
+def _find(record: dict[str, Any], model: str | None, local_files_only: bool) -> Checkpoint:
+    """Find the checkpoint of a record: a pack or a repository by its name, a directory if its path is known."""
+    source, weights = record["source"], record["weights"]
+    revision = weights.get("commit") or record["revision"]
+    if model is not None:
+        source, revision = model, record["revision"] if model == source else None
+    elif record["source_kind"] == "directory" and not os.path.isabs(source):
+        raise ValueError(f"model: got a run of a directory named {source!r}, want its path (--model)")
+    return read_checkpoint(
+        source,
+        defaults=record["defaults"],
+        revision=revision,
+        local_files_only=local_files_only,
+        variant=record["variant"],
+        hash_weights="sha256" in weights,
+    )
+
+
+def _image(record: dict[str, Any], given: Any, stored: Any) -> Any:
+    if not record["image"]:
+        if given is not None:
+            raise ValueError("image: got one for a run without an image, want none")
+        return None
+    if given is None and stored is None:
+        raise ValueError("image: got a record with the hash of an image alone, want the image (--image)")
+    return stored if given is None else given
+
+
+def _video(record: dict[str, Any], given: str | None) -> str | None:
+    if (given is None) != (record["video"] is None):
+        reason = "none for a run that began with a video" if given is None else "one for a run without a video"
+        raise ValueError(f"video: got {reason}, want {'the video (--video)' if given is None else 'none'}")
+    return given
+
+
+def _check_pixels(record: dict[str, Any], job: Job) -> None:
+    """Raise unless the inputs have the pixels that the record names."""
+    image, video = resized(job.inputs["image"], job.inputs["video"], job.settings)
+    for name, pixels, wanted in (("image", image and image[0], record["image"]), ("video", video, [record["video"]])):
+        if pixels is not None and pixel_hash(np.asarray(pixels)) not in wanted:
+            raise ValueError(f"{name}: got other pixels than those of the record, want the {name} that the run had")
+
+
+def _outcome(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> str:
+    """Say whether two videos have the same bytes, and if not, whether they have the same frames."""
+    before, after = shown(os.fspath(path)), shown(os.fspath(output))
+    if filecmp.cmp(path, output, shallow=False):
+        return f"{after} has the same bytes as {before}"
+    (old, _), (new, _) = read_video(path), read_video(output)
+    unlike = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if not a.equal(b)]
+    frames = "the frames are equal"
+    if unlike:
+        frames = f"{len(unlike)} of {len(old)} frames differ, the first is {unlike[0]}"
+    return f"{after} has other bytes than {before}: {frames}"
