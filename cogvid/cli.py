@@ -1,26 +1,37 @@
 """The `cogvid` command: `generate` makes an MP4, `inspect` says what a checkpoint is.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
-the machine (no memory, no disk), each with one line on stderr; 130 after an interrupt. torch is not imported before
-there is something to compute, so that `--help` and a mistyped option answer at once.
+the machine (no memory, no disk) or of the program, each with one line on stderr; 130 after an interrupt. A video that
+is written is status 0, even if its path cannot be printed. torch is not imported before there is something to compute,
+so that `--help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import json
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import cogvid
 from cogvid.run import settings
 
 USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 1, 130
 _METAVARS = {int: "N", float: "X", str: "NAME"}
-MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+MACHINE_ERRNOS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
+    errno.EPIPE, errno.EBADF,
+)  # fmt: skip
+# What the loader says of a library that there is no memory for (an ImportError), and PyTorch of a tensor.
+_NO_MEMORY = ("Cannot allocate memory", "failed to map segment", "cannot allocate", "DefaultCPUAllocator", "overflow")
+_LONGEST_LINE = 1000  # characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,19 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"cogvid(\.|$)")
         warnings.showwarning = _show_warning
+        _prepare_stdio()
+        arguments = argparse.Namespace()
         try:
             arguments = _parser().parse_args(argv)
+            _check_directory()
             arguments.run(arguments)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED)
-        except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error:
-            machine = isinstance(error, (MemoryError, FloatingPointError))
-            machine = machine or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS)
-            return _fail(error, MACHINE_ERROR if machine else USER_ERROR)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            return _fail(f"out of memory: {error}", MACHINE_ERROR)
+        except Exception as error:
+            if getattr(arguments, "traceback", False):
+                traceback.print_exc()
+            return _fail(*_judged(error))
     return 0
 
 
@@ -61,7 +72,8 @@ def generate(arguments: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(source, defaults=arguments.defaults, **_origin(arguments))
     inputs = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
     given = {name: getattr(arguments, name) for name in inputs}
-    job = prepare(checkpoint.model, arguments.prompt, arguments.output, **given)
+    given["negative_prompt"] = _as_text(arguments.negative_prompt)
+    job = prepare(checkpoint.model, _as_text(arguments.prompt), arguments.output, **given)
     if arguments.model is None and task != "text-to-video":
         # With words alone, the tokenizer names those that the model does not know.
         warnings.warn(
@@ -77,8 +89,8 @@ def generate(arguments: argparse.Namespace) -> None:
     dtype = resolve_dtype(arguments.dtype, device, stored=DTYPES[checkpoint.model.dtype])
     pipe = load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), arguments.qk_norm)
     out = run(pipe, job)
-    print(f"seed {out.seed}", file=sys.stderr)
-    print(arguments.output)
+    _say(f"seed {out.seed}", sys.stderr)
+    _say(arguments.output, sys.stdout)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -162,29 +174,85 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def _as_text(argument: str) -> str:
+    """Read an argument that the locale's encoding could not as UTF-8, such as any in the C locale beyond ASCII."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return argument
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+def _judged(error: Exception) -> tuple[BaseException | str, int]:
+    """Return what to say of an error, and the exit status."""
+    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by.
+    no_memory = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _NO_MEMORY)
+    if no_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {error}" if str(error) else "out of memory", MACHINE_ERROR
+    if isinstance(error, FloatingPointError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+        return error, MACHINE_ERROR
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return error, USER_ERROR
+    said = f"unexpected {type(error).__name__}: {error} (--traceback shows where it comes from)"
+    return said, MACHINE_ERROR
+
+
+def _prepare_stdio() -> None:
+    """Make stdin, stdout and stderr safe to use, whatever the caller made of them.
+
+    A stream that is closed is opened on /dev/null: else the next file that is opened, the video, would take its number
+    and get what libraries print. What the encoding of a stream does not have is written with backslashes.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it stays open
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("working directory: got one that was removed, want one that exists") from None
+
+
+def _say(line: str, stream: TextIO, end: str = "\n") -> None:
+    """Print a line if it can be printed: a pipe may be closed, or a disk full."""
+    try:
+        print(line, file=stream, end=end, flush=True)
+    except OSError:
+        # What is left in the buffer would fail again when Python ends, and make the exit status 120.
+        with open(os.devnull, "w") as nothing, contextlib.suppress(OSError, ValueError):
+            os.dup2(nothing.fileno(), stream.fileno())
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("cogvid: warning:", _one_line(message), file=sys.stderr)
+    _say(f"cogvid: warning: {_one_line(message)}", sys.stderr)
 
 
 def _fail(error: BaseException | str, status: int) -> int:
     text = error.strerror or "" if isinstance(error, OSError) and not error.filename else ""
-    print("cogvid: error:", _one_line(text or error) or type(error).__name__, file=sys.stderr)
+    _say("", sys.stdout, end="")  # what is left there
+    _say(f"cogvid: error: {_one_line(text or error) or type(error).__name__}", sys.stderr)
     return status
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    """Return a message as one line that is not too long, without the secrets of URLs in it."""
+    from cogvid.media.download import one_line
+
+    return one_line(text, _LONGEST_LINE) if str(text) else ""
