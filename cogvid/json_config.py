@@ -62,7 +62,7 @@ def _checked(name: str, value: Any, kind: str) -> Any:
     words, fits = _KINDS[kind]
     if not fits(value):
         raise ValueError(f"{name}: got {short(value)}, want {words}")
-    return value
+    return float(value) if kind in ("float", "Positive") else value
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
 _REDIRECTS = (301, 302, 303, 307, 308)
 _URL_START = re.compile(r"[^/?#@]*:/+")  # whatever may be meant for a scheme; `Path` makes "http:/" of "http://"
 _HOST = re.compile(r"([^:@]*|\[[^\]]*\])(:\d*)?")
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_URL_IN_TEXT = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]+://[^\s'\"<>]+")  # looks at each character once
 
 
 class Refused(Exception):
@@ -188,10 +187,7 @@ def is_public(address: str) -> bool:
         return False
     if isinstance(ip, ipaddress.IPv4Address):
         return True
-    inside = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-    if ip in _NAT64:
-        inside.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return all(v4 is None or is_public(str(v4)) for v4 in inside)
+    return all(v4 is None or is_public(str(v4)) for v4 in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())))
 
 
 def _escaped(url: str) -> str:

@@ -6,6 +6,7 @@ its name whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -23,6 +24,7 @@ from cogvid.weights.hub import BASENAME, weight_files
 MAX_JSON = 16 * 2**20  # bytes; the index of a model in shards has some hundred thousand
 MAX_NESTING = 32  # lists and objects within each other in a JSON file
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _FLOAT64 = "patch_embed.pos_embedding"  # diffusers writes this table in float64, whatever it was loaded from
 
 
@@ -96,8 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it is no such file, or cannot be read; the line names it.
     """
     try:
-        # Without waiting, as a pipe would; and then whatever was opened is looked at, not its name a second time.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError("what is not a regular file")
             if len(data := file.read(MAX_JSON + 1)) > MAX_JSON:
@@ -106,8 +107,10 @@ def read_json(path: Path) -> dict[str, Any]:
         _check_nesting(values)
     except FileNotFoundError:
         raise ValueError(f"{path}: got no such file, want a JSON file") from None
-    except PermissionError:
-        raise ValueError(f"{path}: got a file that may not be read, want a JSON file that may") from None
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
+        raise ValueError(f"{path}: got {(error.strerror or '').lower()}, want a JSON file") from None
     except RecursionError:
         raise ValueError(f"{path}: got more than {MAX_NESTING} levels, want a JSON file of fewer") from None
     except ValueError as error:  # of JSON or of UTF-8 too
@@ -115,6 +118,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got {type(values).__name__}, want a JSON object")
     return values
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # the opening of a pipe would wait for its other end
 
 
 def _check_nesting(values: Any) -> None:
