@@ -1,8 +1,9 @@
 """The `cogvid` command: `generate` makes an MP4, `replay` makes it again, `inspect` says what a checkpoint or MP4 is.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
-the machine (no memory, no disk), each with one line on stderr; 128 + n after signal n, such as 130 after Ctrl-C. torch
-is not imported before there is something to compute, so that `--help` and a mistyped option answer at once.
+the machine (no memory, no disk) or of the program, each with one line on stderr; 128 + n after signal n, such as 130
+after Ctrl-C. A video that is written is status 0, even if its path cannot be printed. torch is not imported before
+there is something to compute, so that `--help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import secrets
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import cogvid
 from cogvid.run import settings
@@ -29,7 +32,13 @@ if TYPE_CHECKING:
 USER_ERROR, MACHINE_ERROR = 2, 1
 _UNSET = object()
 _METAVARS = {int: "N", float: "X", str: "NAME"}
-MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+MACHINE_ERRNOS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
+    errno.EPIPE, errno.EBADF,
+)  # fmt: skip
+# What the loader says of a library that there is no memory for (an ImportError), and PyTorch of a tensor.
+_NO_MEMORY = ("Cannot allocate memory", "failed to map segment", "cannot allocate", "DefaultCPUAllocator", "overflow")
+_LONGEST_LINE = 1000  # characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,18 +58,18 @@ def _main(argv: list[str]) -> int:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"cogvid(\.|$)")
         warnings.showwarning = _show_warning
+        _prepare_stdio()
+        arguments = argparse.Namespace()
         try:
             arguments = _parser().parse_args(argv)
             arguments.given = _given(argv, arguments)
+            _check_directory()
             arguments.run(arguments)
-        except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error:
-            machine = isinstance(error, (MemoryError, FloatingPointError))
-            machine = machine or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS)
-            return _fail(error, MACHINE_ERROR if machine else USER_ERROR)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            return _fail(f"out of memory: {error}", MACHINE_ERROR)
+            sys.stdout.flush()
+        except Exception as error:
+            if getattr(arguments, "traceback", False):
+                traceback.print_exc()
+            return _fail(*_judged(error))
     return 0
 
 
@@ -104,8 +113,9 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     )
     inputs = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
     given = {name: getattr(arguments, name) for name in inputs}
+    given["negative_prompt"], prompt = _as_text(arguments.negative_prompt), _as_text(arguments.prompt)
     files = SideFiles(embed=not arguments.no_embed, sidecar=arguments.sidecar)
-    job = prepare(checkpoint.model, arguments.prompt, arguments.output, files=files, **given)
+    job = prepare(checkpoint.model, prompt, arguments.output, files=files, **given)
     if arguments.record_paths and checkpoint.source_kind == "directory":
         job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
     if saved is not None:
@@ -126,8 +136,8 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     with stage("load"):
         pipe = load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), arguments.qk_norm)
     out = run(pipe, job, saved)
-    print(f"seed {out.seed}", file=sys.stderr)
-    print(arguments.output)
+    _say(f"seed {out.seed}", sys.stderr)
+    _say(arguments.output, sys.stdout)
 
 
 def replay(arguments: argparse.Namespace) -> None:
@@ -139,8 +149,8 @@ def replay(arguments: argparse.Namespace) -> None:
 
     names = ("model", "image", "video", "device", "dtype", "ops", "local_files_only")
     options = {name: getattr(arguments, name) for name in names}
-    replay.replay(arguments.path, arguments.output, say=lambda line: print(line, file=sys.stderr), **options)
-    print(arguments.output)
+    replay.replay(arguments.path, arguments.output, say=lambda line: _say(line, sys.stderr), **options)
+    _say(arguments.output, sys.stdout)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -274,29 +284,85 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def _as_text(argument: str) -> str:
+    """Read an argument that the locale's encoding could not as UTF-8, such as any in the C locale beyond ASCII."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return argument
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError, which can be told from others only by its message.
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+def _judged(error: Exception) -> tuple[BaseException | str, int]:
+    """Return what to say of an error, and the exit status."""
+    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by.
+    no_memory = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _NO_MEMORY)
+    if no_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {error}" if str(error) else "out of memory", MACHINE_ERROR
+    if isinstance(error, FloatingPointError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+        return error, MACHINE_ERROR
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return error, USER_ERROR
+    said = f"unexpected {type(error).__name__}: {error} (--traceback shows where it comes from)"
+    return said, MACHINE_ERROR
+
+
+def _prepare_stdio() -> None:
+    """Make stdin, stdout and stderr safe to use, whatever the caller made of them.
+
+    A stream that is closed is opened on /dev/null: else the next file that is opened, the video, would take its number
+    and get what libraries print. What the encoding of a stream does not have is written with backslashes.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it stays open
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("working directory: got one that was removed, want one that exists") from None
+
+
+def _say(line: str, stream: TextIO, end: str = "\n") -> None:
+    """Print a line if it can be printed: a pipe may be closed, or a disk full."""
+    try:
+        print(line, file=stream, end=end, flush=True)
+    except OSError:
+        # What is left in the buffer would fail again when Python ends, and make the exit status 120.
+        with open(os.devnull, "w") as nothing, contextlib.suppress(OSError, ValueError):
+            os.dup2(nothing.fileno(), stream.fileno())
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("cogvid: warning:", _one_line(message), file=sys.stderr)
+    _say(f"cogvid: warning: {_one_line(message)}", sys.stderr)
 
 
 def _fail(error: BaseException | str, status: int) -> int:
     text = error.strerror or "" if isinstance(error, OSError) and not error.filename else ""
-    print("cogvid: error:", _one_line(text or error) or type(error).__name__, file=sys.stderr)
+    _say("", sys.stdout, end="")  # what is left there
+    _say(f"cogvid: error: {_one_line(text or error) or type(error).__name__}", sys.stderr)
     return status
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    """Return a message as one line that is not too long, without the secrets of URLs in it."""
+    from cogvid.media.download import one_line
+
+    return one_line(text, _LONGEST_LINE) if str(text) else ""

@@ -20,7 +20,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cogvid.json_config import Count, JsonConfig
+from cogvid.json_config import Count, Depth, JsonConfig, Positive
 
 Grid = tuple[int, int, int]  # (frames, height, width) of the video tokens, in patches; width runs fastest
 
@@ -35,7 +35,7 @@ TASKS: dict[str, tuple[str, ...]] = {  # what each task conditions the model on,
 
 
 def _refuse(name: str, value: Any, want: str) -> NoReturn:
-    raise ValueError(f"{name}: got {value!r}, want {want}")
+    raise ValueError(f"{name}: got {value!r:.60}, want {want}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TransformerConfig(JsonConfig):
 
     num_attention_heads: int = 30
     attention_head_dim: int = 64
-    num_layers: int = 30
+    num_layers: Depth = 30
     in_channels: int = 16  # 32 for image-to-video: noisy latents, then image latents
     out_channels: int = 16
     text_embed_dim: int = 4096
@@ -60,10 +60,10 @@ class TransformerConfig(JsonConfig):
     sample_height: int = 60
     sample_width: int = 90
     temporal_compression_ratio: int = 4
-    spatial_interpolation_scale: float = 1.875
-    temporal_interpolation_scale: float = 1.0
-    norm_eps: float = 1e-5
-    qk_norm_eps: float = 1e-6
+    spatial_interpolation_scale: Positive = 1.875
+    temporal_interpolation_scale: Positive = 1.0
+    norm_eps: Positive = 1e-5
+    qk_norm_eps: Positive = 1e-6
 
     def __post_init__(self) -> None:
         rotary, learned = self.use_rotary_positional_embeddings, self.use_learned_positional_embeddings
@@ -83,9 +83,6 @@ class TransformerConfig(JsonConfig):
                 _refuse(name, size, f"a multiple of the patch_size, {patch}, with learned positions")
             if rotary and self.patch_size_t is None and size < patch:
                 _refuse(name, size, f"at least the patch_size, {patch}")
-        for name in ("spatial_interpolation_scale", "temporal_interpolation_scale", "norm_eps", "qk_norm_eps"):
-            if (value := getattr(self, name)) <= 0:
-                _refuse(name, value, "a positive number")
 
     @property
     def hidden_size(self) -> int:
@@ -122,16 +119,16 @@ class VAEConfig(JsonConfig):
     """Architecture and latent scale of the 3-D causal VAE. Source: `AutoencoderKLCogVideoX`."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
-    layers_per_block: int = 3
+    layers_per_block: Depth = 3
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 16
     norm_num_groups: int = 32
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     temporal_compression_ratio: int = 4
     sample_height: int = 480
     sample_width: int = 720
-    scaling_factor: float = 1.15258426
+    scaling_factor: Positive = 1.15258426
     invert_scale_latents: bool = False
 
     def __post_init__(self) -> None:
@@ -141,9 +138,6 @@ class VAEConfig(JsonConfig):
         ratios = [2**i for i in range(min(len(self.block_out_channels), 4))]
         if self.temporal_compression_ratio not in ratios:
             _refuse("temporal_compression_ratio", self.temporal_compression_ratio, f"one of {ratios}")
-        for name in ("norm_eps", "scaling_factor"):
-            if (value := getattr(self, name)) <= 0:
-                _refuse(name, value, "a positive number")
 
     @property
     def spatial_compression_ratio(self) -> int:

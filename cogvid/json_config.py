@@ -1,42 +1,68 @@
-"""Configs that are read from JSON and checked."""
+"""Configs that are read from JSON and checked: the types and the ranges of their values, before anything is built.
+
+A field's annotation says what is a legal value. The bounds are far above every checkpoint's values; they keep a
+damaged or hostile file from being built until memory ends.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-Count = int  # 0 or more, where the annotation "int" means 1 or more
+# Annotations of fields; "int" and "float" have ranges too, see `_KINDS`.
+Count = int  # 0 or more
+Depth = int  # of modules that are built one by one
+Positive = float
+
+MAX_INT, MAX_COUNT, MAX_DEPTH, MAX_LIST = 2**20, 10_000, 1000, 16
+MAX_FLOAT, MIN_POSITIVE = 1e9, 1e-12
+
+
+def _is_int(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_float(value: Any, low: float = -MAX_FLOAT) -> bool:
+    return type(value) in (int, float) and low <= value <= MAX_FLOAT  # NaN fails too
+
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation -> in words, and the check
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str": ("a string", lambda v: isinstance(v, str)),
-    "int": ("a positive integer", lambda v: type(v) is int and v > 0),
-    "Count": ("an integer, 0 or more", lambda v: type(v) is int and v >= 0),
-    "int | None": ("a positive integer or null", lambda v: v is None or (type(v) is int and v > 0)),
-    "float": ("a number", lambda v: type(v) in (int, float) and math.isfinite(v)),
+    "int": (f"a positive integer, at most {MAX_INT}", lambda v: _is_int(v, 1, MAX_INT)),
+    "Depth": (f"a positive integer, at most {MAX_DEPTH}", lambda v: _is_int(v, 1, MAX_DEPTH)),
+    "Count": (f"an integer, 0 to {MAX_COUNT}", lambda v: _is_int(v, 0, MAX_COUNT)),
+    "int | None": (f"a positive integer, at most {MAX_INT}, or null", lambda v: v is None or _is_int(v, 1, MAX_INT)),
+    "float": (f"a number from {-MAX_FLOAT:g} to {MAX_FLOAT:g}", _is_float),
+    "Positive": (f"a positive number, {MIN_POSITIVE:g} to {MAX_FLOAT:g}", lambda v: _is_float(v, MIN_POSITIVE)),
     "tuple[float, ...] | None": (
         "a list of numbers or null",
-        lambda v: v is None or (isinstance(v, tuple) and all(_KINDS["float"][1](x) for x in v)),
+        lambda v: v is None or (isinstance(v, tuple) and all(map(_is_float, v))),
     ),
     "tuple[int, ...]": (
-        "a list of positive integers",
-        lambda v: isinstance(v, tuple) and bool(v) and all(type(i) is int and i > 0 for i in v),
+        f"a list of 1 to {MAX_LIST} positive integers, at most {MAX_INT}",
+        lambda v: isinstance(v, tuple) and 1 <= len(v) <= MAX_LIST and all(_is_int(i, 1, MAX_INT) for i in v),
     ),
 }
+
+
+def short(value: Any) -> str:
+    """Write a value that was read from a file for a message: at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _checked(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
-    if isinstance(value, float) and value.is_integer() and kind.startswith("int"):
+    if isinstance(value, float) and value.is_integer() and kind.startswith(("int", "Depth", "Count")):
         value = int(value)  # upstream writes some of them as floats
     words, fits = _KINDS[kind]
     if not fits(value):
-        raise ValueError(f"{name}: got {value!r}, want {words}")
-    return value
+        raise ValueError(f"{name}: got {short(value)}, want {words}")
+    return float(value) if kind in ("float", "Positive") else value
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import re
 import socket
 import string
@@ -18,16 +19,16 @@ import urllib.request
 from typing import Any
 
 _REDIRECTS = (301, 302, 303, 307, 308)
-_URL_START = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/+")  # also "http:/", which `Path` makes of "http://"
+_URL_START = re.compile(r"[^/?#@]*:/+")  # whatever may be meant for a scheme; `Path` makes "http:/" of "http://"
 _HOST = re.compile(r"([^:@]*|\[[^\]]*\])(:\d*)?")
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_URL_IN_TEXT = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]+://[^\s'\"<>]+")  # looks at each character once
 
 
 class Refused(Exception):
     """The picture is not accepted. The message continues "image: got NAME, which"."""
 
 
-def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) -> bytes:
+def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int, allow_private: bool = True) -> bytes:
     """Fetch a URL within `timeout` seconds, whatever the server does.
 
     Args:
@@ -35,6 +36,8 @@ def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) ->
         timeout: seconds for the whole download: host name look-up, connection, redirects and body.
         max_bytes: largest body to accept.
         max_redirects: most redirects to follow; the rules for `url` hold for each target.
+        allow_private: False: connect to public addresses alone, and to no proxy. Each address is checked that a
+            connection is made to, after redirects and name look-ups.
     Raises:
         ValueError: no picture was received within these limits.
     """
@@ -46,7 +49,7 @@ def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int) ->
 
     def work() -> None:
         try:
-            result.append(_fetch(url, deadline, sockets, max_bytes, max_redirects))
+            result.append(_fetch(url, deadline, sockets, max_bytes, max_redirects, allow_private))
         except BaseException as error:  # the caller raises it
             result.append(error)
 
@@ -84,8 +87,10 @@ def _reason(error: BaseException | str, timeout: float) -> str:
     raise error
 
 
-def _fetch(url: str, deadline: float, sockets: list[socket.socket], max_bytes: int, max_redirects: int) -> bytes:
-    opener = _opener(deadline, sockets)
+def _fetch(
+    url: str, deadline: float, sockets: list[socket.socket], max_bytes: int, max_redirects: int, allow_private: bool
+) -> bytes:
+    opener = _opener(deadline, sockets, allow_private)
     for _ in range(max_redirects + 1):
         request = urllib.request.Request(_escaped(url), headers={"User-Agent": "cogvid", "Accept": "image/*"})
         with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
@@ -118,16 +123,21 @@ def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _opener(deadline: float, sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
-    """Make an opener for http and https only. It uses the proxies of the environment and lists its sockets."""
+def _opener(deadline: float, sockets: list[socket.socket], allow_private: bool) -> urllib.request.OpenerDirector:
+    """Make an opener for http and https only. It lists its sockets.
+
+    It uses the proxies of the environment, unless private addresses are forbidden: a proxy chooses the address itself.
+    """
 
     class Plain(http.client.HTTPConnection):
         def connect(self) -> None:
+            self._create_connection = socket.create_connection if allow_private else _connect_to_public
             super().connect()
             _register(self.sock)
 
     class Secure(http.client.HTTPSConnection):
         def connect(self) -> None:
+            self._create_connection = socket.create_connection if allow_private else _connect_to_public
             super().connect()
             _register(self.sock)
 
@@ -146,9 +156,38 @@ def _opener(deadline: float, sockets: list[socket.socket]) -> urllib.request.Ope
 
     opener = urllib.request.OpenerDirector()
     # No redirect handler and no error processor: `_fetch` sees every answer and checks every address itself.
-    for handler in (urllib.request.ProxyHandler(), HTTP(), HTTPS()):
+    for handler in (urllib.request.ProxyHandler(None if allow_private else {}), HTTP(), HTTPS()):
         opener.add_handler(handler)
     return opener
+
+
+def _connect_to_public(address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
+    """Connect as `socket.create_connection` does, to the very addresses that were checked."""
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    for *_, place in found:
+        if not is_public(str(place[0])):
+            raise Refused("leads to an address that is not public, want a public one")
+    failure = OSError("no address")
+    for family, kind, protocol, _, place in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            sock.connect(place)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure
+
+
+def is_public(address: str) -> bool:
+    """Say whether an IP address is of the public internet, and so is each address that it stands for."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if not ip.is_global or ip.is_multicast or ip.is_reserved:
+        return False
+    if isinstance(ip, ipaddress.IPv4Address):
+        return True
+    return all(v4 is None or is_public(str(v4)) for v4 in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())))
 
 
 def _escaped(url: str) -> str:
@@ -175,15 +214,18 @@ def shown(name: str | bytes) -> str:
     return text if len(text) <= 200 else f"{text[:98]}...{text[-99:]}"  # the end of a path says most
 
 
-def one_line(error: object) -> str:
+def one_line(error: object, longest: int = 300) -> str:
     """Return the words of an error for a message: one short line, without the secrets of URLs in it."""
     text = " ".join(str(error).split())
     text = _URL_IN_TEXT.sub(lambda url: "//".join(map(_without_secrets, url[0].split("//", 1))), text)
-    return text[:300] or type(error).__name__
+    if len(text) > longest:  # the end has what is wanted
+        half = (longest - 5) // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return text or type(error).__name__
 
 
 def _without_secrets(rest: str) -> str:
     """Cut what follows the `//` of a URL to its host and path, or to `...` where they cannot be told from secrets."""
     host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     host = host.rpartition("@")[2]
-    return host + slash + path if _HOST.fullmatch(host) else "..."
+    return host + slash + path if _HOST.fullmatch(host) and "@" not in path else "..."

@@ -38,6 +38,7 @@ def load_image(
     timeout: float = 30.0,
     max_bytes: int = MAX_DOWNLOAD,
     max_redirects: int = 5,
+    allow_private: bool = True,
 ) -> Image:
     """Load a picture of any mode as a new PIL RGB image, turned upright by its EXIF orientation.
 
@@ -49,6 +50,8 @@ def load_image(
         source: path, http(s) URL, encoded bytes, binary file object (read to its end) or PIL image.
         max_pixels: largest width x height to decode.
         timeout, max_bytes, max_redirects: limits of a download, see `download.download`; seconds, bytes, a count.
+        allow_private: False refuses URLs that lead to private addresses, such as those of the own network. A server
+            that loads what its users name should say so, and take no paths from them.
     Raises:
         ValueError: the source is not a picture within the limits.
     """
@@ -57,7 +60,8 @@ def load_image(
     if isinstance(source, pil.Image):
         return _decode(source, "a PIL image", max_pixels)
     if isinstance(source, str) and _HAS_SCHEME.match(source):
-        data = download(source, timeout=timeout, max_bytes=max_bytes, max_redirects=max_redirects)
+        limits = {"max_bytes": max_bytes, "max_redirects": max_redirects, "allow_private": allow_private}
+        data = download(source, timeout=timeout, **limits)
         return _decode(io.BytesIO(data), shown(source), max_pixels)
     if isinstance(source, (str, os.PathLike)):
         with _open_file(source) as file:

@@ -7,6 +7,7 @@ marks. The ids here are those of sentencepiece, with which T5 was trained.
 
 from __future__ import annotations
 
+import os
 import re
 import string
 import warnings
@@ -22,6 +23,14 @@ _WORD_START = "\u2581"  # sentencepiece writes a space as this character
 _WORD_LIST = 1000  # pieces; a smaller vocabulary is a list of whole words, plus letters for all others
 
 
+def check_text(name: str, text: str) -> None:
+    """Raise unless a string is text: a half of a surrogate pair, as bytes that are no UTF-8 become, is not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: got {text[error.start]!r} at {error.start}, want text in UTF-8") from None
+
+
 class Tokenizer:
     """Turn text into T5's token ids.
 
@@ -32,14 +41,16 @@ class Tokenizer:
     def __init__(self, spiece_path: str | Path, extra_ids: int = 100) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        if not Path(spiece_path).is_file():
+        if not os.path.isfile(spiece_path):
             raise ValueError(f"{spiece_path}: got no file, want a sentencepiece model")
         try:
             self.processor = SentencePieceProcessor(model_file=str(spiece_path))
-        except RuntimeError as error:
+            size = self.processor.get_piece_size()
+            for i in range(size):
+                self.processor.id_to_piece(i)  # raises for a piece that is no UTF-8
+        except (RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{spiece_path}: got a broken file ({reason:.200}), want a sentencepiece model") from None
-        size = self.processor.get_piece_size()
         self.pad, self.eos = self.processor.pad_id(), self.processor.eos_id()
         if self.pad < 0 or self.eos < 0:
             raise ValueError(f"{spiece_path}: got no {'pad' if self.pad < 0 else 'eos'} token, want a T5 model")
@@ -59,6 +70,8 @@ class Tokenizer:
         """Return int64 ids `[B, max_length]`: text, end of sequence, padding. Warn of cut tokens and unknown words."""
         if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}, want a list of str")
+        for prompt in prompts:
+            check_text("prompts", prompt)
         if max_length < 1:
             raise ValueError(f"max_length: got {max_length}, want at least 1")
         ids = torch.full((len(prompts), max_length), self.pad)

@@ -7,8 +7,11 @@ name complete or not at all. Colours are converted to BT.709 in limited range, a
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from types import TracebackType
@@ -32,6 +35,15 @@ if TYPE_CHECKING:
 PRESETS = (
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
 )  # fmt: skip
+# What is read. Each is a name of FFmpeg's; those of one line are one of its readers.
+FORMATS = (
+    "mov", "mp4", "m4a", "3gp", "3g2", "mj2",
+    "matroska", "webm",
+    "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "nut", "yuv4mpegpipe",
+)  # fmt: skip
+MAX_PIXELS = 2**25  # of a frame: 8K
+MAX_FRAMES = 10_000
+MAX_BYTES = 4 * 2**30  # of the frames that are wanted, decoded
 _BT709 = 1  # the same number as matrix, as primaries and as transfer (ITU-T H.273), and in swscale
 _BT601 = 5
 _LIMITED, _FULL = 1, 2  # colour ranges, as FFmpeg numbers them
@@ -176,39 +188,60 @@ def export_to_video(
             writer.write(array[None])
 
 
+def count_frames(path: str | os.PathLike[str]) -> int:
+    """Return how many frames a video file says it holds, without decoding: by its index, or else by its packets.
+
+    Errors as for `read_video`; the count ends at one more than `MAX_FRAMES`.
+    """
+    name = shown(os.fspath(path))
+    with _opened(path) as container:
+        stream = _pictures(container, name)
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        return stream.frames or sum(1 for _ in itertools.islice(packets, MAX_FRAMES + 1))
+
+
 def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
     """Decode a video file and turn it upright. Colours without a tag are read as BT.601, as FFmpeg does.
+
+    The file must be one of `FORMATS`. Frames have at most `MAX_PIXELS`, and those that are wanted are at most
+    `MAX_FRAMES` and take at most `MAX_BYTES`, which is checked before they are decoded.
 
     Args:
         max_frames: frames after these are not decoded; at least 1.
     Returns:
         `[F, H, W, 3]` uint8 RGB on the CPU, and the mean frames per second.
     Raises:
-        ValueError: the file is not a complete video that can be read; `max_frames` is below 1.
+        ValueError: the file is not a complete video within these limits; `max_frames` is below 1.
     """
     name = shown(os.fspath(path))
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames: got {max_frames}, want at least 1")
-    frames: list[np.ndarray] = []
+    room, count = count_frames(path), 0
+    room = room if max_frames is None else min(room, max_frames)
+    frames = torch.empty(0)
     with _opened(path) as container:
-        if not container.streams.video:
-            raise ValueError(f"video: got {name}, which holds no pictures, want a video stream")
-        stream = container.streams.video[0]
+        stream = _pictures(container, name)
         rate = stream.average_rate or stream.guessed_rate
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise ValueError(f"video: got {name}, which is cut off or damaged, want a whole video")
-            frames += (_to_rgb(frame) for frame in packet.decode())
-            if max_frames is not None and len(frames) >= max_frames:
-                frames = frames[:max_frames]
+        for frame in _decoded(container, stream, name):
+            rgb = _to_rgb(frame)
+            if count == 0 or count == room:  # the first one, or more than were counted
+                room = room if count < room else min(2 * count + 1, max_frames or 2 * count + 1)
+                _check_size(name, room, *rgb.shape[:2])
+                frames = torch.cat([frames[:count].byte(), torch.empty(room - count, *rgb.shape, dtype=torch.uint8)])
+            if rgb.shape != frames.shape[1:]:
+                sizes = f"{frames.shape[2]}x{frames.shape[1]} and of {rgb.shape[1]}x{rgb.shape[0]} pixels"
+                raise ValueError(f"video: got {name}, which has frames of {sizes}, want all of one size")
+            frames[count] = torch.from_numpy(np.ascontiguousarray(rgb))
+            count += 1
+            if count == max_frames:
                 break
         else:
-            if len(frames) < stream.frames:  # the index lists frames that the data does not hold
-                held = f"holds {len(frames)} of the {stream.frames} frames that it lists"
+            if count < stream.frames:  # the index lists frames that the data does not hold
+                held = f"holds {count} of the {stream.frames} frames that it lists"
                 raise ValueError(f"video: got {name}, which {held}, want a whole video")
-    if not frames or not rate:
+    if not count or not rate:
         raise ValueError(f"video: got {name}, which holds no frames, want at least one")
-    return torch.from_numpy(np.stack(frames)), float(rate)
+    return frames[:count], float(rate)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -217,7 +250,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         comment = container.metadata.get("comment", "")
     try:
         values = json.loads(comment)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         values = None
     if not isinstance(values, dict):
         reason = "holds no record of how it was made"
@@ -375,16 +408,54 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     from av.error import FFmpegError
 
     name = shown(os.fspath(path))
-    if os.path.isdir(path):
-        raise ValueError(f"video: got {name}, which is a directory, want a video file")
-    if not os.path.isfile(path):
-        raise ValueError(f"video: got {name}, which does not exist, want a video file")
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"video: got {name}, which does not exist, want a video file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"video: got {name}, which cannot be read ({reason}), want a video file") from None
+    if not stat.S_ISREG(mode):  # a read from a pipe or a device may never end
+        what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise ValueError(f"video: got {name}, which is {what}, want a video file")
+    # Other formats are playlists, which open other files and may never end, and texts that are shown as a terminal.
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
     try:
         # An absolute path, because FFmpeg would read the text before a colon as a network protocol.
-        with av.open(os.path.abspath(path)) as container:
-            if container.format.name == "tty":  # FFmpeg would decode a text file as the picture of a terminal
-                raise ValueError(f"video: got {name}, which is a text file, want a video file")
+        with av.open(os.path.abspath(path), options=options, metadata_errors="replace") as container:
             yield container
     except FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise MemoryError from error
+        if error.errno == errno.EINVAL:
+            reason = "is no video of a format that is read"
+            raise ValueError(f"video: got {name}, which {reason}, want one of {', '.join(FORMATS)}") from error
         reason = f"cannot be read ({error.strerror})"
         raise ValueError(f"video: got {name}, which {reason}, want a whole video") from error
+
+
+def _pictures(container: Any, name: str) -> Any:
+    """Return the video stream of a file, after a look at its size."""
+    if not container.streams.video:
+        raise ValueError(f"video: got {name}, which holds no pictures, want a video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError(f"video: got {name}, whose codec is not known, want one that FFmpeg decodes")
+    _check_size(name, 1, stream.codec_context.height, stream.codec_context.width)
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # of frames that are larger than the stream says
+    return stream
+
+
+def _decoded(container: Any, stream: Any, name: str) -> Iterator[VideoFrame]:
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise ValueError(f"video: got {name}, which is cut off or damaged, want a whole video")
+        yield from packet.decode()
+
+
+def _check_size(name: str, frames: int, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"video: got {name}, which has {width}x{height} pixels, want at most {MAX_PIXELS}")
+    if frames > MAX_FRAMES or 3 * frames * height * width > MAX_BYTES:
+        held, room = f"{frames} frames of {width}x{height} pixels", f"{MAX_FRAMES} frames and {MAX_BYTES} bytes"
+        raise ValueError(f"video: got {name}, of which {held} are wanted, want at most {room}: give a num_frames")

@@ -193,7 +193,8 @@ class Transformer(nn.Module):
         """
         config, device = self.config, latents.device
         key = (grid, latents.dtype, device, learned)
-        if self._kept_tables is None or self._kept_tables[0] != key:
+        kept = self._kept_tables  # read once: another thread may replace it
+        if kept is None or kept[0] != key:
             sincos, rope = None, None
             # Tensors made in inference mode could not be used in training later.
             with torch.inference_mode(False):
@@ -201,8 +202,8 @@ class Transformer(nn.Module):
                     sincos = self._sincos_table(grid, device).to(latents.dtype)
                 if config.use_rotary_positional_embeddings:
                     rope = rotary_table(self._rotary_positions(grid, device), _split_width(config.attention_head_dim))
-            self._kept_tables = key, (sincos, rope)
-        return self._kept_tables[1]
+            self._kept_tables = kept = key, (sincos, rope)
+        return kept[1]
 
     def _rotary_positions(self, grid: Grid, device: torch.device) -> Positions:
         if self.config.patch_size_t is not None:

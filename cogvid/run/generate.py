@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from cogvid.config import ModelConfig
 from cogvid.media.image import load_image, resize_image
-from cogvid.media.video import VideoWriter, read_video
+from cogvid.media.tokenizer import check_text
+from cogvid.media.video import VideoWriter, count_frames, read_video
 from cogvid.run.inputs import frames_to_use
 from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline
@@ -69,10 +70,16 @@ def prepare(
         ValueError, OSError: an input or an option that cannot be used, or an output that cannot be written.
     """
     task, frames = task_of(image, video), None
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        check_text(name, text)
     if video is not None:
-        frames = video if isinstance(video, Tensor) else read_video(video, options.get("num_frames"))[0]
-        options["num_frames"] = frames_to_use(frames, options.get("num_frames"))
+        # Counted and checked first, then only the frames that are used are decoded.
+        count = range(len(video) if isinstance(video, Tensor) else count_frames(video))
+        options["num_frames"] = frames_to_use(count, options.get("num_frames"))
     settings = resolve_settings(model, task=task, **options)
+    if video is not None:
+        frames = video if isinstance(video, Tensor) else read_video(video, settings.num_frames)[0]
+        frames_to_use(frames, settings.num_frames)  # there may be fewer than were counted
     if seed is not None:
         check_seed(seed, 1)
     fps = model.fps if fps is None else fps

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from cogvid.config import ModelConfig
+from cogvid.media.tokenizer import check_text
 from cogvid.run.settings import check_int, check_seed
 from cogvid.sampling.samplers import Generators
 
@@ -100,7 +101,9 @@ def _negatives(
 def _strings(name: str, prompt: object) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"{name}: got {prompt!r}, want a string or a list of strings")
+        raise ValueError(f"{name}: got {prompt!r:.60}, want a string or a list of strings")
+    for each in prompts:
+        check_text(name, each)
     return list(prompts)
 
 

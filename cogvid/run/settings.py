@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, ModelConfig, VAEConfig
 
 IMAGE_LATENT_SCALES = ("diffusers", "none", "multiply")
+MAX_SIDE, MAX_FRAMES = 2**24, 2**20  # far beyond any memory; larger numbers have no place in a tensor's size
+MAX_SCALE = 1e6
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,12 +56,17 @@ class Settings:
     """
 
     task: str
-    height: int = _option(None, int, "pixels, a multiple of 16", model="height", low=1)
-    width: int = _option(None, int, "pixels, a multiple of 16", model="width", low=1)
-    num_frames: int = _option(None, int, "pixel frames, 8N or 8N + 1", model="num_frames", low=1)
+    height: int = _option(None, int, "pixels, a multiple of 16", model="height", low=1, high=MAX_SIDE)
+    width: int = _option(None, int, "pixels, a multiple of 16", model="width", low=1, high=MAX_SIDE)
+    num_frames: int = _option(None, int, "pixel frames, 8N or 8N + 1", model="num_frames", low=1, high=MAX_FRAMES)
     num_inference_steps: int = _option(None, int, "denoising steps, 1 to 1000", model="num_inference_steps")
     guidance_scale: float = _option(
-        None, float, "how much the prompt counts; no guidance at 1 and below", model="guidance_scale", low=0
+        None,
+        float,
+        "how much the prompt counts; no guidance at 1 and below",
+        model="guidance_scale",
+        low=0,
+        high=MAX_SCALE,
     )
     use_dynamic_cfg: str = _option(
         None,
@@ -229,7 +236,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
     """Raise unless the value is an integer from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         wanted = f"{low} or more" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name}: got {value!r}, want an integer, {wanted}")
+        raise ValueError(f"{name}: got {value!r:.60}, want an integer, {wanted}")
 
 
 def check_seed(seed: object, videos: int) -> None:
@@ -240,7 +247,7 @@ def check_seed(seed: object, videos: int) -> None:
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise unless the value is one of the choices."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(choices)}")
+        raise ValueError(f"{name}: got {value!r:.60}, want one of {', '.join(choices)}")
 
 
 def _check_option(
@@ -252,12 +259,12 @@ def _check_option(
     elif kind is int and low is not None:
         check_int(name, value, low, high)
     elif kind is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (low is not None and value < low) or (above is not None and value <= above):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+        if not number or not (low is None or low <= value) or not (above is None or above < value <= high):
             wanted = f"a finite number, {low} or more" if above is None else f"more than {above} and at most {high}"
-            raise ValueError(f"{name}: got {value!r}, want {wanted}")
+            raise ValueError(f"{name}: got {value!r:.60}, want {wanted}")
         if high is not None and value > high:
-            raise ValueError(f"{name}: got {value!r}, want more than {above} and at most {high}")
+            raise ValueError(f"{name}: got {value!r:.60}, want at most {high:g}")
 
 
 def _check_schedule(model: ModelConfig, settings: Settings) -> None:

@@ -22,6 +22,7 @@ from cogvid.config import (
     TransformerConfig,
     VAEConfig,
 )
+from cogvid.json_config import short
 from cogvid.weights.files import load_state, read_json, stored_dtype
 from cogvid.weights.hub import (
     BASENAME,
@@ -35,6 +36,7 @@ from cogvid.weights.hub import (
 )
 from cogvid.weights.identity import weights_identity
 from cogvid.weights.names import map_transformer_state_dict, map_vae_state_dict
+from cogvid.weights.text_config import read_text_config
 
 DEFAULTS = ("recommended", "diffusers")
 
@@ -142,7 +144,7 @@ def _read_model(directory: Path, conditions: tuple[str, ...], variant: str | Non
     transformer = read_config(directory / "transformer", "transformer", TransformerConfig)
     vae = read_config(directory / "vae", "vae", VAEConfig)
     schedule = read_config(directory / "scheduler", "scheduler", ScheduleConfig)
-    text_width = read_json(directory / "text_encoder" / "config.json").get("d_model")
+    text_width = read_text_config(directory / "text_encoder").d_model
     for what, got, wanted in (
         ("out_channels", transformer.out_channels, vae.latent_channels),
         ("in_channels", transformer.in_channels, vae.latent_channels * (1 + len(conditions))),
@@ -209,13 +211,13 @@ def read_model_index(directory: str | Path) -> dict[str, Any]:
     """Read and check `model_index.json`: a CogVideoX pipeline with its five components."""
     path = Path(directory) / "model_index.json"
     index = read_json(path)
-    if index.get("_class_name") not in PIPELINES:
-        raise ValueError(f"{path}: got class {index.get('_class_name')}, want {' or '.join(PIPELINES)}")
+    if index.get("_class_name") not in tuple(PIPELINES):  # a tuple takes what cannot be hashed too
+        raise ValueError(f"{path}: got class {index.get('_class_name')!s:.60}, want {' or '.join(PIPELINES)}")
     for component, classes in CLASSES.items():
         entry = index.get(component)
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         if name not in classes:
-            raise ValueError(f"{path}: got {component} of class {name}, want {' or '.join(classes)}")
+            raise ValueError(f"{path}: got {component} of class {name!s:.60}, want {' or '.join(classes)}")
     return index
 
 
@@ -224,10 +226,10 @@ def read_config(directory: Path, component: str, config: type[Config]) -> Config
     path = directory / CONFIG_FILES[component]
     values = read_json(path)
     if values.get("_class_name") not in CLASSES[component]:
-        raise ValueError(f"{path}: got class {values.get('_class_name')}, want {' or '.join(CLASSES[component])}")
+        raise ValueError(f"{path}: got class {values.get('_class_name')!s:.60}, want {' or '.join(CLASSES[component])}")
     for name, value in FIXED.get(component, {}).items():
         if values.get(name, value) != value:
-            raise ValueError(f"{path}: {name}: got {values[name]!r}, want {value!r}: no other is implemented")
+            raise ValueError(f"{path}: {name}: got {short(values[name])}, want {value!r}: no other is implemented")
     if component == "scheduler":  # unlike the other two, upstream's defaults here are not those of CogVideoX
         values = {**SCHEDULER_DEFAULTS, **values}
     try:

@@ -50,7 +50,7 @@ def find(
     name = os.fspath(source)
     if name in packs():
         return PACKS / name
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves the home of an unknown user as it is
     if name and path.is_dir():
         return path
     if name and path.exists():
@@ -179,6 +179,8 @@ def _fetch(
         if local_files_only:
             wanted = "a directory or a repository that is complete in the hub's local cache"
             raise ValueError(f"{got} without network access, want {wanted}") from error
+        if (status := _status(error)) is not None:
+            raise _refusal(got, status) from error
         raise OSError(f"{got} and no connection to the hub, want a directory or a connection") from error
     except HFValidationError as error:
         raise ValueError(f"{got}, want a valid hub id ({one_line(error)})") from error
@@ -186,8 +188,31 @@ def _fetch(
         of_machine = isinstance(error, OSError) and error.errno is not None  # such as a full disk
         if of_machine or (isinstance(error, ValueError) and not isinstance(error, OSError)):
             raise
+        if (status := _status(error)) is not None:
+            raise _refusal(got, status) from error
         reason = f"could not be fetched whole ({one_line(error)})"
         raise OSError(f"{got}, which {reason}, want another try: what was fetched is kept") from error
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the HTTP status that is behind an error of the hub's client, which may hide it in other errors."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _refusal(got: str, status: int) -> ValueError | OSError:
+    """Return the error for an answer of the hub with this status."""
+    if status in (401, 403):
+        wanted = "one that you may read: log in, and accept its conditions on its page"
+        return ValueError(f"{got}, which the hub does not let you read (status {status}), want {wanted}")
+    if status == 404:
+        return ValueError(f"{got}, in which the hub does not find a file (status 404), want a whole repository")
+    reason = "too many requests" if status == 429 else "a fault of its own" if status >= 500 else "a refusal"
+    return OSError(f"{got}, which the hub answers with status {status}, {reason}, want another try later")
 
 
 def component_directory(source: str | Path, component: str, variant: str | None = None) -> Path:

@@ -23,10 +23,11 @@ from cogvid.models.transformer import Block, Transformer
 from cogvid.models.vae import VAE
 from cogvid.ops import Ops
 from cogvid.weights.checkpoint import CLASSES, FIXED, read_config
-from cogvid.weights.files import load_state, read_json, stored_dtype, write_whole
+from cogvid.weights.files import load_state, stored_dtype, write_whole
 from cogvid.weights.hub import BASENAME, TOKENIZER_FILES, WEIGHTS, component_directory
-from cogvid.weights.names import map_state, unmap_state_dict
+from cogvid.weights.names import map_state, on_meta, unmap_state_dict
 from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
+from cogvid.weights.text_config import read_text_config, read_tokenizer_config
 
 QK_NORMS = ("layer", "rms")
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
@@ -111,7 +112,7 @@ def make_transformer(
     """
     if qk_norm not in QK_NORMS:
         raise ValueError(f"qk_norm: got {qk_norm!r}, want one of {', '.join(QK_NORMS)}")
-    with torch.device("meta"), _WithoutInit():
+    with on_meta(source), _WithoutInit():
         module = Transformer(config, placement.ops)
     mapped = map_state(state, module, source)
     if qk_norm == "rms":
@@ -128,7 +129,7 @@ def make_transformer(
 
 def make_vae(config: VAEConfig, state: Mapping[str, Tensor], placement: Placement, source: str | Path) -> VAE:
     """Build a VAE with the weights of an upstream state dict. source: names them in errors."""
-    with torch.device("meta"), _WithoutInit():
+    with on_meta(source), _WithoutInit():
         module = VAE(config, placement.ops)
     return _fill(module, map_state(state, module, source), placement)
 
@@ -137,15 +138,12 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
     """Build a text encoder from its config, the folder of its tokenizer and its state dict."""
     from transformers import T5Config, T5EncoderModel
 
-    tokens = _load_tokenizer(tokenizer)
-    values = read_json(directory / "config.json")
-    try:
-        with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config.from_dict(values))
-    except Exception as error:  # transformers raises many kinds of errors for bad values
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{directory / 'config.json'}: got {reason:.300}, want a T5 encoder's config") from error
-    encoder.set_input_embeddings(encoder.shared)  # the encoder stack has made its own table
+    pieces, options = (tokenizer / name for name in TOKENIZER_FILES)
+    tokens = Tokenizer(pieces, read_tokenizer_config(options).extra_ids)
+    config = read_text_config(directory)
+    with on_meta(directory):
+        encoder = T5EncoderModel(T5Config(**config.to_dict()))
+    encoder.set_input_embeddings(encoder.shared)  # the stack makes a table of its own
     use_ops(encoder, placement.ops)
 
     # One matrix under two names. Which of them is stored, or both, depends on the version that wrote the file.
@@ -164,14 +162,6 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
         reason = " ".join(str(error).split())
         raise ValueError(f"{directory}: got {reason:.400}, want the weights of the config") from None
     return TextEncoder(encoder.eval().requires_grad_(False), tokens, placement.device)
-
-
-def _load_tokenizer(directory: Path) -> Tokenizer:
-    pieces, config = (directory / name for name in TOKENIZER_FILES)
-    extra_ids = read_json(config).get("extra_ids", 100) if config.is_file() else 100
-    if type(extra_ids) is not int or extra_ids < 0:
-        raise ValueError(f"{config}: extra_ids: got {extra_ids!r}, want an integer, 0 or more")
-    return Tokenizer(pieces, extra_ids)
 
 
 def _place(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -80,20 +81,30 @@ VAE_NAMES = {
 }
 
 
+@contextlib.contextmanager
+def on_meta(source: str | Path) -> Iterator[None]:
+    """Build a module without storage. Sizes that no storage has are a `ValueError`; source: names them in it."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (RuntimeError, OverflowError, TypeError) as error:  # a number of elements beyond 63 bits
+        raise ValueError(f"{source}: got sizes beyond any memory ({error!s:.100}), want those of a model") from error
+
+
 def map_transformer_state_dict(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """Rename a state dict of `CogVideoXTransformer3DModel` for `Transformer`.
 
     Raises:
         ValueError: names or shapes are not those of the config.
     """
-    with torch.device("meta"):
+    with on_meta("state dict"):
         module = Transformer(config)
     return map_state(state, module, "state dict")
 
 
 def map_vae_state_dict(state: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
     """Rename a state dict of `AutoencoderKLCogVideoX` for `VAE`; errors as for `map_transformer_state_dict`."""
-    with torch.device("meta"):
+    with on_meta("state dict"):
         module = VAE(config)
     return map_state(state, module, "state dict")
 

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -134,6 +135,11 @@ class Hub(BaseHTTPRequestHandler):
         body = None
         repo = next((name for name in self.repositories if f"/{name}" in path), "")
         files = self.repositories.get(repo, {})
+        if refused := re.search(r"/refuses-with/(\d+)", path):
+            self.send_response(int(refused[1]))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return b""
         if not repo:
             pass
         elif path.startswith((f"/api/models/{repo}/tree/{COMMIT}", f"/api/models/{repo}/tree/main")):
@@ -209,6 +215,32 @@ result = [
 ]
 print(json.dumps(result))
 """
+
+
+STATUSES = """
+from cogvid.weights.hub import find
+for status in (401, 403, 404, 429, 500, 503):
+    try:
+        find(f"refuses-with/{status}")
+    except (ValueError, OSError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_each_refusal_of_the_hub_says_what_it_is(hub: Callable[..., str]) -> None:
+    lines = hub(STATUSES).splitlines()
+    expected = [
+        r"ValueError model: got 'refuses-with/401', .*want ",
+        r"ValueError model: got '.*/403', which the hub does not let you read \(status 403\), want .*: log in, ",
+        r"ValueError model: got '.*/404', .*want ",
+        r"OSError model: got '.*/429', which the hub answers with status 429, too many requests, want another try",
+        r"OSError model: got '.*/500', which the hub answers with status 500, a fault of its own, want another try",
+        r"OSError model: got '.*/503', which the hub answers with status 503, a fault of its own, want another try",
+    ]
+    assert len(lines) == len(expected), lines
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.match(pattern, line), line
+    assert not [line for line in lines if "no connection" in line]
 
 
 def test_fetching_takes_the_files_that_are_needed_and_says_how_large_they_are(hub: Callable[..., str]) -> None:

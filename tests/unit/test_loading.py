@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,13 @@ def test_a_load_resolves_once_and_reads_each_config_once(monkeypatch: pytest.Mon
         assert homes
         for module in homes:
             monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    read_text, opened = Path.read_text, Counter()
+    open_file, opened = os.open, Counter()
 
-    def reading(path: Path, *args: Any, **kwargs: Any) -> str:
+    def opening(path: Any, *args: Any, **kwargs: Any) -> int:
         opened[str(path)] += 1
-        return read_text(path, *args, **kwargs)
+        return open_file(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "read_text", reading)
+    monkeypatch.setattr(os, "open", opening)
     cogvid.load("tiny-i2v", device="cpu")
     assert calls == {"find": 1, "resolve_device": 1, "resolve_dtype": 1, "resolve_ops": 1}
     configs = {path: count for path, count in opened.items() if path.endswith(".json") and str(PACKS) in path}

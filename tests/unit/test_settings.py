@@ -68,8 +68,8 @@ def test_an_unknown_option_is_named(pipe: cogvid.Pipeline) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"height": True}, "height: got True, want an integer, 1 or more"),
-        ({"height": 64.0}, "height: got 64.0, want an integer, 1 or more"),
+        ({"height": True}, "height: got True, want an integer, 1 to 16777216"),
+        ({"height": 64.0}, "height: got 64.0, want an integer, 1 to 16777216"),
         ({"guidance_scale": "6"}, "guidance_scale: got '6', want a finite number, 0 or more"),
         ({"strength": 2}, "strength: got 2, want more than 0 and at most 1"),
         ({"strength": True}, "strength: got True, want more than 0 and at most 1"),

@@ -1,0 +1,529 @@
+"""Give every reader damaged and hostile input. Each case must end in a result, or be refused in one short line.
+
+    python scripts/attack.py --seconds 60               # all readers in turns, each for its share of the time
+    python scripts/attack.py --reader video --cases 500 --seed 7
+    python scripts/attack.py --reader config --seed 7 --start 31 --cases 1     # one case again
+
+A case follows from its reader, the seed and its number alone. The work is done by a second process with little memory,
+so that a crash, a hang or an allocation without end is a finding of one case and not the end of the run. The exit
+status is 0 if every case held, else 1; each that did not is printed with the command that repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cogvid
+
+ROOT = Path(__file__).parents[1]
+PACK = ROOT / "cogvid" / "packs" / "tiny-t2v"
+MEMORY = 4 * 2**30  # bytes that a case may add to what the imports take
+SECONDS = 30  # that a case may take
+LONGEST = 2500  # characters of a message; the command line cuts at 1000
+SECRET = "S3CR3T"
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 2, 3, 7, 16, 2**31, 2**62, 2**63, 2**64, 10**400, -(10**400), 1e308, -1e308, 1e-320,
+    0.5, float("nan"), float("inf"), "", "x", "a" * 100_000, "\ud800", "\0", [], [0], [1], [None], [[1]], ["x"] * 3, {},
+    {"a": 1}, [1] * 10_000, "gated-gelu", "relu", "float16", "T5EncoderModel",
+]  # fmt: skip
+
+TOO_LONG_OR_SLOW = (10**400, -(10**400), 2**31)  # to be printed, and to be a size
+Case = Callable[[random.Random, Path], Any]
+
+
+# The readers. Each function makes one case of a random generator in an empty folder, and reads it.
+
+
+def attack_config(rng: random.Random, folder: Path) -> None:
+    """A JSON file of a checkpoint: values of other types and sizes, missing keys, broken text, odd files."""
+    root = _copy_of_pack(folder)
+    files = sorted(path for path in root.rglob("*.json") if path.name != "tokenizer.json")
+    damage_json(rng, rng.choice(files))
+    _use(root)
+
+
+def damage_json(rng: random.Random, path: Path) -> None:
+    kind = rng.choice(["value", "value", "value", "values", "delete", "text", "whole", "file"])
+    values = json.loads(path.read_text())
+    if kind in ("value", "values"):
+        for name in rng.sample(sorted(values), 1 if kind == "value" else min(3, len(values))):
+            values[name] = rng.choice(VALUES)
+        path.write_text(json.dumps(values))
+    elif kind == "delete":
+        del values[rng.choice(sorted(values))]
+        path.write_text(json.dumps(values))
+    elif kind == "text":
+        path.write_bytes(damage_bytes(rng, path.read_bytes()))
+    elif kind == "whole":
+        deep = rng.choice([50, 900, 5000, 200_000])
+        texts = [
+            "[" * deep + "]" * deep,
+            '{"a":' * deep + "1" + "}" * deep,
+            "1" * 5000,
+            "null",
+            "",
+            "[]",
+            '"x"',
+            "\ufeff{}",
+        ]
+        path.write_text(rng.choice(texts))
+    else:
+        path.unlink()
+        odd = rng.choice(["fifo", "zero", "folder", "loop", "huge"])
+        if odd == "fifo":
+            os.mkfifo(path)
+        elif odd == "zero":
+            path.symlink_to("/dev/zero")
+        elif odd == "folder":
+            path.mkdir()
+        elif odd == "loop":
+            path.symlink_to(path.name)
+        else:
+            with open(path, "wb") as file:
+                file.truncate(8 * 2**30)
+
+
+def attack_safetensors(rng: random.Random, folder: Path) -> None:
+    """The weights of a part: a header with other types, shapes and offsets, or damaged bytes."""
+    root = _copy_of_pack(folder)
+    path = rng.choice(sorted(root.rglob("*.safetensors")))
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    kind = rng.choice(["entry", "entry", "entry", "bytes", "length", "name"])
+    if kind == "entry":
+        name = rng.choice(sorted(n for n in header if n != "__metadata__"))
+        entry = header[name]
+        field = rng.choice(sorted(entry))
+        numbers = [0, -1, 1, 2**31, 2**62, 2**63, 2**64, 10**30, None, "1", 0.5]
+        choices = {
+            "dtype": ["F64", "I64", "U8", "BOOL", "F8_E4M3", "BF16", "F32", "X", None, 1, ""],
+            "shape": [[], [rng.choice(numbers)], [rng.choice(numbers)] * 2, [1] * 1000, None, "x"],
+            "data_offsets": [
+                [rng.choice(numbers), rng.choice(numbers)],
+                [0],
+                [],
+                None,
+                [0, len(body)],
+                [len(body)] * 2,
+            ],
+        }
+        entry[field] = rng.choice(choices[field])
+    elif kind == "name":
+        name = rng.choice(sorted(header))
+        header[rng.choice(["", "a" * 10_000, "\0", "\u202e", name + ".x"])] = header.pop(name)
+    text = json.dumps(header).encode()
+    damaged = struct.pack("<Q", len(text)) + text + body
+    if kind == "bytes":
+        damaged = damage_bytes(rng, data[: 8 + size]) + (
+            body if rng.random() < 0.5 else body[: rng.randrange(len(body))]
+        )
+    elif kind == "length":
+        damaged = struct.pack("<Q", rng.choice([0, 1, size - 1, size + 1, 2**31, 2**62, 2**64 - 1])) + data[8:]
+    path.unlink()
+    path.write_bytes(damaged)
+    _use(root)
+
+
+def attack_index(rng: random.Random, folder: Path) -> None:
+    """The index of weights in shards."""
+    root = _copy_of_pack(folder)
+    part, base = rng.choice(
+        [("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")]
+    )
+    [whole] = (root / part).glob("*.safetensors")
+    header = whole.read_bytes()
+    names = [n for n in json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]]) if n != "__metadata__"]
+    shard = f"{base}-00001-of-00001.safetensors"
+    whole.rename(root / part / shard)
+    index: dict[str, Any] = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    kind = rng.choice(["none", "value", "shard", "map", "text", "whole"])
+    others = [*VALUES, "../x.safetensors", "/etc/passwd", "config.json", ".", "..", shard + "/"]
+    if kind == "shard":
+        index["weight_map"][rng.choice(names)] = rng.choice(others)
+    elif kind == "map":
+        index["weight_map"] = rng.choice(VALUES)
+    path = root / part / f"{base}.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    if kind == "value":
+        damage_json(rng, path)
+    elif kind == "text":
+        path.write_bytes(damage_bytes(rng, path.read_bytes()))
+    elif kind == "whole":
+        path.write_text(rng.choice(["[]", "null", "[" * 100_000, "{}"]))
+    _use(root)
+
+
+def attack_spiece(rng: random.Random, folder: Path) -> None:
+    """The tokenizer's model, and hostile text for the whole one."""
+    from cogvid.media.tokenizer import Tokenizer
+
+    path, text = PACK / "tokenizer" / "spiece.model", "the red circle moves right"
+    if rng.random() < 0.7:
+        damaged = folder / "spiece.model"
+        damaged.write_bytes(damage_bytes(rng, path.read_bytes()))
+        path = damaged
+    else:
+        parts = [
+            "\ud800",
+            "\0",
+            "\u2581",
+            "e\u0301",
+            "<extra_id_0>",
+            "</s>",
+            "\U0001f600",
+            " ",
+            "\n",
+            "a" * 5000,
+            "\u202e",
+        ]
+        text = "".join(rng.choices(parts, k=rng.randrange(12)))
+    Tokenizer(path, extra_ids=rng.choice([0, 100])).encode([text], 16)
+
+
+def attack_image(rng: random.Random, folder: Path) -> None:
+    """A picture of any format, damaged."""
+    from PIL import Image
+
+    name = rng.choice(
+        ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO", "TGA", "PCX", "SGI", "DDS", "JPEG2000"]
+    )
+    mode = rng.choice(["RGB", "L", "1", "P", "RGBA", "I;16"])
+    data = io.BytesIO()
+    try:
+        Image.frombytes("L", (17, 13), rng.randbytes(221)).convert(mode).save(data, name)
+    except (OSError, ValueError):  # a mode that this format does not have
+        data = io.BytesIO()
+        Image.frombytes("L", (17, 13), rng.randbytes(221)).convert("RGB").save(data, "PNG")
+    damaged = damage_bytes(rng, data.getvalue())
+    if rng.random() < 0.5:
+        cogvid.load_image(damaged)
+    else:
+        (folder / "picture").write_bytes(damaged)
+        cogvid.load_image(folder / "picture")
+
+
+def attack_video(rng: random.Random, folder: Path) -> None:
+    """A video, damaged; and files that name other files."""
+    from cogvid.media.video import read_metadata
+
+    path = folder / rng.choice(["clip.mp4", "clip", "a:b%03d.mp4", "-i.mp4", "x\udcff.mp4"])
+    if rng.random() < 0.8:
+        path.write_bytes(damage_bytes(rng, _clip(rng.choice(["mp4", "matroska", "avi", "mpegts", "gif", "nut"]))))
+    else:
+        path.write_text(rng.choice(PLAYLISTS))
+    for read in (cogvid.read_video, read_metadata):
+        with contextlib.suppress(ValueError) if read is read_metadata else contextlib.nullcontext():
+            frames = read(path)
+    del frames
+
+
+PLAYLISTS = [
+    "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n",
+    "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n",
+    "ffconcat version 1.0\nfile /etc/passwd\n",
+    "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    "<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011' type='dynamic'></MPD>",
+    "[Playlist]\nFile1=/etc/passwd\n",
+    "words",
+]
+
+
+def attack_url(rng: random.Random, folder: Path) -> None:  # noqa: ARG001 - the signature of all
+    """URLs that are none, and hosts that do not answer; none of them may show what is secret in it."""
+    scheme = rng.choice(
+        ["http", "https", "HTTP", "ftp", "file", "s3", "data", "gopher", "http:/", " http", "ht\ntp", "javascript"]
+    )
+    user = rng.choice(["", f"{SECRET}@", f"user:{SECRET}@", f":{SECRET}@@", f"u%40:{SECRET}/@", f"u\\:{SECRET}@"])
+    host = rng.choice(
+        ["127.0.0.1:9", "[::1]:9", "[::1", "", "0:9", "127.1:9", "a b", "x" * 300, "\u2100", "127.0.0.1:99999", "::"]
+    )
+    path = rng.choice(["", "/", "/a.png", "/\0", "/a b", "/%zz", "/\ud800", "/" + "a" * 5000, "\\..\\x"])
+    tail = rng.choice(["", f"?{SECRET}", f"?a={SECRET}#x", f"#{SECRET}", f"?{SECRET}?{SECRET}"])
+    cogvid.load_image(f"{scheme}://{user}{host}{path}{tail}", timeout=1)
+
+
+def attack_options(rng: random.Random, folder: Path) -> None:
+    """The command line."""
+    values = [str(value) for value in VALUES if not isinstance(value, float) and value not in TOO_LONG_OR_SLOW]
+    values += [
+        "nan", "inf", "1e400", "-0", "--", "~nobody/x", "~nobody/x.mp4", "/dev/null", "/dev/zero", "/dev/stdin", ".",
+        "/", "\udcff", "16", "64", "True", "cosine", "cpu", "9" * 5000, "a" * 300,
+        f"http://u:{SECRET}@127.0.0.1:9/x?{SECRET}",
+    ]  # fmt: skip
+    names = [
+        "height", "width", "num-frames", "num-inference-steps", "guidance-scale", "use-dynamic-cfg", "scheduler",
+        "strength", "resize", "seed", "fps", "device", "dtype", "ops", "model", "image", "video", "negative-prompt",
+        "output", "revision", "variant", "defaults", "no-such-option", "traceback",
+    ]  # fmt: skip
+    out = folder / "out.mp4"
+    argv = [
+        "generate",
+        rng.choice(["the red circle", "", "\udce9", "\ud800", "x" * 100_000, "ü", "a\0b"]),
+        "-o",
+        str(out),
+    ]
+    argv += ["--height", "32", "--width", "32", "--num-frames", "1", "--num-inference-steps", "1"]
+    argv += ["--local-files-only"]
+    for name in rng.sample(names, rng.randrange(1, 3)):
+        argv += ["--" + name, rng.choice(values)]
+    if rng.random() < 0.2:
+        argv = rng.choice([[], ["inspect"], ["inspect", rng.choice(values)], [rng.choice(values)], ["generate"]])
+    from cogvid.cli import main
+
+    said, shown = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+        try:
+            status = main(argv)
+        except SystemExit as error:
+            status = error.code
+    errors = [line for line in said.getvalue().splitlines() if line.startswith("cogvid: error:")]
+    if status == 0:
+        assert not errors, errors
+        return
+    assert status in (1, 2), status
+    assert len(errors) == 1, said.getvalue()[:2000]
+    assert SECRET not in said.getvalue(), said.getvalue()
+    assert "unexpected" not in errors[0], errors[0]
+    assert not [path for path in folder.iterdir() if path != out], "something was left"
+    assert not out.exists()
+    raise ValueError(errors[0])
+
+
+READERS: dict[str, Case] = {
+    name.removeprefix("attack_"): function for name, function in list(globals().items()) if name.startswith("attack_")
+}
+
+
+# What the readers share.
+
+
+def damage_bytes(rng: random.Random, data: bytes) -> bytes:
+    """Flip, cut, repeat, insert or overwrite some bytes, most often near the start, where headers are."""
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        if not changed:
+            break
+        at = min(int(rng.random() ** rng.choice([1, 3]) * len(changed)), len(changed) - 1)
+        kind = rng.randrange(6)
+        if kind == 0:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            changed[at] = rng.choice([0, 255, 127, 128])
+        elif kind == 2:
+            del changed[at : at + rng.choice([1, 4, 100])]
+        elif kind == 3:
+            changed[at:at] = changed[at : at + rng.choice([1, 4, 100])]
+        elif kind == 4:
+            changed[at : at + 4] = rng.choice(
+                [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"]
+            )
+        elif rng.random() < 0.2:
+            del changed[at:]
+    return bytes(changed)
+
+
+def _copy_of_pack(folder: Path) -> Path:
+    """Link the shipped pack's weights and copy the rest."""
+    return shutil.copytree(PACK, folder / "pack", copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    if source.endswith(".safetensors"):
+        os.symlink(source, target)
+        return target
+    return shutil.copy(source, target)
+
+
+def _use(root: Path) -> None:
+    """Look at a checkpoint, load it, and run one step at its smallest size."""
+    from cogvid.weights.checkpoint import describe, read_checkpoint
+
+    json.dumps(describe(read_checkpoint(root)))
+    pipe = cogvid.load(root, device="cpu", dtype="float32")
+    pipe(
+        "the red circle",
+        height=32,
+        width=32,
+        num_frames=1,
+        num_inference_steps=1,
+        seed=1,
+        output_type="pt",
+        progress=False,
+    )
+
+
+_CLIPS: dict[str, bytes] = {}
+
+
+def _clip(container: str) -> bytes:
+    if container not in _CLIPS:
+        import av
+        import numpy as np
+
+        data = io.BytesIO()
+        with av.open(data, "w", format=container) as file:
+            codec, pixels = {"gif": ("gif", "rgb8"), "avi": ("mjpeg", "yuvj420p")}.get(
+                container, ("libx264", "yuv420p")
+            )
+            stream = file.add_stream(codec, rate=8)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, pixels
+            for i in range(5):
+                frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 40 * i, np.uint8), format="rgb24")
+                file.mux(stream.encode(frame.reformat(format=pixels)))
+            file.mux(stream.encode(None))
+        _CLIPS[container] = data.getvalue()
+    return _CLIPS[container]
+
+
+# Cases, in a process of their own.
+
+
+def outcome(reader: str, seed: int, number: int, folder: Path) -> str:
+    """Run a case: "read", "refused", or what went wrong."""
+    rng = random.Random(f"{reader} {seed} {number}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            READERS[reader](rng, folder)
+        except (ValueError, OSError) as error:
+            line = str(error)
+            if SECRET in line:
+                return f"shows a secret: {line[:300]}"
+            if "\n" in line or len(line) > LONGEST:
+                return f"no short line ({len(line)} characters): {line[:200]!r}"
+            if isinstance(error, ValueError) and " want " not in line and "cogvid: error" not in line:
+                return f"says not what is wanted: {type(error).__name__}: {line[:200]}"
+            return "refused"
+        except FloatingPointError:  # values that no config check can tell from good ones
+            return "refused"
+        except BaseException as error:  # the finding; Rust's panics are no Exception
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return "read"
+
+
+def work(jobs: str) -> None:
+    """Run cases "reader seed number" from stdin, each in an empty folder, and print what became of them."""
+    import av
+    import transformers.models.t5.modeling_t5  # noqa: F401 - what the limit below must not count
+
+    av.logging.set_level(av.logging.PANIC)
+    cogvid.load("tiny-t2v", device="cpu")
+    virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (virtual + MEMORY, virtual + MEMORY))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        reader, seed, number = line.split()
+        with tempfile.TemporaryDirectory(dir=jobs) as folder:
+            print(json.dumps(outcome(reader, int(seed), int(number), Path(folder))), file=answers, flush=True)
+
+
+class Worker:
+    """A process that runs cases; a new one is started after one that crashed or hung."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.process = folder, None
+
+    def run(self, reader: str, seed: int, number: int) -> str:
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--work", str(self.folder)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            )  # fmt: skip
+            if self._line(120) != "ready":
+                raise RuntimeError("worker: got no start, want one")
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{reader} {seed} {number}\n".encode())
+        self.process.stdin.flush()
+        answer = self._line(SECONDS)
+        if answer is not None and answer:
+            return json.loads(answer)
+        self.close()
+        return f"takes over {SECONDS} seconds" if answer is None else "ends the process"
+
+    def _line(self, seconds: float) -> str | None:
+        """The next line, "" at the end of the process, None if it takes longer."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline().decode().strip() if ready else None
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+def attack(
+    readers: list[str], seed: int, start: int, cases: int | None, seconds: float | None
+) -> Iterator[tuple[str, int, str]]:
+    """Yield (reader, number, outcome), the readers in turns, until there were that many cases of each or time is up."""
+    end = None if seconds is None else time.monotonic() + seconds
+    folder = Path(tempfile.mkdtemp(prefix="cogvid-attack-"))
+    worker = Worker(folder)
+    try:
+        number = start
+        while cases is None or number < start + cases:
+            for reader in readers:
+                if end is not None and time.monotonic() > end:
+                    return
+                yield reader, number, worker.run(reader, seed, number)
+            number += 1
+    finally:
+        worker.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, help="stop after so long; 60 if --cases is not given")
+    parser.add_argument("--cases", type=int, help="of each reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="number of the first case")
+    parser.add_argument("--reader", action="append", choices=sorted(READERS), help="default: all; may be repeated")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work)
+        return 0
+    seconds = 60.0 if arguments.cases is None and arguments.seconds is None else arguments.seconds
+    readers = arguments.reader or list(READERS)
+    counts: dict[str, Counter[str]] = {reader: Counter() for reader in readers}
+    for reader, number, result in attack(readers, arguments.seed, arguments.start, arguments.cases, seconds):
+        held = result in ("read", "refused")
+        counts[reader][result if held else "failed"] += 1
+        if not held:
+            print(
+                f"{reader}: {result}\n  --reader {reader} --seed {arguments.seed} --start {number} --cases 1",
+                flush=True,
+            )
+    print("| reader | cases | read | refused | failed |\n|---|--:|--:|--:|--:|")
+    for reader, count in counts.items():
+        print(f"| {reader} | {count.total()} | {count['read']} | {count['refused']} | {count['failed']} |")
+    return 1 if any(count["failed"] for count in counts.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
