@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,23 @@ def find_providers(op: Op, compiled: bool) -> dict[str, Callable[[Inputs], Runne
     for name, options in op.variants.items():
         found[f"ours/{name}"] = functools.partial(ours, **options)
     return found
+
+
+def without_untried(op: Op, asked: str) -> Op:
+    """Leave out variants whose warps wait for each other and which are no default yet, unless asked for by name.
+
+    A fault in such a kernel does not raise; it hangs. `gpu_session.py` tries them in a process of their own.
+    """
+    from cogvid_kernels._tiles import ATTENTION_ORDER
+    from cogvid_kernels.attention import VARIANTS
+
+    if op.name != "attention":
+        return op
+    tried = {name for order in ATTENTION_ORDER.values() for name in order} | {asked}
+    kept = {n: options for n, options in op.variants.items() if VARIANTS[n].schedule != "ws" or n in tried}
+    for name in op.variants.keys() - kept.keys():
+        print(f"ours/{name}: left out, it has not run on a GPU yet; --providers {name} runs it")
+    return replace(op, variants=kept)
 
 
 def public(inputs: Inputs) -> Inputs:
