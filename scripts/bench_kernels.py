@@ -34,7 +34,7 @@ from torch import Tensor
 
 import measure
 from cogvid import ops
-from kernel_registry import Case, Inputs, Op, find_providers, make_registry
+from kernel_registry import Case, Inputs, Op, find_providers, make_registry, without_untried
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Relative RMS against the reference. Several roundings in a row stay below; a wrong index or a lost row is far above.
@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(f"{name}: {value}" for name, value in values.items()))
     rows: list[dict[str, Any]] = []
     for name in args.ops:
+        registry[name] = without_untried(registry[name], args.providers)
         for case in registry[name].cases(size, args.sweep, dtype):
             print(f"\n{name}  {case.label}  {args.dtype}\n{table_head(registry[name].unit)}", flush=True)
             for row in bench_case(registry[name], case, device, dtype, limits, args):

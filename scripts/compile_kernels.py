@@ -61,7 +61,8 @@ class Result:
 def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[tuple, list]]:
     """Return signature, constants and attributes as a launch with these arguments would specialise them.
 
-    The rules are those of `JITFunction.run`: None and 1 are constants; addresses and integers that 16 divides say so.
+    The rules are those of `JITFunction.run`: None and 1 are constants; addresses and integers that 16 divides say so,
+    but for integers that the kernel names in do_not_specialize.
     """
     import torch
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -76,7 +77,8 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
     attributes: dict[tuple, list] = {}
     for parameter in kernel.params:
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        fixed = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not fixed):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, (TensorDescriptor, GluonDescriptor)):
@@ -91,7 +93,7 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
             signature[parameter.name] = "u1"
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not fixed:
                 attributes[parameter.num,] = divisible
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"

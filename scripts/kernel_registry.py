@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,23 @@ def find_providers(op: Op, compiled: bool) -> dict[str, Callable[[Inputs], Runne
     for name, options in op.variants.items():
         found[f"ours/{name}"] = functools.partial(ours, **options)
     return found
+
+
+def without_untried(op: Op, asked: str) -> Op:
+    """Leave out variants whose warps wait for each other and which are no default yet, unless asked for by name.
+
+    A fault in such a kernel does not raise; it hangs. `gpu_session.py` tries them in a process of their own.
+    """
+    from cogvid_kernels._tiles import ATTENTION_ORDER
+    from cogvid_kernels.attention import VARIANTS
+
+    if op.name != "attention":
+        return op
+    tried = {name for order in ATTENTION_ORDER.values() for name in order} | {asked}
+    kept = {n: options for n, options in op.variants.items() if VARIANTS[n].schedule != "ws" or n in tried}
+    for name in op.variants.keys() - kept.keys():
+        print(f"ours/{name}: left out, it has not run on a GPU yet; --providers {name} runs it")
+    return replace(op, variants=kept)
 
 
 def public(inputs: Inputs) -> Inputs:
@@ -449,10 +466,13 @@ def vae_cases(spatial: bool) -> Callable[[str, bool, torch.dtype], list[Case]]:
 
 
 def make_registry() -> list[Op]:
+    """Return every operation with its cases, its reference, our kernel and the other providers."""
+    return [*attention_ops(), *token_ops(), *vae_ops()]
+
+
+def attention_ops() -> list[Op]:
     import cogvid_kernels
-    from cogvid_kernels.attention import VARIANTS as ATTENTION_VARIANTS
-    from cogvid_kernels.attention import Variant
-    from cogvid_kernels.linear_gelu import VARIANTS as GELU_VARIANTS
+    from cogvid_kernels.attention import VARIANTS, Variant
 
     def torch_norm_rope_attention(v: Tensor, **inputs: Any) -> Any:
         q, k = ops.qk_norm_rope(**inputs)
@@ -468,7 +488,6 @@ def make_registry() -> list[Op]:
         f"SDPA {name}": sdpa(f"{name}_ATTENTION" if name in ("FLASH", "CUDNN", "EFFICIENT") else name)
         for name in ("FLASH", "CUDNN", "EFFICIENT", "MATH")
     }
-    norms = ("x", "weight", "bias", "shift", "scale", "eps")
     flops = "4 B H N^2 hd"
     return [
         Op(
@@ -481,7 +500,7 @@ def make_registry() -> list[Op]:
                 "FlashAttention 2": foreign_attention("flash_attn", "flash_attn_func"),
                 "SageAttention 8-bit": foreign_attention("sageattention", "sageattn", tensor_layout="NHD"),
             },
-            {name: {"variant": name} for name in ATTENTION_VARIANTS},
+            {name: {"variant": name} for name in VARIANTS},
         ),
         Op(
             "norm_rope_attention", "flop", flops,
@@ -496,6 +515,15 @@ def make_registry() -> list[Op]:
             {"diffusers": diffusers_qk_norm_rope, "torch centred": torch_centred_norm},
             {"centred": {"centred": True}},
         ),
+    ]  # fmt: skip
+
+
+def token_ops() -> list[Op]:
+    import cogvid_kernels
+    from cogvid_kernels.linear_gelu import VARIANTS
+
+    norms = ("x", "weight", "bias", "shift", "scale", "eps")
+    return [
         Op(
             "layer_norm_modulate", "byte", "2 B N D elements", token_cases(2, *norms),
             ops.layer_norm_modulate, cogvid_kernels.layer_norm_modulate, {"diffusers": diffusers_layer_norm_modulate},
@@ -514,15 +542,22 @@ def make_registry() -> list[Op]:
             {"transformers": transformers_rms_norm},
         ),
         Op(
+            "linear_gelu", "flop", "2 B N D 4D", linear_gelu_cases, ops.linear_gelu, cogvid_kernels.linear_gelu,
+            {"diffusers": diffusers_gelu}, {name: {"variant": name} for name in VARIANTS},
+        ),
+    ]  # fmt: skip
+
+
+def vae_ops() -> list[Op]:
+    import cogvid_kernels
+
+    return [
+        Op(
             "group_norm_silu", "byte", "3 B C T H W elements (read twice)", vae_cases(spatial=False),
             ops.group_norm_silu, cogvid_kernels.group_norm_silu, {"native group_norm, silu": native_group_norm},
         ),
         Op(
             "spatial_norm_silu", "byte", "3 B C T H W elements (read twice)", vae_cases(spatial=True),
             ops.spatial_norm_silu, cogvid_kernels.spatial_norm_silu, {"diffusers": diffusers_spatial_norm},
-        ),
-        Op(
-            "linear_gelu", "flop", "2 B N D 4D", linear_gelu_cases, ops.linear_gelu, cogvid_kernels.linear_gelu,
-            {"diffusers": diffusers_gelu}, {name: {"variant": name} for name in GELU_VARIANTS},
         ),
     ]  # fmt: skip

@@ -150,81 +150,105 @@ def misused_registers(body: Sequence[Instruction]) -> list[str]:
     return problems
 
 
+class Quarter:
+    """The warps of one quarter of a multiprocessor, their units, and the clock.
+
+    bodies: the loop of each warp. starts: when it begins. program: so many warps meet at a barrier of the whole block.
+    """
+
+    def __init__(self, bodies: Sequence[Sequence[Instruction]], starts: Sequence[int], program: int) -> None:
+        self.bodies, self.program, self.now = bodies, program, 0
+        self.warps = range(len(bodies))
+        self.place, self.trip, self.ready = [0 for _ in bodies], [0 for _ in bodies], list(starts)
+        self.done: list[list[int]] = [[] for _ in bodies]  # when each trip of a warp ended
+        self.boards = [[0] * 6 for _ in bodies]
+        self.releases: list[tuple[int, int, int]] = []
+        self.free = dict.fromkeys(BUSY, 0)
+        self.queue: list[int] = []  # when each wgmma ends
+        self.groups: list[list[int]] = [[] for _ in bodies]  # when the last few groups of each warp end
+        self.arrived: dict[int, list[int]] = {}
+
+    def may_issue(self, w: int) -> bool:
+        instruction = self.bodies[w][self.place[w]]
+        unit = instruction.unit
+        if (
+            self.trip[w] > min(self.trip) + 3
+        ):  # as far ahead as a ring lets it be; else one could keep all others waiting
+            return False
+        if self.ready[w] > self.now or any(self.boards[w][i] for i in instruction.waits):
+            return False
+        if unit == "wgmma":
+            return sum(end > self.now for end in self.queue) < QUEUE
+        if unit == "wait":
+            groups = self.groups[w]
+            return all(end <= self.now for end in groups[: len(groups) - left_running(instruction)])
+        return self.free.get(unit, 0) <= self.now
+
+    def release(self) -> None:
+        """Let go of the scoreboards whose time has come."""
+        while self.releases and self.releases[0][0] <= self.now:
+            _, w, board = heapq.heappop(self.releases)
+            self.boards[w][board] -= 1
+
+    def issue(self, w: int) -> None:
+        """Issue the next instruction of a warp, which takes one clock."""
+        instruction = self.bodies[w][self.place[w]]
+        unit = instruction.unit
+        self.ready[w] = self.now + instruction.stall
+        if unit in BUSY:
+            self.free[unit] = self.now + BUSY[unit]
+        elif unit == "wgmma":
+            self.queue = [end for end in self.queue if end > self.now]
+            self.queue.append(max([self.now, *self.queue[-1:]]) + wgmma_clocks(instruction))
+            if "gsb0" in instruction.operands:
+                self.groups[w] = [*self.groups[w][-3:], self.queue[-1] + TAIL]
+        elif unit == "barrier":
+            self._meet(w, instruction)
+        for board in instruction.sets:
+            self.boards[w][board] += 1
+            heapq.heappush(self.releases, (self.now + LATENCY.get(unit, 1), w, board))
+        self.place[w] += 1
+        if self.place[w] == len(self.bodies[w]):
+            self.place[w] = 0
+            self.trip[w] += 1
+            self.done[w].append(self.now)
+        self.now += 1
+
+    def _meet(self, w: int, instruction: Instruction) -> None:
+        self.ready[w] = self.now + BARRIER
+        if is_of_one_warpgroup(instruction):  # a warpgroup has one warp here
+            return
+        group = self.arrived.setdefault(w // self.program, [])
+        group.append(w)
+        self.ready[w] = 10**9
+        if len(group) == self.program:
+            for each in group:
+                self.ready[each] = self.now + BARRIER
+            group.clear()
+
+
 def clocks_per_trip(
     bodies: Sequence[Sequence[Instruction]], starts: Sequence[int], program: int, greedy: bool
 ) -> float:
     """Return the clocks that one trip of one warp takes once all are under way.
 
-    bodies: the loop of each warp of the quarter. starts: when it begins. program: so many of them meet at a barrier of
-    the whole block. greedy: a warp issues for as long as it can; otherwise they take turns.
+    bodies, starts, program: see `Quarter`. greedy: a warp issues for as long as it can; otherwise they take turns.
     """
-    warps = range(len(bodies))
-    warps = range(len(bodies))
-    place, trip, ready = [0 for _ in warps], [0 for _ in warps], list(starts)
-    done: list[list[int]] = [[] for _ in warps]
-    boards = [[0] * 6 for _ in warps]
-    releases: list[tuple[int, int, int]] = []
-    free = dict.fromkeys(BUSY, 0)
-    queue: list[int] = []  # when each wgmma ends
-    groups: list[list[int]] = [[] for _ in warps]  # when the last few groups of each warp end
-    arrived: dict[int, list[int]] = {}
-    now, last = 0, 0
-
-    def may_issue(w: int) -> bool:
-        instruction = bodies[w][place[w]]
-        unit = instruction.unit
-        if trip[w] > min(trip) + 3:  # as far ahead as a ring lets it be; else one warp could keep all others waiting
-            return False
-        if ready[w] > now or any(boards[w][i] for i in instruction.waits):
-            return False
-        if unit == "wgmma":
-            return sum(end > now for end in queue) < QUEUE
-        if unit == "wait":
-            return all(end <= now for end in groups[w][: len(groups[w]) - left_running(instruction)])
-        return free.get(unit, 0) <= now
-
-    while min(trip) < TRIPS:
-        while releases and releases[0][0] <= now:
-            _, w, board = heapq.heappop(releases)
-            boards[w][board] -= 1
+    quarter, last = Quarter(bodies, starts, program), 0
+    warps = quarter.warps
+    while min(quarter.trip) < TRIPS:
+        quarter.release()
         first = last if greedy else last + 1
-        chosen = next((w for w in (*warps[first:], *warps[:first]) if may_issue(w)), None)
-        if chosen is None:
-            now += 1
-            if now > 10**7:
-                raise RuntimeError(f"loop: got no end after {now} clocks, want {TRIPS} trips of every warp")
+        chosen = next((w for w in (*warps[first:], *warps[:first]) if quarter.may_issue(w)), None)
+        if chosen is not None:
+            last = chosen
+            quarter.issue(chosen)
             continue
-        last, instruction = chosen, bodies[chosen][place[chosen]]
-        unit = instruction.unit
-        ready[chosen] = now + instruction.stall
-        if unit in BUSY:
-            free[unit] = now + BUSY[unit]
-        elif unit == "wgmma":
-            queue = [end for end in queue if end > now]
-            queue.append(max([now, *queue[-1:]]) + wgmma_clocks(instruction))
-            if "gsb0" in instruction.operands:
-                groups[chosen] = [*groups[chosen][-3:], queue[-1] + TAIL]
-        elif unit == "barrier":
-            ready[chosen] = now + BARRIER
-            if not is_of_one_warpgroup(instruction):  # a warpgroup has one warp here
-                group = arrived.setdefault(chosen // program, [])
-                group.append(chosen)
-                ready[chosen] = 10**9
-                if len(group) == program:
-                    for w in group:
-                        ready[w] = now + BARRIER
-                    group.clear()
-        for board in instruction.sets:
-            boards[chosen][board] += 1
-            heapq.heappush(releases, (now + LATENCY.get(unit, 1), chosen, board))
-        place[chosen] += 1
-        if place[chosen] == len(bodies[chosen]):
-            place[chosen] = 0
-            trip[chosen] += 1
-            done[chosen].append(now)
-        now += 1
+        quarter.now += 1
+        if quarter.now > 10**7:
+            raise RuntimeError(f"loop: got no end after {quarter.now} clocks, want {TRIPS} trips of every warp")
     half = TRIPS // 2
-    return statistics.mean((done[w][TRIPS - 1] - done[w][half]) / (TRIPS - 1 - half) for w in warps)
+    return statistics.mean((done[TRIPS - 1] - done[half]) / (TRIPS - 1 - half) for done in quarter.done)
 
 
 def predict(loops: Sequence[Sequence[Instruction]], keys: int, warps: int, programs: int, phases: int) -> list[float]:

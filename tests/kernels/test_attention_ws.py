@@ -18,6 +18,7 @@ from cogvid_kernels._interpreter import INTERPRETED
 from cogvid_kernels._key_norms import largest_key_norms
 from cogvid_kernels._tiles import ATTENTION_ORDER, INTERPRETER, Tile
 from cogvid_kernels.attention import VARIANTS, attention, default_variant
+from kernel_registry import make_registry, without_untried
 from measure import rel_rms
 from tests import tolerances
 from tests.kernels.ring_checker import Change, Hardware, RingError, explore, record, run
@@ -251,6 +252,13 @@ def test_every_architecture_has_a_variant_for_any_tensor() -> None:
         assert order[-1] == "pointer"
         assert set(order) <= VARIANTS.keys()
     assert NAME not in {name for order in ATTENTION_ORDER.values() for name in order}, "it has not run on a GPU"
+
+
+def test_the_benchmark_runs_it_only_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    op = next(op for op in make_registry() if op.name == "attention")
+    assert without_untried(op, "").variants.keys() == VARIANTS.keys() - {NAME}
+    assert "ours/tma_ws_bounded: left out" in capsys.readouterr().out
+    assert without_untried(op, NAME).variants.keys() == VARIANTS.keys()
 
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
