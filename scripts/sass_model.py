@@ -173,7 +173,7 @@ class Quarter:
         unit = instruction.unit
         if (
             self.trip[w] > min(self.trip) + 3
-        ):  # as far ahead as a ring lets it be; else one could keep all others waiting
+        ):  # the ring lets a warp be no further ahead
             return False
         if self.ready[w] > self.now or any(self.boards[w][i] for i in instruction.waits):
             return False
