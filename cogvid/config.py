@@ -20,7 +20,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cogvid.json_config import Count, Depth, JsonConfig, Positive
+from cogvid.json_config import Count, Depth, JsonConfig, Length, Positive
 
 Grid = tuple[int, int, int]  # (frames, height, width) of the video tokens, in patches; width runs fastest
 
@@ -53,7 +53,7 @@ class TransformerConfig(JsonConfig):
     patch_size: int = 2
     patch_size_t: int | None = None  # 2 for 1.5; None: frames are patched one by one
     patch_bias: bool = True  # of the 1.0 convolution; the 1.5 linear always has one
-    max_text_seq_length: int = 226
+    max_text_seq_length: Length = 226
     use_rotary_positional_embeddings: bool = False
     use_learned_positional_embeddings: bool = False
     sample_frames: int = 49

@@ -14,9 +14,10 @@ from typing import Any, Self
 # Annotations of fields; "int" and "float" have ranges too, see `_KINDS`.
 Count = int  # 0 or more
 Depth = int  # of modules that are built one by one
+Length = int  # of a sequence; attention takes memory with its square
 Positive = float
 
-MAX_INT, MAX_COUNT, MAX_DEPTH, MAX_LIST = 2**20, 10_000, 1000, 16
+MAX_INT, MAX_COUNT, MAX_DEPTH, MAX_LENGTH, MAX_LIST = 2**20, 10_000, 1000, 8192, 16
 MAX_FLOAT, MIN_POSITIVE = 1e9, 1e-12
 
 
@@ -33,6 +34,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation -> in wor
     "str": ("a string", lambda v: isinstance(v, str)),
     "int": (f"a positive integer, at most {MAX_INT}", lambda v: _is_int(v, 1, MAX_INT)),
     "Depth": (f"a positive integer, at most {MAX_DEPTH}", lambda v: _is_int(v, 1, MAX_DEPTH)),
+    "Length": (f"a positive integer, at most {MAX_LENGTH}", lambda v: _is_int(v, 1, MAX_LENGTH)),
     "Count": (f"an integer, 0 to {MAX_COUNT}", lambda v: _is_int(v, 0, MAX_COUNT)),
     "int | None": (f"a positive integer, at most {MAX_INT}, or null", lambda v: v is None or _is_int(v, 1, MAX_INT)),
     "float": (f"a number from {-MAX_FLOAT:g} to {MAX_FLOAT:g}", _is_float),
@@ -57,8 +59,8 @@ def short(value: Any) -> str:
 def _checked(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
-    if isinstance(value, float) and value.is_integer() and kind.startswith(("int", "Depth", "Count")):
-        value = int(value)  # upstream writes some of them as floats
+    if isinstance(value, float) and value.is_integer() and kind.startswith(("int", "Depth", "Length", "Count")):
+        value = int(value)  # upstream's own type for some of them is float
     words, fits = _KINDS[kind]
     if not fits(value):
         raise ValueError(f"{name}: got {short(value)}, want {words}")

@@ -161,14 +161,14 @@ def _opener(deadline: float, sockets: list[socket.socket], allow_private: bool) 
     return opener
 
 
-def _connect_to_public(address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
+def _connect_to_public(address: tuple[str, int], timeout: float, _source: object) -> socket.socket:
     """Connect as `socket.create_connection` does, to the very addresses that were checked."""
     found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    for *_, place in found:
-        if not is_public(str(place[0])):
+    for entry in found:
+        if not is_public(str(entry[4][0])):
             raise Refused("leads to an address that is not public, want a public one")
     failure = OSError("no address")
-    for family, kind, protocol, _, place in found:
+    for family, kind, protocol, _name, place in found:
         sock = socket.socket(family, kind, protocol)
         try:
             sock.settimeout(timeout)

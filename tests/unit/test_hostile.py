@@ -510,7 +510,7 @@ SHELL = {
     "inspect-full": ("{python} -m cogvid inspect tiny-t2v >/dev/full", 1, "No space left on device"),
     "no-directory": ("mkdir x; cd x; rmdir ../x; {command} -o /tmp/never.mp4", 2, "working directory: got one that"),
     "file-size": ("ulimit -f 1; {command} -o out.mp4", 1, "File too large"),
-    "memory": ("ulimit -v 700000; {command} -o out.mp4", 1, "out of memory"),
+    "memory": ("ulimit -v 700000; OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 {command} -o out.mp4", 1, "out of memory"),
 }
 
 
