@@ -1,9 +1,9 @@
-"""The `cogvid` command: `generate` makes an MP4, `replay` makes it again, `inspect` says what a checkpoint or MP4 is.
+"""The `cogvid` command: `generate` makes an MP4, `batch` many, `replay` makes one again, `inspect` looks at things.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
-the machine (no memory, no disk) or of the program, each with one line on stderr; 128 + n after signal n, such as 130
-after Ctrl-C. A video that is written is status 0, even if its path cannot be printed. torch is not imported before
-there is something to compute, so that `--help` and a mistyped option answer at once.
+the machine (no memory, no disk) or of the program, each with one line on stderr; 3 if jobs of a batch failed; 128 + n
+after signal n, such as 130 after Ctrl-C. A video that is written is status 0, even if its path cannot be printed. torch
+is not imported before there is something to compute, so that `--help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cogvid.run.signals import StopOnSignals
 if TYPE_CHECKING:
     from cogvid.run.saved_run import SavedRun
 
-USER_ERROR, MACHINE_ERROR = 2, 1
+USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
 _UNSET = object()
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 MACHINE_ERRNOS = (
@@ -64,13 +64,13 @@ def _main(argv: list[str]) -> int:
             arguments = _parser().parse_args(argv)
             arguments.given = _given(argv, arguments)
             _check_directory()
-            arguments.run(arguments)
+            status = arguments.run(arguments) or 0
             sys.stdout.flush()
         except Exception as error:
             if getattr(arguments, "traceback", False):
                 traceback.print_exc()
             return _fail(*_judged(error))
-    return 0
+    return status
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -153,6 +153,33 @@ def replay(arguments: argparse.Namespace) -> None:
     _say(arguments.output, sys.stdout)
 
 
+def batch(arguments: argparse.Namespace) -> int:
+    """Make a video of each job in a directory, and print the path of its manifest; options are of all jobs."""
+    from cogvid.run import jobs
+
+    sources = {"JOBS": arguments.jobs, "--prompt": arguments.prompt, "--prompt-file": arguments.prompt_file}
+    named = [name for name, value in sources.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(f"{', '.join(sources)}: got {' and '.join(named) or 'none'}, want one of them")
+    if arguments.jobs is not None:
+        listed = jobs.read_jobs(arguments.jobs)
+    else:
+        listed = jobs.read_prompts(arguments.prompt_file) if arguments.prompt_file else [{"prompt": arguments.prompt}]
+    given = {name: value for name, value in arguments.given.items() if name in jobs.KINDS and name != "prompt"}
+    made = jobs.make_jobs(listed, arguments.sweep, given)
+
+    from cogvid.run.batch import run_batch
+    from cogvid.run.stages import listen, print_stage
+
+    with listen(print_stage) if arguments.verbose else contextlib.nullcontext():
+        failed = run_batch(made, arguments.output, arguments.batch_size)
+    _say(os.path.join(arguments.output, "manifest.jsonl"), sys.stdout)
+    if failed:
+        places = ", ".join(str(entry["place"]) for entry in failed[:10])
+        return _fail(f"jobs: got {len(failed)} of {len(made)} that failed ({places}), want none", JOBS_FAILED)
+    return 0
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint is (the model, its recommended settings, its weights), or the record of an MP4."""
     if os.path.isfile(arguments.checkpoint):
@@ -196,7 +223,7 @@ def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """Make the parser. unset: options of `generate` that get no default."""
+    """Make the parser. unset: options of `generate` and `batch` that get no default."""
     parser = _Parser(prog="cogvid", description="CogVideoX: an image and a prompt in, a video out.")
     parser.add_argument("--version", action="version", version=f"cogvid {cogvid.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -205,31 +232,15 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     make.set_defaults(run=generate)
     make.add_argument("prompt", nargs="?", metavar="PROMPT", help="what happens in the video")
     make.add_argument("-o", "--output", metavar="MP4", help="file to write, completely or not at all")
-    _add_checkpoint_options(make, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
-    make.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
-    make.add_argument("--video", metavar="PATH", help="a video to start from")
-    make.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    make.add_argument(
-        "--defaults",
-        default="recommended",
-        metavar="WHOSE",
-        help="defaults of the options: recommended (by the model's authors) or diffusers",
-    )
-    for name, option in settings.OPTIONS.items():
-        kind = option.metadata["kind"]
-        make.add_argument(
-            _flag(name), type=kind, default=option.default, metavar=_METAVARS[kind], help=option.metadata["help"]
-        )
-    make.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
-    make.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
-    make.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if there is one")
-    make.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's if not given")
-    make.add_argument("--ops", default="auto", metavar="NAME", help="auto, torch or triton")
-    make.add_argument("--qk-norm", default="layer", metavar="NAME", help="norm of Q and K: layer, or rms (RMSNorm)")
+    _add_run_options(make)
     _add_saving_options(make)
-    make.set_defaults(**dict.fromkeys(unset, _UNSET))
-
     _add_record_options(make)
+    many = commands.add_parser("batch", help="make many videos", description=batch.__doc__)
+    many.set_defaults(run=batch)
+    _add_batch_options(many)
+    _add_run_options(many)
+    for each in (make, many):
+        each.set_defaults(**dict.fromkeys(unset, _UNSET))
     _add_replay(commands)
 
     look = commands.add_parser("inspect", help="say what a checkpoint or an MP4 is", description=inspect.__doc__)
@@ -237,6 +248,46 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     _add_checkpoint_options(look, "checkpoint", help="or an MP4 of cogvid")
     look.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_options(parser, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
+    parser.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
+    parser.add_argument("--video", metavar="PATH", help="a video to start from")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument(
+        "--defaults",
+        default="recommended",
+        metavar="WHOSE",
+        help="defaults of the options: recommended (by the model's authors) or diffusers",
+    )
+    for name, option in settings.OPTIONS.items():
+        kind = option.metadata["kind"]
+        parser.add_argument(
+            _flag(name), type=kind, default=option.default, metavar=_METAVARS[kind], help=option.metadata["help"]
+        )
+    parser.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
+    parser.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if there is one")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's if not given")
+    parser.add_argument("--ops", default="auto", metavar="NAME", help="auto, torch or triton")
+    parser.add_argument("--qk-norm", default="layer", metavar="NAME", help="norm of Q and K: layer, or rms (RMSNorm)")
+    parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
+
+
+def _add_batch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", nargs="?", metavar="JOBS", help="JSONL: a job a line, with any option of generate")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="where the videos and the manifest go")
+    parser.add_argument("--prompt", metavar="TEXT", help="the prompt, instead of JOBS")
+    parser.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, instead of JOBS")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUES",
+        help="each job with each of these values, such as seed=1..8 guidance_scale=2,6",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="the most videos to sample at once")
 
 
 def _add_saving_options(parser: argparse.ArgumentParser) -> None:
@@ -247,7 +298,6 @@ def _add_saving_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="go on with the run saved there, and save it there; PROMPT and all options are those it was begun with",
     )
-    parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
 
 
 def _add_record_options(make: argparse.ArgumentParser) -> None:

@@ -171,9 +171,7 @@ class Quarter:
     def may_issue(self, w: int) -> bool:
         instruction = self.bodies[w][self.place[w]]
         unit = instruction.unit
-        if (
-            self.trip[w] > min(self.trip) + 3
-        ):  # the ring lets a warp be no further ahead
+        if self.trip[w] > min(self.trip) + 3:  # the ring lets a warp be no further ahead
             return False
         if self.ready[w] > self.now or any(self.boards[w][i] for i in instruction.waits):
             return False

@@ -105,15 +105,19 @@ def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
         if job.files.sidecar is not None:
             stack.enter_context(listen(stages.append))
         out = pipe(**job.inputs, output_type="stream", saved_run=saved_run)
-        record = {**out.provenance, **job.origin, "fps": job.fps}
-        _write_video(job, out.frames[0], record)
+        record = write_video(job, out.frames[0], out.provenance)
     if job.files.sidecar is not None:
         write_sidecar(job.files.sidecar, record, stages)
     return replace(out, provenance=record)
 
 
-def _write_video(job: Job, chunks: Iterable[Tensor], record: Mapping[str, Any]) -> None:
+def write_video(job: Job, video: Iterable[Tensor], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the file of a job, whole or not at all, and return its record.
+
+    video: uint8 `[f, H, W, 3]`, decoded while they are encoded.
+    """
     settings, image, cover = job.settings, job.inputs["image"], None
+    record = {**provenance, **job.origin, "fps": job.fps}
     if image is not None and job.files.embed:
         cover = embedded(resize_image(image, settings.height, settings.width, settings.resize))
     with (
@@ -121,9 +125,10 @@ def _write_video(job: Job, chunks: Iterable[Tensor], record: Mapping[str, Any]) 
         VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=record, cover=cover) as writer,
         tqdm(total=settings.num_frames, desc="decode", unit="frame") as bar,
     ):
-        for frames in chunks:
+        for frames in video:
             writer.write(frames)
             bar.update(len(frames))
+    return record
 
 
 def _try_writing(path: str) -> None:

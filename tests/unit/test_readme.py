@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -68,7 +69,9 @@ def test_the_commands_are_understood(block: str, tmp_path: Path, monkeypatch: py
     for line in block.splitlines():
         if not line.startswith("cogvid "):
             continue
-        arguments = [str(tmp_path / a) if a.endswith(".mp4") else a for a in shlex.split(line.split("#")[0])[1:]]
+        words = shlex.split(line.split("#")[0])
+        pairs = itertools.pairwise(words)
+        arguments = [str(tmp_path / a) if before == "-o" or a.endswith(".mp4") else a for before, a in pairs]
         if any("/CogVideoX" in a for a in arguments):  # official weights: refused before a byte is fetched, but parsed
             assert main([*arguments, "--local-files-only", "--guidance-scale", "nan"]) == 2
         else:
