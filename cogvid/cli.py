@@ -66,7 +66,8 @@ def generate(arguments: argparse.Namespace) -> None:
     )
     inputs = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
     given = {name: getattr(arguments, name) for name in inputs}
-    files = SideFiles(embed=not arguments.no_embed, sidecar=arguments.sidecar)
+    side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise")}
+    files = SideFiles(embed=not arguments.no_embed, **side)
     job = prepare(checkpoint.model, arguments.prompt, arguments.output, files=files, **given)
     if arguments.record_paths and checkpoint.source_kind == "directory":
         job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
@@ -85,7 +86,8 @@ def generate(arguments: argparse.Namespace) -> None:
     dtype = resolve_dtype(arguments.dtype, device, stored=DTYPES[checkpoint.model.dtype])
     pipe = load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), arguments.qk_norm)
     out = run(pipe, job)
-    print(f"seed {out.seed}", file=sys.stderr)
+    if out.seed is not None:
+        print(f"seed {out.seed}", file=sys.stderr)
     print(arguments.output)
 
 
@@ -96,7 +98,7 @@ def replay(arguments: argparse.Namespace) -> None:
     versions.check()
     from cogvid.run import replay
 
-    names = ("model", "image", "video", "device", "dtype", "ops", "local_files_only")
+    names = ("model", "image", "video", "noise", "device", "dtype", "ops", "local_files_only")
     options = {name: getattr(arguments, name) for name in names}
     replay.replay(arguments.path, arguments.output, say=lambda line: print(line, file=sys.stderr), **options)
     print(arguments.output)
@@ -184,6 +186,10 @@ def _add_record_options(make: argparse.ArgumentParser) -> None:
     make.add_argument("--no-embed", action="store_true", help="record the image's hash alone, not the image")
     make.add_argument("--record-paths", action="store_true", help="record the absolute path of a --model directory")
     make.add_argument("--sidecar", metavar="JSON", help="a file for the record, seconds and peak memory")
+    safetensors = "SAFETENSORS"
+    make.add_argument("--save-trajectory", metavar=safetensors, help="a file for latents and predictions of each step")
+    make.add_argument("--save-noise", metavar=safetensors, help="a file for all noise that is drawn")
+    make.add_argument("--noise", metavar=safetensors, help="draw the noise of a file of --save-noise, not of a seed")
 
 
 def _add_replay(commands: Any) -> None:
@@ -195,6 +201,7 @@ def _add_replay(commands: Any) -> None:
     again.add_argument("--local-files-only", action="store_true", help="do not use the network")
     again.add_argument("--image", metavar="PATH|URL", help="the image, if the video does not hold it")
     again.add_argument("--video", metavar="PATH", help="the video that it was started from")
+    again.add_argument("--noise", metavar="SAFETENSORS", help="the noise that it was made of")
     for name in ("device", "dtype", "ops"):
         again.add_argument(f"--{name}", metavar="NAME", help="in place of the recorded one")
 

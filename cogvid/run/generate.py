@@ -17,11 +17,12 @@ from cogvid.config import ModelConfig
 from cogvid.media.image import load_image, resize_image
 from cogvid.media.video import VideoWriter, read_video
 from cogvid.run.inputs import frames_to_use
+from cogvid.run.noise import Noise, load_noise, noise_hash
 from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.record import embedded
 from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
-from cogvid.run.side_files import NO_FILES, Measured, SideFiles, write_sidecar
+from cogvid.run.side_files import NO_FILES, Measured, SideFiles, Watched, write_sidecar
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
 
@@ -30,7 +31,8 @@ DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "vi
 class Job:
     """One video file to make. `prepare` checks it.
 
-    inputs: arguments of `Pipeline.__call__`. settings: what they come to. fps: of the file. files: what else to write.
+    inputs: arguments of `Pipeline.__call__`. settings: what they come to. fps: of the file. noise: what it draws,
+    if not from the seed. files: what else to write.
     origin: what the record says of where the weights are from, in place of what the pipeline knows of it.
     """
 
@@ -38,6 +40,7 @@ class Job:
     inputs: Mapping[str, Any]
     settings: Settings
     fps: float
+    noise: Noise | None = None
     files: SideFiles = NO_FILES
     origin: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,6 +76,9 @@ def prepare(
     settings = resolve_settings(model, task=task, **options)
     if seed is not None:
         check_seed(seed, 1)
+        if files.noise is not None:
+            raise ValueError("seed, noise: got both, want one of them")
+    noise = None if files.noise is None else load_noise(files.noise)
     fps = model.fps if fps is None else fps
     output = os.fspath(output)
     VideoWriter(output, settings.height, settings.width, fps)
@@ -86,15 +92,18 @@ def prepare(
         "seed": seed,
         **options,
     }
-    return Job(output, inputs, settings, fps, files)
+    return Job(output, inputs, settings, fps, noise, files)
 
 
 def run(pipe: Pipeline, job: Job) -> Output:
     """Generate the video of a job and write its file, whole or not at all; return what the pipeline did."""
     settings, measured, image = job.settings, Measured(), job.inputs["image"]
-    with measured.stage("sample"):
-        out = pipe(**job.inputs, output_type="stream")
-    record = {**out.provenance, **job.origin, "fps": job.fps}
+    with measured.stage("sample"), Watched(job.files, settings.task, job.noise) as watched:
+        out = pipe(**job.inputs, output_type="stream", callback_on_step_end=watched.callback)
+    record = {**out.provenance, **job.origin, "fps": job.fps, "noise": None, "given": []}  # the callback only looks
+    if job.noise is not None:
+        record |= {"noise": noise_hash(job.noise), "seed": None, "seeds": None}
+    watched.save(record)
     cover = None
     if image is not None and job.files.embed:
         cover = embedded(resize_image(image, settings.height, settings.width, settings.resize))
@@ -108,7 +117,7 @@ def run(pipe: Pipeline, job: Job) -> Output:
             bar.update(len(frames))
     if job.files.sidecar is not None:
         write_sidecar(job.files.sidecar, record, measured, pipe.device)
-    return replace(out, provenance=record)
+    return replace(out, seed=record["seed"], provenance=record)
 
 
 def _try_writing(path: str) -> None:

@@ -118,7 +118,8 @@ class Pipeline:
             latents: `[B, T, C, h, w]` that replace the initial noise or, for video-to-video, the noised video.
             prompt_embeds, negative_prompt_embeds: `[prompts, L, E]` that replace the prompts.
             output_type: see `Output`.
-            callback_on_step_end: called with (pipeline, step index, timestep, {"latents": fp32 `[B, T, C, h, w]`}).
+            callback_on_step_end: called with (pipeline, step index, timestep, tensors). The tensors, fp32
+                `[B, T, C, h, w]`, are "latents" and "x0", the clean latents that the network predicted.
                 It may return a dictionary, whose latents replace the present ones.
             step_cache: wraps the block loop of the transformer; make one for each call.
             progress: show a bar on stderr.
@@ -194,8 +195,9 @@ class Pipeline:
             bar.update()
             if callback is None:
                 return None
-            latents = rearrange(x, "b c t h w -> b t c h w")
-            returned = callback(self, step.index, step.timestep, {"latents": latents}) or {}
+            given = {"latents": x, **({"x0": step.predicted[-1]} if step.predicted else {})}
+            tensors = {name: rearrange(value, "b c t h w -> b t c h w") for name, value in given.items()}
+            returned = callback(self, step.index, step.timestep, tensors) or {}
             return rearrange(returned["latents"], "b t c h w -> b c t h w") if "latents" in returned else None
 
         return on_step

@@ -229,9 +229,9 @@ def test_a_replay_says_what_differs(made: Path, tmp_path: Path, capfd: pytest.Ca
         ({"dtype": 3}, [], "dtype: got none in the record of"),
         ({"image": ["00"]}, [], "image: got other pixels than those of the record"),
         ({"image": None, "task": "text-to-video"}, ["--image", "picture.png"], "image: got one for a run without"),
-        ({"video": "00"}, [], "video: got none for a run that began with a video, want the video (--video)"),
+        ({"video": "00"}, [], "video: got none for a run that was given one, want the file (--video)"),
         ({}, ["--image", "clip.mp4"], "which is not a picture"),
-        ({}, ["--video", "clip.mp4"], "video: got one for a run without a video, want none"),
+        ({}, ["--video", "clip.mp4"], "video: got one for a run without, want none"),
     ],
     ids=str,
 )
