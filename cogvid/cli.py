@@ -104,6 +104,20 @@ def replay(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """Print how far two videos or two trajectories are apart, and in what their records differ."""
+    from cogvid import versions
+
+    versions.check()
+    from cogvid.run import compare
+
+    found = compare.compare(arguments.first, arguments.second)
+    if arguments.side_by_side is not None:
+        compare.write_side_by_side(arguments.first, arguments.second, arguments.side_by_side)
+    for line in [json.dumps(found.to_dict())] if arguments.json else found.table():
+        print(line)
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint is (the model, its recommended settings, its weights), or the record of an MP4."""
     if os.path.isfile(arguments.checkpoint):
@@ -173,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_record_options(make)
     _add_replay(commands)
+    _add_compare(commands)
 
     look = commands.add_parser("inspect", help="say what a checkpoint or an MP4 is", description=inspect.__doc__)
     look.set_defaults(run=inspect)
@@ -204,6 +219,15 @@ def _add_replay(commands: Any) -> None:
     again.add_argument("--noise", metavar="SAFETENSORS", help="the noise that it was made of")
     for name in ("device", "dtype", "ops"):
         again.add_argument(f"--{name}", metavar="NAME", help="in place of the recorded one")
+
+
+def _add_compare(commands: Any) -> None:
+    pair = commands.add_parser("compare", help="two videos, or two trajectories", description=compare.__doc__)
+    pair.set_defaults(run=compare)
+    pair.add_argument("first", metavar="A", help="an MP4, or a file of --save-trajectory")
+    pair.add_argument("second", metavar="B", help="what to compare with it")
+    pair.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    pair.add_argument("--side-by-side", metavar="MP4|PNG", help="a file for A, B and 8 times their difference")
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str) -> None:

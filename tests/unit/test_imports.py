@@ -51,6 +51,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "weights.files": (TENSORS | {"safetensors"}, set()),
     "weights.load": (TENSORS | {"safetensors"}, {"transformers"}),
     "run.settings": (set(), set()),
+    "run.compare": (TENSORS, {"PIL"}),
     "run.noise": (TENSORS | {"safetensors"}, set()),
     "run.trajectory": (TENSORS | {"safetensors"}, set()),
     "run.pipeline": (TENSORS | {"tqdm"}, set()),
