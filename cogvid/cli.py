@@ -105,12 +105,20 @@ def replay(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print how far two videos or two trajectories are apart, and in what their records differ."""
+    """Print how far two videos or two trajectories are apart, and in what their records differ; or trace two videos."""
     from cogvid import versions
 
     versions.check()
     from cogvid.run import compare
 
+    if arguments.trace:
+        from cogvid.run.trace import trace
+
+        origin = {"model": arguments.model, "local_files_only": arguments.local_files_only}
+        traced = trace(arguments.first, arguments.second, **origin)
+        for line in [json.dumps(traced.to_dict())] if arguments.json else traced.lines():
+            print(line)
+        return
     found = compare.compare(arguments.first, arguments.second)
     if arguments.side_by_side is not None:
         compare.write_side_by_side(arguments.first, arguments.second, arguments.side_by_side)
@@ -227,6 +235,13 @@ def _add_compare(commands: Any) -> None:
     pair.add_argument("first", metavar="A", help="an MP4, or a file of --save-trajectory")
     pair.add_argument("second", metavar="B", help="what to compare with it")
     pair.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    pair.add_argument(
+        "--trace",
+        action="store_true",
+        help="of two videos that differ in device, dtype or ops: run both, and name the first module that departs",
+    )
+    pair.add_argument("--model", metavar="MODEL", help="for --trace, where the weights are, if the record does not say")
+    pair.add_argument("--local-files-only", action="store_true", help="for --trace, do not use the network")
     pair.add_argument("--side-by-side", metavar="MP4|PNG", help="a file for A, B and 8 times their difference")
 
 

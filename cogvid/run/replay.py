@@ -56,10 +56,10 @@ def replay(
         ValueError: the record does not hold all that the run was given; an input is another one.
     """
     record = read_record(path)
-    _check_whole(record, path)
+    check_replayable(record, path)
     if os.path.realpath(output) == os.path.realpath(path):
         raise ValueError(f"output: got {shown(os.fspath(output))}, which is the video itself, want another file")
-    checkpoint = _find(record, model, local_files_only)
+    checkpoint = find_checkpoint(record, model, local_files_only)
     stored = read_embedded_image(path) if record["image"] else None
     job = prepare(
         checkpoint.model,
@@ -91,7 +91,7 @@ def replay(
     return out
 
 
-def _check_whole(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
+def check_replayable(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Raise unless the record has all that a replay needs."""
     name = shown(os.fspath(path))
     missing = [field for field in _NEEDED if field not in record]
@@ -112,7 +112,7 @@ def _check_whole(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
         raise ValueError("prompt: got a run of several videos in one batch, want one of a single video")
 
 
-def _find(record: dict[str, Any], model: str | None, local_files_only: bool) -> Checkpoint:
+def find_checkpoint(record: dict[str, Any], model: str | None, local_files_only: bool) -> Checkpoint:
     """Find the checkpoint of a record: a pack or a repository by its name, a directory if its path is known."""
     source, weights = record["source"], record["weights"]
     revision = weights.get("commit") or record["revision"]
