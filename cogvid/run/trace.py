@@ -115,7 +115,7 @@ def trace(
         dtype = resolve_dtype(each["dtype"], device, stored=DTYPES[checkpoint.model.dtype])
         pipes.append(load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), record["qk_norm"]))
     call = {"image": image, "negative_prompt": (record["negative_prompt"] or [""])[0], "seed": record["seed"]}
-    return trace_pipelines(*pipes, record["prompt"][0], **call, **{name: record[name] for name in OPTIONS})
+    return trace_pipelines(pipes[0], pipes[1], record["prompt"][0], **call, **{name: record[name] for name in OPTIONS})
 
 
 class _StepDone(Exception):
@@ -230,7 +230,7 @@ class _Lockstep:
         """Keep how far the other output is, and how far one rounding of the inputs moves this one."""
         self._busy = True
         try:
-            error, moved = _distance(output, other()), _distance(output, again(self._rounded))
+            error, moved = distance(output, other()), distance(output, again(self._rounded))
         finally:
             self._busy = False
         self.trace.calls.append(Call(name, error, moved + self._unit))
@@ -279,7 +279,7 @@ def _rekey(values: tuple[Any, ...], module: nn.Module, other: nn.Module) -> None
             value.frames[other] = value.frames.pop(module)
 
 
-def _distance(output: Any, other: Any) -> float:
+def distance(output: Any, other: Any) -> float:
     """Return the relative RMS difference of two outputs: tensors, or tuples of them."""
     outputs, others = ([each] if isinstance(each, Tensor) else list(each) for each in (output, other))
     errors = [0.0]
