@@ -114,7 +114,10 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     inputs = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
     given = {name: getattr(arguments, name) for name in inputs}
     given["negative_prompt"], prompt = _as_text(arguments.negative_prompt), _as_text(arguments.prompt)
-    files = SideFiles(embed=not arguments.no_embed, sidecar=arguments.sidecar)
+    side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise")}
+    files = SideFiles(embed=not arguments.no_embed, **side)
+    if saved is not None and (files.save_trajectory or files.save_noise or files.noise):
+        raise ValueError("checkpoint, resume: got one with noise, save_noise or save_trajectory, want it without them")
     job = prepare(checkpoint.model, prompt, arguments.output, files=files, **given)
     if arguments.record_paths and checkpoint.source_kind == "directory":
         job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
@@ -136,7 +139,8 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     with stage("load"):
         pipe = load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), arguments.qk_norm)
     out = run(pipe, job, saved)
-    _say(f"seed {out.seed}", sys.stderr)
+    if out.seed is not None:
+        _say(f"seed {out.seed}", sys.stderr)
     _say(arguments.output, sys.stdout)
 
 
@@ -147,7 +151,7 @@ def replay(arguments: argparse.Namespace) -> None:
     versions.check()
     from cogvid.run import replay
 
-    names = ("model", "image", "video", "device", "dtype", "ops", "local_files_only")
+    names = ("model", "image", "video", "noise", "device", "dtype", "ops", "local_files_only")
     options = {name: getattr(arguments, name) for name in names}
     replay.replay(arguments.path, arguments.output, say=lambda line: _say(line, sys.stderr), **options)
     _say(arguments.output, sys.stdout)
@@ -178,6 +182,28 @@ def batch(arguments: argparse.Namespace) -> int:
         places = ", ".join(str(entry["place"]) for entry in failed[:10])
         return _fail(f"jobs: got {len(failed)} of {len(made)} that failed ({places}), want none", JOBS_FAILED)
     return 0
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print how far two videos or two trajectories are apart, and in what their records differ; or trace two videos."""
+    from cogvid import versions
+
+    versions.check()
+    from cogvid.run import compare
+
+    if arguments.trace:
+        from cogvid.run.trace import trace
+
+        origin = {"model": arguments.model, "local_files_only": arguments.local_files_only}
+        traced = trace(arguments.first, arguments.second, **origin)
+        for line in [json.dumps(traced.to_dict())] if arguments.json else traced.lines():
+            _say(line, sys.stdout)
+        return
+    found = compare.compare(arguments.first, arguments.second)
+    if arguments.side_by_side is not None:
+        compare.write_side_by_side(arguments.first, arguments.second, arguments.side_by_side)
+    for line in [json.dumps(found.to_dict())] if arguments.json else found.table():
+        _say(line, sys.stdout)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -242,6 +268,7 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     for each in (make, many):
         each.set_defaults(**dict.fromkeys(unset, _UNSET))
     _add_replay(commands)
+    _add_compare(commands)
 
     look = commands.add_parser("inspect", help="say what a checkpoint or an MP4 is", description=inspect.__doc__)
     look.set_defaults(run=inspect)
@@ -305,6 +332,10 @@ def _add_record_options(make: argparse.ArgumentParser) -> None:
     make.add_argument("--no-embed", action="store_true", help="record the image's hash alone, not the image")
     make.add_argument("--record-paths", action="store_true", help="record the absolute path of a --model directory")
     make.add_argument("--sidecar", metavar="JSON", help="a file for the record, seconds and peak memory")
+    safetensors = "SAFETENSORS"
+    make.add_argument("--save-trajectory", metavar=safetensors, help="a file for latents and predictions of each step")
+    make.add_argument("--save-noise", metavar=safetensors, help="a file for all noise that is drawn")
+    make.add_argument("--noise", metavar=safetensors, help="draw the noise of a file of --save-noise, not of a seed")
 
 
 def _add_replay(commands: Any) -> None:
@@ -316,8 +347,25 @@ def _add_replay(commands: Any) -> None:
     again.add_argument("--local-files-only", action="store_true", help="do not use the network")
     again.add_argument("--image", metavar="PATH|URL", help="the image, if the video does not hold it")
     again.add_argument("--video", metavar="PATH", help="the video that it was started from")
+    again.add_argument("--noise", metavar="SAFETENSORS", help="the noise that it was made of")
     for name in ("device", "dtype", "ops"):
         again.add_argument(f"--{name}", metavar="NAME", help="in place of the recorded one")
+
+
+def _add_compare(commands: Any) -> None:
+    pair = commands.add_parser("compare", help="two videos, or two trajectories", description=compare.__doc__)
+    pair.set_defaults(run=compare)
+    pair.add_argument("first", metavar="A", help="an MP4, or a file of --save-trajectory")
+    pair.add_argument("second", metavar="B", help="what to compare with it")
+    pair.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    pair.add_argument(
+        "--trace",
+        action="store_true",
+        help="of two videos that differ in device, dtype or ops: run both, and name the first module that departs",
+    )
+    pair.add_argument("--model", metavar="MODEL", help="for --trace, where the weights are, if the record does not say")
+    pair.add_argument("--local-files-only", action="store_true", help="for --trace, do not use the network")
+    pair.add_argument("--side-by-side", metavar="MP4|PNG", help="a file for A, B and 8 times their difference")
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str) -> None:

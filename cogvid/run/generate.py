@@ -17,12 +17,13 @@ from cogvid.media.image import load_image, resize_image
 from cogvid.media.tokenizer import check_text
 from cogvid.media.video import VideoWriter, count_frames, read_video
 from cogvid.run.inputs import frames_to_use
+from cogvid.run.noise import Noise, load_noise, noise_hash
 from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.record import embedded
 from cogvid.run.saved_run import SavedRun
 from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
-from cogvid.run.side_files import NO_FILES, SideFiles, write_sidecar
+from cogvid.run.side_files import NO_FILES, SideFiles, Watched, write_sidecar
 from cogvid.run.stages import Stage, listen, stage
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
@@ -32,14 +33,16 @@ DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "vi
 class Job:
     """One video file to make. `prepare` checks it.
 
-    inputs: arguments of `Pipeline.__call__`. settings: the options, resolved. fps: of the file. files: what else to
-    write. origin: what the record says of where the weights are from, in place of what the pipeline knows of it.
+    inputs: arguments of `Pipeline.__call__`. settings: the options, resolved. fps: of the file. noise: what it draws,
+    if not from the seed. files: what else to write. origin: what the record says of where the weights are from, in
+    place of what the pipeline knows of it.
     """
 
     output: str
     inputs: Mapping[str, Any]
     settings: Settings
     fps: float
+    noise: Noise | None = None
     files: SideFiles = NO_FILES
     origin: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,6 +85,9 @@ def prepare(
         frames_to_use(frames, settings.num_frames)  # there may be fewer than were counted
     if seed is not None:
         check_seed(seed, 1)
+        if files.noise is not None:
+            raise ValueError("seed, noise: got both, want one of them")
+    noise = None if files.noise is None else load_noise(files.noise)
     fps = model.fps if fps is None else fps
     output = os.fspath(output)
     VideoWriter(output, settings.height, settings.width, fps)
@@ -95,7 +101,7 @@ def prepare(
         "seed": seed,
         **options,
     }
-    return Job(output, inputs, settings, fps, files)
+    return Job(output, inputs, settings, fps, noise, files)
 
 
 def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
@@ -104,11 +110,22 @@ def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
     with contextlib.ExitStack() as stack:
         if job.files.sidecar is not None:
             stack.enter_context(listen(stages.append))
-        out = pipe(**job.inputs, output_type="stream", saved_run=saved_run)
-        record = write_video(job, out.frames[0], out.provenance)
+        with Watched(job.files, job.settings.task, job.noise) as watched:
+            out = pipe(**job.inputs, output_type="stream", callback_on_step_end=watched.callback, saved_run=saved_run)
+        provenance = {**out.provenance, "given": []}  # the callback only looks
+        watched.save(record_of(job, provenance))
+        record = write_video(job, out.frames[0], provenance)
     if job.files.sidecar is not None:
         write_sidecar(job.files.sidecar, record, stages)
-    return replace(out, provenance=record)
+    return replace(out, seed=record["seed"], provenance=record)
+
+
+def record_of(job: Job, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a job's video: that of the run, and what the job adds to it."""
+    record = {**provenance, **job.origin, "fps": job.fps, "noise": None}
+    if job.noise is not None:
+        record |= {"noise": noise_hash(job.noise), "seed": None, "seeds": None}
+    return record
 
 
 def write_video(job: Job, video: Iterable[Tensor], provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,8 +133,7 @@ def write_video(job: Job, video: Iterable[Tensor], provenance: Mapping[str, Any]
 
     video: uint8 `[f, H, W, 3]`, decoded while they are encoded.
     """
-    settings, image, cover = job.settings, job.inputs["image"], None
-    record = {**provenance, **job.origin, "fps": job.fps}
+    settings, image, cover, record = job.settings, job.inputs["image"], None, record_of(job, provenance)
     if image is not None and job.files.embed:
         cover = embedded(resize_image(image, settings.height, settings.width, settings.resize))
     with (
@@ -128,6 +144,7 @@ def write_video(job: Job, video: Iterable[Tensor], provenance: Mapping[str, Any]
         for frames in video:
             writer.write(frames)
             bar.update(len(frames))
+
     return record
 
 

@@ -122,7 +122,8 @@ class Pipeline:
             latents: `[B, T, C, h, w]` that replace the initial noise or, for video-to-video, the noised video.
             prompt_embeds, negative_prompt_embeds: `[prompts, L, E]` that replace the prompts.
             output_type: see `Output`.
-            callback_on_step_end: called with (pipeline, step index, timestep, {"latents": fp32 `[B, T, C, h, w]`}).
+            callback_on_step_end: called with (pipeline, step index, timestep, tensors). The tensors, fp32
+                `[B, T, C, h, w]`, are "latents" and "x0", the clean latents that the network predicted.
                 It may return a dictionary, whose latents replace the present ones.
             step_cache: wraps the block loop of the transformer; make one for each call.
             saved_run: where to save the run as it goes, and to go on from what is saved there.

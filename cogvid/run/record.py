@@ -95,14 +95,24 @@ def environment(checkpoint: Checkpoint, placement: Placement, qk_norm: str) -> d
     }
 
 
-def differences(recorded: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield a line for each value that is not the same in two records."""
+def differences(
+    recorded: dict[str, Any],
+    here: dict[str, Any],
+    where: tuple[str, str] = ("the record", "this run"),
+    prefix: str = "",
+) -> Iterator[str]:
+    """Yield a line for each value that is not the same in two records. where: what to call the two."""
     for name in sorted({*recorded, *here}):
         before, now = recorded.get(name), here.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            yield from differences(before, now, f"{prefix}{name}.")
+            yield from differences(before, now, where, f"{prefix}{name}.")
         elif before != now:
-            yield f"{prefix}{name}: {now!r} here, {before!r} in the record"
+            yield f"{prefix}{name}: {_short(before)} in {where[0]}, {_short(now)} in {where[1]}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:

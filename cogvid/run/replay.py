@@ -15,6 +15,7 @@ from cogvid.media.video import read_video
 from cogvid.run.conditioning import resized
 from cogvid.run.generate import Job, prepare, run
 from cogvid.run.load import load_checkpoint
+from cogvid.run.noise import noise_hash
 from cogvid.run.output import Output
 from cogvid.run.record import ENVIRONMENT, differences, environment, pixel_hash, read_embedded_image, read_record
 from cogvid.run.settings import OPTIONS
@@ -25,7 +26,7 @@ from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, r
 
 _STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
 _NEEDED = (*_STRINGS, *OPTIONS, *ENVIRONMENT, "given", "num_videos_per_prompt", "negative_prompt", "step_cache",
-           "image", "video", "revision", "variant", "fps", "seed")  # fmt: skip
+           "image", "video", "revision", "variant", "fps", "seed", "noise")  # fmt: skip
 
 
 def replay(
@@ -35,6 +36,7 @@ def replay(
     model: str | None = None,
     image: Any = None,
     video: str | None = None,
+    noise: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     ops: str | None = None,
@@ -46,7 +48,7 @@ def replay(
     Args:
         output: `.mp4` file to write.
         model, device, dtype, ops: in place of what the record names.
-        image, video: the input, where the record has only its hash; its pixels must be those of the record.
+        image, video, noise: the input, where the record has only its hash; it must be the one of the record.
         say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
             the same.
 
@@ -54,24 +56,24 @@ def replay(
         ValueError: the record does not hold all that the run was given; an input is another one.
     """
     record = read_record(path)
-    _check_whole(record, path)
+    check_replayable(record, path)
     if os.path.realpath(output) == os.path.realpath(path):
         raise ValueError(f"output: got {shown(os.fspath(output))}, which is the video itself, want another file")
-    checkpoint = _find(record, model, local_files_only)
+    checkpoint = find_checkpoint(record, model, local_files_only)
     stored = read_embedded_image(path) if record["image"] else None
     job = prepare(
         checkpoint.model,
         record["prompt"][0],
         output,
         image=_image(record, image, stored),
-        video=_video(record, video),
+        video=_by_hash("video", record, video),
         negative_prompt=(record["negative_prompt"] or [""])[0],
         seed=record["seed"],
         fps=record["fps"],
-        files=SideFiles(embed=stored is not None),
+        files=SideFiles(embed=stored is not None, noise=_by_hash("noise", record, noise)),
         **{name: record[name] for name in OPTIONS},
     )
-    _check_pixels(record, job)
+    _check_hashes(record, job)
     where = resolve_device(device or record["device"])
     try:
         bundle, name = resolve_ops(ops or record["ops"], where)
@@ -89,7 +91,7 @@ def replay(
     return out
 
 
-def _check_whole(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
+def check_replayable(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Raise unless the record has all that a replay needs."""
     name = shown(os.fspath(path))
     missing = [field for field in _NEEDED if field not in record]
@@ -110,7 +112,7 @@ def _check_whole(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
         raise ValueError("prompt: got a run of several videos in one batch, want one of a single video")
 
 
-def _find(record: dict[str, Any], model: str | None, local_files_only: bool) -> Checkpoint:
+def find_checkpoint(record: dict[str, Any], model: str | None, local_files_only: bool) -> Checkpoint:
     """Find the checkpoint of a record: a pack or a repository by its name, a directory if its path is known."""
     source, weights = record["source"], record["weights"]
     revision = weights.get("commit") or record["revision"]
@@ -138,19 +140,23 @@ def _image(record: dict[str, Any], given: Any, stored: Any) -> Any:
     return stored if given is None else given
 
 
-def _video(record: dict[str, Any], given: str | None) -> str | None:
-    if (given is None) != (record["video"] is None):
-        reason = "none for a run that began with a video" if given is None else "one for a run without a video"
-        raise ValueError(f"video: got {reason}, want {'the video (--video)' if given is None else 'none'}")
+def _by_hash(name: str, record: dict[str, Any], given: str | None) -> str | None:
+    """Return what was given, which must be something exactly if the record has its hash."""
+    if given is None and record[name] is not None:
+        raise ValueError(f"{name}: got none for a run that was given one, want the file (--{name})")
+    if given is not None and record[name] is None:
+        raise ValueError(f"{name}: got one for a run without, want none")
     return given
 
 
-def _check_pixels(record: dict[str, Any], job: Job) -> None:
-    """Raise unless the inputs have the pixels that the record names."""
+def _check_hashes(record: dict[str, Any], job: Job) -> None:
+    """Raise unless the inputs are those that the record names."""
     image, video = resized(job.inputs["image"], job.inputs["video"], job.settings)
     for name, pixels, wanted in (("image", image and image[0], record["image"]), ("video", video, [record["video"]])):
         if pixels is not None and pixel_hash(np.asarray(pixels)) not in wanted:
             raise ValueError(f"{name}: got other pixels than those of the record, want the {name} that the run had")
+    if job.noise is not None and noise_hash(job.noise) != record["noise"]:
+        raise ValueError("noise: got other draws than those of the record, want the noise that the run had")
 
 
 def _outcome(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> str:

@@ -56,8 +56,9 @@ def call_back(pipe: Pipeline, callback: Callable[..., Any]) -> OnStep:
     """Return what calls a `callback_on_step_end` as the pipeline promises."""
 
     def on_step(step: Step, x: Tensor, state: State) -> Tensor | None:  # noqa: ARG001 - the driver's signature
-        latents = rearrange(x, "b c t h w -> b t c h w")
-        returned = callback(pipe, step.index, step.timestep, {"latents": latents}) or {}
+        given = {"latents": x, **({"x0": step.predicted[-1]} if step.predicted else {})}
+        tensors = {name: rearrange(value, "b c t h w -> b t c h w") for name, value in given.items()}
+        returned = callback(pipe, step.index, step.timestep, tensors) or {}
         if "latents" not in returned:
             return None
         replaced = rearrange(returned["latents"], "b t c h w -> b c t h w")

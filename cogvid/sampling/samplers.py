@@ -8,7 +8,7 @@ Must equal diffusers' `CogVideoXDPMScheduler` (DPM-Solver++ SDE 2M, https://arxi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -39,12 +39,14 @@ class Step:
 
     index: from 0. predict: (x, timestep) -> the network's guided prediction, in the dtype of x.
     noise: draw normal noise of x's shape, rounded as the network's dtype rounds it.
+    predicted: what `x0` returned in this step, in order.
     """
 
     index: int
     schedule: Schedule
     predict: Callable[[Tensor, int], Tensor]
     noise: Callable[[], Tensor]
+    predicted: list[Tensor] = field(default_factory=list)
 
     @property
     def timestep(self) -> int:
@@ -72,7 +74,8 @@ class Step:
         timestep: of `x`; None is the step's own. Samplers of higher order may use others too.
         """
         timestep = self.timestep if timestep is None else timestep
-        return self.schedule.predicted_x0(self.predict(x, timestep), x, timestep)
+        self.predicted.append(self.schedule.predicted_x0(self.predict(x, timestep), x, timestep))
+        return self.predicted[-1]
 
 
 class Sampler(Protocol):

@@ -203,10 +203,10 @@ def test_a_replay_says_what_differs(made: Path, tmp_path: Path, capfd: pytest.Ca
     )
     assert main(["replay", str(other), "-o", str(tmp_path / "again.mp4"), "--dtype", "bfloat16"]) == 0
     lines = capfd.readouterr().err.splitlines()
-    here = f"versions.torch: {torch.__version__!r} here, '1.0' in the record"
+    here = f"versions.torch: '1.0' in the record, {torch.__version__!r} in this run"
     assert here in lines
     assert lines.index(here) < next(i for i, line in enumerate(lines) if "denoise" in line)
-    for start in ("dtype: 'bfloat16' here, 'float32' in", "weights.headers: ", "machine.name: "):
+    for start in ("dtype: 'float32' in the record, 'bfloat16' in", "weights.headers: ", "machine.name: "):
         assert [line for line in lines if line.startswith(start)], start
     assert "has other bytes than" in lines[-1]
     assert "of 9 frames differ, the first is 0" in lines[-1]
@@ -229,9 +229,9 @@ def test_a_replay_says_what_differs(made: Path, tmp_path: Path, capfd: pytest.Ca
         ({"dtype": 3}, [], "dtype: got none in the record of"),
         ({"image": ["00"]}, [], "image: got other pixels than those of the record"),
         ({"image": None, "task": "text-to-video"}, ["--image", "picture.png"], "image: got one for a run without"),
-        ({"video": "00"}, [], "video: got none for a run that began with a video, want the video (--video)"),
+        ({"video": "00"}, [], "video: got none for a run that was given one, want the file (--video)"),
         ({}, ["--image", "clip.mp4"], "which is not a picture"),
-        ({}, ["--video", "clip.mp4"], "video: got one for a run without a video, want none"),
+        ({}, ["--video", "clip.mp4"], "video: got one for a run without, want none"),
     ],
     ids=str,
 )
