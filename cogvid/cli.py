@@ -58,9 +58,9 @@ def _main(argv: list[str]) -> int:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"cogvid(\.|$)")
         warnings.showwarning = _show_warning
-        _prepare_stdio()
         arguments = argparse.Namespace()
         try:
+            _prepare_stdio()
             arguments = _parser().parse_args(argv)
             arguments.given = _given(argv, arguments)
             _check_directory()
@@ -444,7 +444,7 @@ def _say(line: str, stream: TextIO, end: str = "\n") -> None:
         print(line, file=stream, end=end, flush=True)
     except OSError:
         # What is left in the buffer would fail again when Python ends, and make the exit status 120.
-        with open(os.devnull, "w") as nothing, contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
             os.dup2(nothing.fileno(), stream.fileno())
 
 

@@ -179,19 +179,15 @@ def _fetch(
         if local_files_only:
             wanted = "a directory or a repository that is complete in the hub's local cache"
             raise ValueError(f"{got} without network access, want {wanted}") from error
-        if (status := _status(error)) is not None:
-            raise _refusal(got, status) from error
-        raise OSError(f"{got} and no connection to the hub, want a directory or a connection") from error
+        raise _refusal(got, error, " and no connection to the hub, want a directory or a connection") from error
     except HFValidationError as error:
         raise ValueError(f"{got}, want a valid hub id ({one_line(error)})") from error
     except Exception as error:  # the hub's client also raises errors of its HTTP library
         of_machine = isinstance(error, OSError) and error.errno is not None  # such as a full disk
         if of_machine or (isinstance(error, ValueError) and not isinstance(error, OSError)):
             raise
-        if (status := _status(error)) is not None:
-            raise _refusal(got, status) from error
         reason = f"could not be fetched whole ({one_line(error)})"
-        raise OSError(f"{got}, which {reason}, want another try: what was fetched is kept") from error
+        raise _refusal(got, error, f", which {reason}, want another try: what was fetched is kept") from error
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -204,8 +200,11 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _refusal(got: str, status: int) -> ValueError | OSError:
-    """Return the error for an answer of the hub with this status."""
+def _refusal(got: str, error: Exception, otherwise: str) -> ValueError | OSError:
+    """Return the error to raise for one of the hub's client: by the status of an answer, or `otherwise` without one."""
+    status = _status(error)
+    if status is None:
+        return OSError(got + otherwise)
     if status in (401, 403):
         wanted = "one that you may read: log in, and accept its conditions on its page"
         return ValueError(f"{got}, which the hub does not let you read (status {status}), want {wanted}")
