@@ -455,10 +455,10 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
 def test_a_second_signal_does_not_wait() -> None:
     """The main thread is in one long call in C, during which Python runs no handler."""
     slow = """
-    import hashlib
+    import hashlib, threading
     from cogvid.run.signals import StopOnSignals
     with StopOnSignals() as stop:
-        print("ready", flush=True)
+        threading.Timer(0.5, lambda: print("ready", flush=True)).start()  # the call has begun by then
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(slow)], cwd=ROOT, stdout=subprocess.PIPE)
