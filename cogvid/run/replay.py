@@ -6,6 +6,7 @@ import dataclasses
 import filecmp
 import os
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,14 @@ from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, r
 _STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
 _NEEDED = (*_STRINGS, *OPTIONS, *ENVIRONMENT, "given", "num_videos_per_prompt", "negative_prompt", "step_cache",
            "image", "video", "revision", "variant", "fps", "seed", "noise")  # fmt: skip
+
+
+_KINDS = {
+    "prompt": (list, NoneType), "negative_prompt": (list, NoneType), "given": list, "weights": dict, "machine": dict,
+    "versions": dict, "image": (list, NoneType), "video": (str, NoneType), "noise": (str, NoneType),
+    "revision": (str, NoneType), "variant": (str, NoneType), "step_cache": (str, NoneType), "seed": (int, NoneType),
+    "fps": (int, float),
+}  # fmt: skip
 
 
 def replay(
@@ -96,9 +105,13 @@ def check_replayable(record: dict[str, Any], path: str | os.PathLike[str]) -> No
     name = shown(os.fspath(path))
     missing = [field for field in _NEEDED if field not in record]
     wrong = [field for field in _STRINGS if field not in missing and not isinstance(record[field], str)]
+    wrong += [field for field, kinds in _KINDS.items() if field not in missing and not isinstance(record[field], kinds)]
+    texts = [n for n in ("prompt", "negative_prompt") if n not in (*missing, *wrong)]
+    wrong += [n for n in texts if not all(isinstance(each, str) for each in record[n] or [])]
     for faults in (missing, wrong):
         if faults:
-            raise ValueError(f"{faults[0]}: got none in the record of {name}, want a record written by cogvid")
+            got = "none" if missing else f"{record[faults[0]]!r:.40}"
+            raise ValueError(f"{faults[0]}: got {got} in the record of {name}, want a record written by cogvid")
     if record["given"]:
         listed = ", ".join(map(str, record["given"]))
         raise ValueError(
@@ -107,8 +120,8 @@ def check_replayable(record: dict[str, Any], path: str | os.PathLike[str]) -> No
         )
     if record["step_cache"] is not None:
         raise ValueError(f"step_cache: got a run with {record['step_cache']}, which is no option, want one without")
-    prompts = record["prompt"]
-    if not isinstance(prompts, list) or len(prompts) != 1 or record["num_videos_per_prompt"] != 1:
+    prompts = record["prompt"] or []
+    if len(prompts) != 1 or record["num_videos_per_prompt"] != 1:
         raise ValueError("prompt: got a run of several videos in one batch, want one of a single video")
 
 
