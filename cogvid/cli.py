@@ -75,6 +75,8 @@ def _main(argv: list[str]) -> int:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Make a video, encode it while it is decoded, and print its path."""
+    if arguments.resume is None:
+        _check_given(arguments)
     from cogvid import versions
 
     versions.check()
@@ -89,14 +91,13 @@ def generate(arguments: argparse.Namespace) -> None:
             stack.enter_context(saved)
             if arguments.resume:
                 vars(arguments).update(resume.restore(saved, arguments.given))
+                _check_given(arguments)
             if arguments.seed is None:
                 arguments.seed = secrets.randbelow(2**32)
         _generate(arguments, saved)
 
 
 def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
-    if arguments.prompt is None or arguments.output is None:
-        raise ValueError("PROMPT, -o/--output: got one or none of them, want both, or the --resume DIR of a saved run")
     from cogvid.run import resume
     from cogvid.run.generate import DEFAULT_MODELS, prepare, run
     from cogvid.run.load import load_checkpoint
@@ -155,6 +156,11 @@ def replay(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in names}
     replay.replay(arguments.path, arguments.output, say=lambda line: _say(line, sys.stderr), **options)
     _say(arguments.output, sys.stdout)
+
+
+def _check_given(arguments: argparse.Namespace) -> None:
+    if arguments.prompt is None or arguments.output is None:
+        raise ValueError("PROMPT, -o/--output: got one or none of them, want both, or the --resume DIR of a saved run")
 
 
 def batch(arguments: argparse.Namespace) -> int:

@@ -124,14 +124,12 @@ def read_jobs(path: str) -> list[dict[str, Any]]:
                 raise ValueError(f"{where}: {name}: got {value!r:.60}, want a value of type {kinds[-1].__name__}")
         if values.get("prompt") is None:
             raise ValueError(f"{where}: prompt: got none, want one")
-        # A whole number for a float becomes one, as on the command line: the record shows the difference.
-        try:
-            floats = {
-                name: float(value) for name, value in values.items() if KINDS[name] is float and value is not None
-            }
+        values = {name: value for name, value in values.items() if value is not None}
+        try:  # a whole number for a float becomes one, as on the command line: the record shows the difference
+            values |= {name: float(value) for name, value in values.items() if KINDS[name] is float}
         except OverflowError as error:
             raise ValueError(f"{where}: got {error}, want numbers that are smaller") from None
-        jobs.append({name: value for name, value in {**values, **floats}.items() if value is not None})
+        jobs.append(values)
     return jobs
 
 
