@@ -1,8 +1,9 @@
-"""The `cogvid` command: `generate` makes an MP4, `inspect` says what a checkpoint is.
+"""The `cogvid` command: `generate` makes an MP4, `batch` many, `inspect` says what a checkpoint is.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
-the machine (no memory, no disk), each with one line on stderr; 128 + n after signal n, such as 130 after Ctrl-C. torch
-is not imported before there is something to compute, so that `--help` and a mistyped option answer at once.
+the machine (no memory, no disk), each with one line on stderr; 3 if jobs of a batch failed; 128 + n after signal n,
+such as 130 after Ctrl-C. torch is not imported before there is something to compute, so that `--help` and a mistyped
+option answer at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import secrets
 import sys
 import warnings
@@ -24,7 +26,7 @@ from cogvid.run.signals import StopOnSignals
 if TYPE_CHECKING:
     from cogvid.run.saved_run import SavedRun
 
-USER_ERROR, MACHINE_ERROR = 2, 1
+USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
 _UNSET = object()
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -50,7 +52,7 @@ def _main(argv: list[str]) -> int:
         try:
             arguments = _parser().parse_args(argv)
             arguments.given = _given(argv, arguments)
-            arguments.run(arguments)
+            return arguments.run(arguments) or 0
         except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error:
             machine = isinstance(error, (MemoryError, FloatingPointError))
             machine = machine or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS)
@@ -59,11 +61,12 @@ def _main(argv: list[str]) -> int:
             if not _is_out_of_memory(error):
                 raise
             return _fail(f"out of memory: {error}", MACHINE_ERROR)
-    return 0
 
 
 def generate(arguments: argparse.Namespace) -> None:
     """Make a video, encode it while it is decoded, and print its path."""
+    if arguments.resume is None:
+        _check_given(arguments)
     from cogvid import versions
 
     versions.check()
@@ -78,14 +81,13 @@ def generate(arguments: argparse.Namespace) -> None:
             stack.enter_context(saved)
             if arguments.resume:
                 vars(arguments).update(resume.restore(saved, arguments.given))
+                _check_given(arguments)
             if arguments.seed is None:
                 arguments.seed = secrets.randbelow(2**32)
         _generate(arguments, saved)
 
 
 def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
-    if arguments.prompt is None or arguments.output is None:
-        raise ValueError("PROMPT, -o/--output: got one or none of them, want both, or the --resume DIR of a saved run")
     from cogvid.run import resume
     from cogvid.run.generate import DEFAULT_MODELS, prepare, run
     from cogvid.run.load import load_checkpoint
@@ -120,6 +122,38 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     out = run(pipe, job, saved)
     print(f"seed {out.seed}", file=sys.stderr)
     print(arguments.output)
+
+
+def _check_given(arguments: argparse.Namespace) -> None:
+    if arguments.prompt is None or arguments.output is None:
+        raise ValueError("PROMPT, -o/--output: got one or none of them, want both, or the --resume DIR of a saved run")
+
+
+def batch(arguments: argparse.Namespace) -> int:
+    """Make a video of each job in a directory, and print the path of its manifest; options are of all jobs."""
+    from cogvid.run import jobs
+
+    sources = {"JOBS": arguments.jobs, "--prompt": arguments.prompt, "--prompt-file": arguments.prompt_file}
+    named = [name for name, value in sources.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(f"{', '.join(sources)}: got {' and '.join(named) or 'none'}, want one of them")
+    if arguments.jobs is not None:
+        listed = jobs.read_jobs(arguments.jobs)
+    else:
+        listed = jobs.read_prompts(arguments.prompt_file) if arguments.prompt_file else [{"prompt": arguments.prompt}]
+    given = {name: value for name, value in arguments.given.items() if name in jobs.KINDS and name != "prompt"}
+    made = jobs.make_jobs(listed, arguments.sweep, given)
+
+    from cogvid.run.batch import run_batch
+    from cogvid.run.stages import listen, print_stage
+
+    with listen(print_stage) if arguments.verbose else contextlib.nullcontext():
+        failed = run_batch(made, arguments.output, arguments.batch_size)
+    print(os.path.join(arguments.output, "manifest.jsonl"))
+    if failed:
+        places = ", ".join(str(entry["place"]) for entry in failed[:10])
+        return _fail(f"jobs: got {len(failed)} of {len(made)} that failed ({places}), want none", JOBS_FAILED)
+    return 0
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -158,7 +192,7 @@ def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """Make the parser. unset: options of `generate` that get no default."""
+    """Make the parser. unset: options of `generate` and `batch` that get no default."""
     parser = _Parser(prog="cogvid", description="CogVideoX: an image and a prompt in, a video out.")
     parser.add_argument("--version", action="version", version=f"cogvid {cogvid.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -167,11 +201,28 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     make.set_defaults(run=generate)
     make.add_argument("prompt", nargs="?", metavar="PROMPT", help="what happens in the video")
     make.add_argument("-o", "--output", metavar="MP4", help="the file to write; it appears whole or not")
-    _add_checkpoint_options(make, "--model", help="tiny-i2v with --image, tiny-t2v without")
-    make.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
-    make.add_argument("--video", metavar="PATH", help="a video to start from")
-    make.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    make.add_argument(
+    _add_run_options(make)
+    _add_saving_options(make)
+    many = commands.add_parser("batch", help="make many videos", description=batch.__doc__)
+    many.set_defaults(run=batch)
+    _add_batch_options(many)
+    _add_run_options(many)
+    for each in (make, many):
+        each.set_defaults(**dict.fromkeys(unset, _UNSET))
+
+    look = commands.add_parser("inspect", help="say what a checkpoint is", description=inspect.__doc__)
+    look.set_defaults(run=inspect)
+    _add_checkpoint_options(look, "checkpoint", help="what to look at")
+    look.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_options(parser, "--model", help="tiny-i2v with --image, tiny-t2v without")
+    parser.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
+    parser.add_argument("--video", metavar="PATH", help="a video to start from")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument(
         "--defaults",
         default="recommended",
         metavar="WHOSE",
@@ -179,23 +230,33 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     )
     for name, option in settings.OPTIONS.items():
         kind = option.metadata["kind"]
-        make.add_argument(
+        parser.add_argument(
             _flag(name), type=kind, default=option.default, metavar=_METAVARS[kind], help=option.metadata["help"]
         )
-    make.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
-    make.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
-    make.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if there is one")
-    make.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's if not given")
-    make.add_argument("--ops", default="auto", metavar="NAME", help="auto, torch or triton")
-    make.add_argument("--qk-norm", default="layer", metavar="NAME", help="of Q and K: layer, or rms (centred weights)")
-    _add_saving_options(make)
-    make.set_defaults(**dict.fromkeys(unset, _UNSET))
+    parser.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
+    parser.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if there is one")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's if not given")
+    parser.add_argument("--ops", default="auto", metavar="NAME", help="auto, torch or triton")
+    parser.add_argument(
+        "--qk-norm", default="layer", metavar="NAME", help="of Q and K: layer, or rms (centred weights)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
 
-    look = commands.add_parser("inspect", help="say what a checkpoint is", description=inspect.__doc__)
-    look.set_defaults(run=inspect)
-    _add_checkpoint_options(look, "checkpoint", help="what to look at")
-    look.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser
+
+def _add_batch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", nargs="?", metavar="JOBS", help="JSONL: a job a line, with any option of generate")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="where the videos and the manifest go")
+    parser.add_argument("--prompt", metavar="TEXT", help="the prompt, instead of JOBS")
+    parser.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, instead of JOBS")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUES",
+        help="each job with each of these values, such as seed=1..8 guidance_scale=2,6",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="the most videos to sample at once")
 
 
 def _add_saving_options(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +267,6 @@ def _add_saving_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="go on with the run saved there, and save it there; PROMPT and all options are those it was begun with",
     )
-    parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,16 +88,21 @@ def prepare(
 def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
     """Generate the video of a job and write its file, whole or not at all; return what the pipeline did."""
     out = pipe(**job.inputs, output_type="stream", saved_run=saved_run)
+    write_video(job, out.frames[0], out.provenance)
+    return out
+
+
+def write_video(job: Job, video: Iterable[Tensor], record: Mapping[str, Any]) -> None:
+    """Write the file of a job, whole or not at all. video: uint8 `[f, H, W, 3]`, decoded while they are encoded."""
     settings = job.settings
     with (
         stage("decode"),
-        VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=out.provenance) as writer,
+        VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=record) as writer,
         tqdm(total=settings.num_frames, desc="decode", unit="frame") as bar,
     ):
-        for frames in out.frames[0]:
+        for frames in video:
             writer.write(frames)
             bar.update(len(frames))
-    return out
 
 
 def _try_writing(path: str) -> None:

@@ -53,6 +53,9 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "weights.load": (TENSORS | {"safetensors"}, {"transformers"}),
     "run.settings": (set(), set()),
     "run.pipeline": (TENSORS | {"tqdm"}, set()),
+    "run.batch": (TENSORS | {"tqdm"}, set()),
+    "run.jobs": (set(), set()),
+    "run.manifest": (set(), set()),
     "run.generate": (TENSORS | {"tqdm"}, set()),
     "run.output": (TENSORS, {"PIL"}),
     "run.resume": (TENSORS, {"PIL"}),
@@ -198,7 +201,7 @@ def test_help_imports_no_torch() -> None:
     code = """
 import sys
 from cogvid.cli import main
-for argv in (["--help"], ["generate", "--help"], ["inspect", "--help"], ["--version"]):
+for argv in (["--help"], ["generate", "--help"], ["inspect", "--help"], ["batch", "--help"], ["--version"]):
     try:
         main(argv)
     except SystemExit as exit:

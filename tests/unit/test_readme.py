@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -65,7 +66,8 @@ def check_near_frames(near_frames: Any) -> None:
 )
 def test_the_commands_are_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments = [str(tmp_path / a) if a.endswith(".mp4") else a for a in shlex.split(line)[1:]]
+    words = shlex.split(line)
+    arguments = [str(tmp_path / a) if before == "-o" else a for before, a in itertools.pairwise(words)]
     if any("/CogVideoX" in a for a in arguments):  # official weights: refused before a byte is fetched, but parsed
         assert main([*arguments, "--local-files-only", "--guidance-scale", "nan"]) == 2
     else:
