@@ -1,4 +1,6 @@
-"""The `cogvid` command: `generate` makes an MP4, `batch` many, `replay` makes one again, `inspect` looks at things.
+"""The `cogvid` command: `generate` makes an MP4, `plan` says what one would cost, `batch` makes many.
+
+`replay` makes a video again, `compare` says how far two are apart, `inspect` says what a checkpoint or a video is.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
 the machine (no memory, no disk) or of the program, each with one line on stderr; 3 if jobs of a batch failed; 128 + n
@@ -27,7 +29,11 @@ from cogvid.run import settings
 from cogvid.run.signals import StopOnSignals
 
 if TYPE_CHECKING:
+    from cogvid.config import ModelConfig
+    from cogvid.run.generate import Job
+    from cogvid.run.plan import Plan, Subject
     from cogvid.run.saved_run import SavedRun
+    from cogvid.weights.placement import Placement
 
 USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
 _UNSET = object()
@@ -99,31 +105,17 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     from cogvid.run import resume
-    from cogvid.run.generate import DEFAULT_MODELS, prepare, run
+    from cogvid.run.generate import DEFAULT_MODELS, run
     from cogvid.run.load import load_checkpoint
-    from cogvid.run.side_files import SideFiles
+    from cogvid.run.plan import out_of_memory, refuse_hopeless, survey
     from cogvid.run.stages import stage
     from cogvid.weights.checkpoint import read_checkpoint
-    from cogvid.weights.files import DTYPES
-    from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
 
     task = settings.task_of(arguments.image, arguments.video)
     source = arguments.model or DEFAULT_MODELS[task]
-    checkpoint = read_checkpoint(
-        source, defaults=arguments.defaults, hash_weights=arguments.hash_weights, **_origin(arguments)
-    )
-    inputs = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
-    given = {name: getattr(arguments, name) for name in inputs}
-    given["negative_prompt"], prompt = _as_text(arguments.negative_prompt), _as_text(arguments.prompt)
-    side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise")}
-    files = SideFiles(embed=not arguments.no_embed, **side)
-    if saved is not None and (files.save_trajectory or files.save_noise or files.noise):
-        raise ValueError("checkpoint, resume: got one with noise, save_noise or save_trajectory, want it without them")
-    job = prepare(checkpoint.model, prompt, arguments.output, files=files, **given)
-    if arguments.record_paths and checkpoint.source_kind == "directory":
-        job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
-    if saved is not None:
-        resume.keep(saved, vars(arguments), job)
+    origin = {"defaults": arguments.defaults, "hash_weights": arguments.hash_weights, **_origin(arguments)}
+    subject = survey(source, fetch=True, **origin)
+    job = _job(arguments, subject.model, saved)
     if arguments.model is None and task != "text-to-video":
         # For text alone, the tokenizer warns of the words that the model does not know.
         warnings.warn(
@@ -131,18 +123,90 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
             f"for others name one, such as --model {settings.models_for(task)[0]}",
             stacklevel=1,
         )
+    placement = _placement(arguments, subject.model.dtype)
+    planned = _plan(arguments, subject, placement, num_frames=job.settings.num_frames)
+    refuse_hopeless(planned)
+    checkpoint = subject.checkpoint
+    if checkpoint is None:  # known from its name so far
+        checkpoint = read_checkpoint(source, **origin)
+        job = _job(arguments, checkpoint.model, saved)
+    if arguments.record_paths and checkpoint.source_kind == "directory":
+        job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
+    if saved is not None:
+        resume.keep(saved, vars(arguments), job)
+    try:
+        with stage("load"):
+            pipe = load_checkpoint(checkpoint, placement, arguments.qk_norm)
+        out = run(pipe, job, saved)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise out_of_memory(planned, subject, placement.ops_name, error) from error
+    if out.seed is not None:
+        _say(f"seed {out.seed}", sys.stderr)
+    _say(arguments.output, sys.stdout)
+
+
+def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | None) -> Job:
+    from cogvid.run.generate import prepare
+    from cogvid.run.side_files import SideFiles
+
+    given = {name: getattr(arguments, name) for name in ("image", "video", "seed", "fps", *settings.OPTIONS)}
+    given["negative_prompt"], prompt = _as_text(arguments.negative_prompt), _as_text(arguments.prompt)
+    side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise")}
+    files = SideFiles(embed=not arguments.no_embed, **side)
+    if saved is not None and (files.save_trajectory or files.save_noise or files.noise):
+        raise ValueError("checkpoint, resume: got one with noise, save_noise or save_trajectory, want it without them")
+    return prepare(model, prompt, arguments.output, files=files, **given)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Print what a run would do and cost: nothing is loaded, downloaded or written."""
+    from cogvid.media.video import VideoWriter, count_frames
+    from cogvid.run.generate import DEFAULT_MODELS
+    from cogvid.run.inputs import frames_to_use
+    from cogvid.run.plan import survey, table
+
+    task = settings.task_of(arguments.image, arguments.video)
+    source = arguments.model or DEFAULT_MODELS[task]
+    subject = survey(source, defaults=arguments.defaults, **_origin(arguments))
+    changed = {}
+    if arguments.video is not None:
+        changed["num_frames"] = frames_to_use(range(count_frames(arguments.video)), arguments.num_frames)
+    with warnings.catch_warnings(record=True) as caught:
+        placement = _placement(arguments, subject.model.dtype)
+    notes = tuple(str(warning.message) for warning in caught)
+    found = _plan(arguments, subject, placement, notes=notes, **changed)
+    if arguments.output is not None:
+        VideoWriter(arguments.output, found.settings.height, found.settings.width, found.fps)
+    rows = [json.dumps(found.to_dict())] if arguments.json else [f"{name:<10}{value}" for name, value in table(found)]
+    for row in rows:
+        _say(row, sys.stdout)
+
+
+def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement, **changed: Any) -> Plan:
+    from cogvid.run.machine import look_at
+    from cogvid.run.plan import make_plan
+
+    if arguments.seed is not None:
+        settings.check_seed(arguments.seed, 1)
+    options = {name: getattr(arguments, name) for name in ("fps", *settings.OPTIONS)}
+    task = settings.task_of(arguments.image, arguments.video)
+    machine = look_at(placement.device)
+    ops = placement.ops_name
+    return make_plan(subject, task=task, machine=machine, dtype=placement.dtype, ops=ops, **{**options, **changed})
+
+
+def _placement(arguments: argparse.Namespace, stored: str) -> Placement:
+    from cogvid.weights.files import DTYPES
+    from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
+
     device = resolve_device(arguments.device)
     try:
         bundle, name = resolve_ops(arguments.ops, device)
     except RuntimeError as error:  # kernels that were asked for and are not there
         raise ValueError(error) from error
-    dtype = resolve_dtype(arguments.dtype, device, stored=DTYPES[checkpoint.model.dtype])
-    with stage("load"):
-        pipe = load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), arguments.qk_norm)
-    out = run(pipe, job, saved)
-    if out.seed is not None:
-        _say(f"seed {out.seed}", sys.stderr)
-    _say(arguments.output, sys.stdout)
+    return Placement(device, resolve_dtype(arguments.dtype, device, stored=DTYPES[stored]), bundle, name)
 
 
 def replay(arguments: argparse.Namespace) -> None:
@@ -273,6 +337,12 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     _add_run_options(many)
     for each in (make, many):
         each.set_defaults(**dict.fromkeys(unset, _UNSET))
+    count = commands.add_parser("plan", help="say what a video would cost", description=plan.__doc__)
+    count.set_defaults(run=plan)
+    count.add_argument("prompt", nargs="?", metavar="PROMPT", help="as for generate; it costs the same whatever it is")
+    count.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    count.add_argument("-o", "--output", metavar="MP4", help="as for generate; checked, and not written")
+    _add_run_options(count)
     _add_replay(commands)
     _add_compare(commands)
 
@@ -407,11 +477,16 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by.
+    no_memory = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _NO_MEMORY)
+    return no_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def _judged(error: Exception) -> tuple[BaseException | str, int]:
     """Return what to say of an error, and the exit status."""
     # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by.
-    no_memory = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _NO_MEMORY)
-    if no_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         return f"out of memory: {error}" if str(error) else "out of memory", MACHINE_ERROR
     if isinstance(error, FloatingPointError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
         return error, MACHINE_ERROR

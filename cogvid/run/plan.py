@@ -1,0 +1,432 @@
+"""What a run would do and cost, before a weight is read: `cogvid plan`, and what `generate` checks first.
+
+Read are the configs of a checkpoint and the headers of its safetensors; of an official model that is not here, neither:
+its config is in `CONFIGS`, and its weights are in the table of weights.md, which `OFFICIAL` repeats. Nothing is
+downloaded. costs.py has the arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogvid.config import CONFIGS, ModelConfig
+from cogvid.models.vae import CONV_ELEMENTS
+from cogvid.run import costs
+from cogvid.run.costs import Kernels, T5Config
+from cogvid.run.machine import Machine
+from cogvid.run.settings import Settings, outside_training, resolve_settings
+from cogvid.sampling.guidance import guidance_schedule
+from cogvid.sampling.schedule import make_schedule
+from cogvid.weights import placement
+from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
+from cogvid.weights.files import DTYPES, load_state, read_json
+from cogvid.weights.hub import WEIGHTS
+
+GB = 10**9
+PROCESS = 500 * 2**20  # Python, PyTorch for CPUs and the other libraries, resident in a run of tiny-t2v
+# Of what activations take on a CPU: freed memory that the allocator keeps, and buffers of the libraries. Measured on
+# models of 5B's width and on the whole VAE, it was 0 to 16 %.
+SLACK = {"cpu": 1.1, "cuda": 1.0}
+_VAE = {"vae_encoder": {"float32": 92_215_456}, "vae_decoder": {"float32": 123_368_451}}
+_T5 = 4_762_310_656
+OFFICIAL: dict[str, dict[str, dict[str, int]]] = {  # model -> part -> stored dtype -> parameters
+    name: {"transformer": {dtype: count}, "text_encoder": {text: _T5}, **_VAE}
+    for name, dtype, count, text in (
+        ("cogvideox-2b", "float16", 1_693_783_872, "bfloat16"),
+        ("cogvideox-5b", "bfloat16", 5_570_283_072, "bfloat16"),
+        ("cogvideox-5b-i2v", "bfloat16", 5_625_087_552, "bfloat16"),
+        ("cogvideox1.5-5b", "bfloat16", 5_570_676_352, "float32"),
+        ("cogvideox1.5-5b-i2v", "bfloat16", 5_571_594_880, "float32"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned for: a checkpoint that is here, or an official model that is not.
+
+    weights: part -> stored dtype -> number of parameters; the VAE's are "vae_encoder" and "vae_decoder".
+    checkpoint: None for a model that is not here.
+    """
+
+    model: ModelConfig
+    t5: T5Config
+    weights: Mapping[str, Mapping[str, int]]
+    checkpoint: Checkpoint | None
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(_bytes(part) for part in self.weights.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most bytes that a run has in memory at a time, on one kind of device.
+
+    device: "cpu", where it is what is resident in the whole process, or "cuda", the memory of the GPU.
+    mode: "resident": all weights stay where they run.
+    phases: the peak in each part of the run. `load` has the files that are converted beside the converted weights.
+    peak: of all phases. needed: the peak without what the system can drop, the pages of files that are converted.
+    pinned: weights that cannot be dropped, the least that a run of any size needs.
+    measured: whether the formula was checked with measured peaks on this kind of device.
+    """
+
+    device: str
+    dtype: str
+    mode: str
+    phases: dict[str, int]
+    peak: int
+    needed: int
+    pinned: int
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a legal run would do and cost.
+
+    settings: all options of the run. size: `[frames, height, width]` of the latents, padding included.
+    video_tokens, text_tokens: of one row of the batch. rows: 2 where guidance runs both branches, else 1.
+    frames, fps, seconds: of the video. steps: that run; guided_steps: of these with both branches.
+    flops: of each phase, of one guided and one plain step, and in all.
+    memory: the run's own first, then the same run on other devices and in other dtypes.
+    download: bytes of weights that are not here. machine: what there is to run on.
+    fits: what would fit into free memory, as options to give; None if the run itself does.
+    warnings: one line each.
+    """
+
+    model: str
+    settings: Settings
+    size: tuple[int, int, int]
+    video_tokens: int
+    text_tokens: int
+    rows: int
+    fps: float
+    seconds: float
+    steps: int
+    guided_steps: int
+    flops: dict[str, int]
+    memory: tuple[Memory, ...]
+    download: int
+    machine: Machine
+    fits: str | None
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan ready for JSON."""
+        return {"legal": True, **dataclasses.asdict(self)}
+
+
+def survey(source: str, *, fetch: bool = False, **origin: Any) -> Subject:
+    """Say what is to be planned for; origin: as for `read_checkpoint`.
+
+    fetch: download a checkpoint that is neither here nor official, instead of refusing it.
+
+    Raises:
+        ValueError: no such checkpoint here, and it is not official; or what is here is broken.
+    """
+    official = next((m for m in CONFIGS.values() if m.repo and m.repo.lower() == source.lower()), None)
+    remote = official is not None or _looks_remote(source)
+    try:
+        here: dict[str, Any] = {**origin, "local_files_only": True} if remote else origin
+        checkpoint = read_checkpoint(source, **here)
+        return Subject(checkpoint.model, *_stored(checkpoint), checkpoint)
+    except ValueError:
+        if origin.get("variant") or origin.get("defaults") == "diffusers":
+            official = None  # of other files, or of a file, that only the repository has
+        if official is not None and not origin.get("local_files_only"):
+            return Subject(official, T5Config(), OFFICIAL[official.name], None)
+        if not (fetch and remote):
+            raise
+    checkpoint = read_checkpoint(source, **origin)
+    return Subject(checkpoint.model, *_stored(checkpoint), checkpoint)
+
+
+def make_plan(
+    subject: Subject,
+    *,
+    task: str,
+    machine: Machine,
+    dtype: torch.dtype,
+    ops: str = "torch",
+    fps: float | None = None,
+    notes: tuple[str, ...] = (),
+    **options: Any,
+) -> Plan:
+    """Check the options of a run, and say what it would do and cost.
+
+    Args:
+        task: as for `resolve_settings`. machine: where it runs. dtype: that it runs in. ops: "torch" or "triton".
+        fps: of the file; None is the model's. notes: warnings to begin with. options: the fields of `Settings`.
+
+    Raises:
+        ValueError: an option that cannot be.
+    """
+    model = subject.model
+    fps = model.fps if fps is None else fps
+    if not fps > 0:
+        raise ValueError(f"fps: got {fps}, want more than 0")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        settings = resolve_settings(model, task=task, **options)
+        schedule = make_schedule(model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
+    schedule = schedule.tail(settings.strength) if task == "video-to-video" else schedule
+    scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
+    guided = sum(scale is not None for scale in scales)
+    size = model.latent_size(settings.height, settings.width, settings.num_frames)
+    own = estimate_memory(
+        subject, settings, machine.device, str(dtype).removeprefix("torch."), ops, rows=2 if guided else 1
+    )
+    fits = None if own.needed <= machine.free else what_fits(subject, settings, machine, own.dtype, ops, own.needed)
+    said = [*notes, *(str(warning.message) for warning in caught), *_remarks(subject, settings, own, machine, fits)]
+    return Plan(
+        model=model.name,
+        settings=settings,
+        size=size,
+        video_tokens=costs.tokens(model.transformer, size),
+        text_tokens=model.text_length,
+        rows=2 if guided else 1,
+        fps=fps,
+        seconds=settings.num_frames / fps,
+        steps=len(schedule),
+        guided_steps=guided,
+        flops=count_flops(subject, settings, size, len(schedule), guided),
+        memory=(own, *_other_rows(subject, settings, own, ops)),
+        download=0 if subject.checkpoint else subject.stored_bytes,
+        machine=machine,
+        fits=fits,
+        warnings=tuple(said),
+    )
+
+
+def _remarks(subject: Subject, settings: Settings, own: Memory, machine: Machine, fits: str | None) -> Iterator[str]:
+    model = subject.model
+    if reasons := outside_training(model, settings.height, settings.width, settings.num_frames):
+        yield f"{model.name} was not trained for {' and '.join(reasons)}"
+    if subject.checkpoint is None:
+        yield f"{model.repo} is not here: its config and sizes are those that weights.md lists"
+    if fits is not None:
+        yield shortage(own, machine, fits)
+
+
+def count_flops(
+    subject: Subject, settings: Settings, size: tuple[int, int, int], steps: int, guided: int
+) -> dict[str, int]:
+    """Return the floating-point operations of each phase, of one step with and without guidance, and in all."""
+    model, length = subject.model, subject.model.text_length
+    kernels = _kernels("cpu", "float32", "torch")  # it does not change what is computed
+    one, both = (costs.transformer_flops(model.transformer, rows, length, size) for rows in (1, 2))
+    latents = size[0] - model.padding(settings.num_frames), *size[1:]
+    encoded = _encoded_frames(settings)
+    pixels = encoded, settings.height, settings.width
+    found = {
+        "text": costs.t5_flops(subject.t5, 2 if settings.guided else 1, length),
+        "encode": costs.vae_encode(model.vae, pixels, 4, kernels).flops if encoded else 0,
+        "denoise": guided * both + (steps - guided) * one,
+        "decode": costs.vae_decode(model.vae, latents, 4, kernels).flops,
+    }
+    return {"step": one, "guided_step": both, **found, "total": sum(found.values())}
+
+
+def estimate_memory(
+    subject: Subject, settings: Settings, device: str, dtype: str, ops: str = "torch", rows: int = 2
+) -> Memory:
+    """Estimate the peak of memory where everything stays resident. rows: 2 if guidance runs both branches.
+
+    A phase has weights and activations. On a CPU, weights whose stored dtype is the run's are mapped: they are in
+    memory from the phase that reads them. The others are copied at load, with the pages of their files beside them
+    until all are loaded. The libraries are `PROCESS`, and what activations cost the allocator is `SLACK`.
+    """
+    model, itemsize, kernels = subject.model, DTYPES[dtype].itemsize, _kernels(device, dtype, ops)
+    size = model.latent_size(settings.height, settings.width, settings.num_frames)
+    latents = size[0] - model.padding(settings.num_frames), *size[1:]
+    encoded = _encoded_frames(settings)
+    pixels = encoded, settings.height, settings.width
+    on_cpu = device == "cpu"
+    kept = {part: counts.get(dtype, 0) * itemsize if on_cpu else 0 for part, counts in subject.weights.items()}
+    copied = {part: sum(counts.values()) * itemsize - kept[part] for part, counts in subject.weights.items()}
+    if dtype == "float16":  # T5's `wo` stays in fp32
+        copied["text_encoder"] += 2 * subject.t5.num_layers * subject.t5.d_ff * subject.t5.d_model
+    files = sum(_bytes(subject.weights[part]) for part in copied if copied[part]) if on_cpu else 0
+    activations = {
+        "text": costs.t5_activations(subject.t5, 1, model.text_length, itemsize),
+        "encode": costs.vae_encode(model.vae, pixels, itemsize, kernels).activations if encoded else 0,
+        "denoise": costs.transformer_activations(model.transformer, rows, model.text_length, size, itemsize, kernels),
+        "decode": costs.vae_decode(model.vae, latents, itemsize, kernels).activations,
+    }
+    clip = 3 * settings.height * settings.width * encoded * 5 if encoded > 1 else 0  # uint8, and fp32 until encoded
+    read = {"text": "text_encoder", "encode": "vae_encoder", "denoise": "transformer", "decode": "vae_decoder"}
+    held = sum(copied.values()) + (PROCESS if on_cpu else 0)
+    phases = {"load": held + files}
+    for phase in ("encode", "text", "denoise", "decode"):  # in the order of a run
+        if phase == "encode" and not encoded:
+            continue
+        held += kept[read[phase]]
+        phases[phase] = held + clip + int(SLACK[device] * activations[phase])
+    needed = max(phases["load"] - files, *(phases[phase] for phase in phases if phase != "load"))
+    return Memory(
+        device, dtype, "resident", phases, max(phases.values()), needed, sum(copied.values()), measured=on_cpu
+    )
+
+
+def what_fits(subject: Subject, settings: Settings, machine: Machine, dtype: str, ops: str, above: int) -> str:
+    """Return the smallest change that would fit into free memory, as options; say so if there is none.
+
+    above: what the run itself needs. What is named needs 15 % less than what is free, and less than this.
+    """
+    room = min(machine.free, above) / 1.15
+    narrow = "bfloat16" if dtype == "float32" else dtype
+    for name, height, width, frames in _smaller(subject.model, settings, dtype, narrow):
+        changed = dataclasses.replace(settings, height=height, width=width, num_frames=frames)
+        if estimate_memory(subject, changed, machine.device, name, ops).needed <= room:
+            given = {"dtype": (dtype, name), "height": (settings.height, height), "width": (settings.width, width)}
+            given["num-frames"] = settings.num_frames, frames
+            return " ".join(f"--{option} {now}" for option, (before, now) in given.items() if before != now)
+    return "no smaller run of this model"
+
+
+def shortage(memory: Memory, machine: Machine, fits: str) -> str:
+    """Say that a run needs more than is free, and what would fit."""
+    return (
+        f"memory: got {machine.free / GB:.1f} GB free of {machine.total / GB:.1f} GB on {machine.device}, want about "
+        f"{memory.needed / GB:.1f} GB for this run in {memory.dtype}; what would fit: {fits}"
+    )
+
+
+def refuse_hopeless(plan: Plan) -> None:
+    """Raise if not even the weights fit, whatever else the machine does.
+
+    Only then: an estimate of activations may be wrong, mapped weights can be read again and again, and memory that is
+    taken now may be free later.
+
+    Raises:
+        MemoryError: the weights that cannot be dropped are larger than the machine's memory and swap.
+    """
+    own, machine = plan.memory[0], plan.machine
+    if own.pinned > machine.total:
+        raise MemoryError(
+            f"memory: got {machine.total / GB:.1f} GB on {machine.device}, want {own.pinned / GB:.1f} GB for the "
+            f"weights alone in {own.dtype}; what would fit: {plan.fits}"
+        )
+
+
+def out_of_memory(plan: Plan, subject: Subject, ops: str, error: BaseException) -> MemoryError:
+    """Return the error of a run that ended for want of memory: the reason, the estimate, and what would fit."""
+    own, machine = plan.memory[0], plan.machine
+    fits = plan.fits or what_fits(subject, plan.settings, machine, own.dtype, ops, own.needed)
+    said = " ".join(str(error).split()) or type(error).__name__
+    return MemoryError(f"out of memory: {said:.200}; {shortage(own, machine, fits)}")
+
+
+def _smaller(model: ModelConfig, settings: Settings, dtype: str, narrow: str) -> Iterator[tuple[str, int, int, int]]:
+    """Yield (dtype, height, width, frames) of legal runs: in the narrower dtype, with fewer frames, then smaller."""
+    frames = [n for n in range(settings.num_frames - 1, 0, -1) if n % model.frame_multiple == 1]
+    stride = model.vae.spatial_compression_ratio * model.transformer.patch_size
+    rows, columns = settings.height // stride, settings.width // stride
+    sizes = [(n * stride, max(round(n * columns / rows), 1) * stride) for n in range(rows - 1, 0, -1)]
+    if model.transformer.use_learned_positional_embeddings:
+        sizes = []  # its table has one size
+    if narrow != dtype:
+        yield narrow, settings.height, settings.width, settings.num_frames
+    for name in dict.fromkeys((dtype, narrow)):
+        yield from ((name, settings.height, settings.width, n) for n in frames if n > 1)
+        yield from ((name, *size, settings.num_frames) for size in sizes)
+    smallest = [n for n in frames if n > 1][-1:] or [settings.num_frames]
+    yield from ((narrow, *size, smallest[0]) for size in sizes)
+
+
+def _other_rows(subject: Subject, settings: Settings, own: Memory, ops: str) -> Iterator[Memory]:
+    """Yield the same run on the other device, and in the other dtypes that are run there."""
+    rows = {("cpu", "float32"): "torch", ("cpu", "bfloat16"): "torch"}
+    rows |= {("cuda", name): ops if own.device == "cuda" else "triton" for name in ("bfloat16", "float32")}
+    if subject.model.dtype == "float16":
+        rows["cuda", "float16"] = rows["cuda", "bfloat16"]
+    for (device, dtype), kind in rows.items():
+        if (device, dtype) != (own.device, own.dtype):
+            yield estimate_memory(subject, settings, device, dtype, kind, rows=2 if settings.guided else 1)
+
+
+def _kernels(device: str, dtype: str, ops: str) -> Kernels:
+    if device != "cpu":
+        return Kernels(CONV_ELEMENTS["cuda"], fused_norms=ops == "triton", fused_gelu=ops == "triton")
+    onednn = dtype == "bfloat16" and placement._cpu_has_bfloat16()
+    unfold = costs.UNFOLD_FLOAT32 if dtype == "float32" else 0 if onednn else float("inf")
+    return Kernels(CONV_ELEMENTS["cpu"], fused_norms=False, fused_gelu=onednn, unfold_below=unfold)
+
+
+def _encoded_frames(settings: Settings) -> int:
+    """Return how many frames the VAE encodes before the run: none, an image, or the video."""
+    return {"text-to-video": 0, "image-to-video": 1, "video-to-video": settings.num_frames}[settings.task]
+
+
+def _stored(checkpoint: Checkpoint) -> tuple[T5Config, dict[str, dict[str, int]]]:
+    """Return the sizes of the text encoder and the weights of a checkpoint, from its headers."""
+    directory = checkpoint.directory
+    found: dict[str, Counter[str]] = {part: Counter() for part in ("transformer", "text_encoder", *_VAE)}
+    for part, basename in WEIGHTS.items():
+        for name, tensor in load_state(directory / part, basename, checkpoint.variants[part]).items():
+            of_vae = "vae_encoder" if name.startswith("encoder.") else "vae_decoder"
+            found[of_vae if part == "vae" else part][str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return T5Config.from_dict(read_json(directory / "text_encoder" / "config.json")), {
+        part: dict(counts) for part, counts in found.items()
+    }
+
+
+def _bytes(counts: Mapping[str, int]) -> int:
+    return sum(count * getattr(torch, dtype).itemsize for dtype, count in counts.items())
+
+
+def _looks_remote(source: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
+
+
+def table(plan: Plan) -> list[tuple[str, str]]:
+    """Return the plan as rows of (name, value) to print."""
+    settings, flops = plan.settings, plan.flops
+    frames, height, width = plan.size
+    step = flops["guided_step" if plan.guided_steps else "step"]
+    guidance = (
+        f"guidance {settings.guidance_scale:g} in {plan.guided_steps} of them" if plan.guided_steps else "no guidance"
+    )
+    rows = [
+        ("legal", f"yes: {plan.model}, {settings.task}"),
+        (
+            "video",
+            f"{settings.num_frames} frames of {settings.height}x{settings.width} pixels, "
+            f"{plan.seconds:.2f} s at {plan.fps:g} fps",
+        ),
+        ("latents", f"{frames} frames of {height}x{width}"),
+        ("tokens", f"{plan.video_tokens:,} of video and {plan.text_tokens:,} of text, in a batch of {plan.rows}"),
+        ("steps", f"{plan.steps} of {settings.scheduler}, {guidance}"),
+        (
+            "FLOPs",
+            f"{_si(step)} a step, {_si(flops['denoise'])} in all steps",
+        ),
+        ("", ", ".join(f"{_si(flops[part])} {part}" for part in ("text", "encode", "decode") if flops[part])),
+        ("", f"{_si(flops['total'])} in all"),
+    ]
+    for i, memory in enumerate(plan.memory):
+        worst = max(memory.phases, key=lambda phase: memory.phases[phase])
+        note = ("" if memory.measured else ", an estimate that was not measured") + ("; this run" if i == 0 else "")
+        where = f"{memory.device}, {memory.dtype}, {memory.mode}"
+        rows.append(("" if i else "memory", f"{memory.peak / GB:.2f} GB on {where} (in {worst}){note}"))
+    rows.append(
+        ("free here", f"{plan.machine.free / GB:.1f} GB of {plan.machine.total / GB:.1f} GB on {plan.machine.device}")
+    )
+    rows.append(("download", f"{plan.download / GB:.1f} GB" if plan.download else "nothing"))
+    return [*rows, *(("warning", text) for text in plan.warnings)]
+
+
+def _si(flops: int) -> str:
+    for unit, size in (("PFLOP", 10**15), ("TFLOP", 10**12), ("GFLOP", 10**9)):
+        if flops >= size:
+            return f"{flops / size:.3g} {unit}"
+    return f"{flops / 10**6:.3g} MFLOP"
