@@ -485,7 +485,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _judged(error: Exception) -> tuple[BaseException | str, int]:
     """Return what to say of an error, and the exit status."""
-    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by.
     if _is_out_of_memory(error):
         return f"out of memory: {error}" if str(error) else "out of memory", MACHINE_ERROR
     if isinstance(error, FloatingPointError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):

@@ -23,8 +23,8 @@ _HIDDEN = re.compile(r"\.cogvid-[0-9a-f]{12}(\.\w+)?")
 def whole_file(target: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the path of an empty file to fill. It becomes `target` when the block ends without an exception.
 
-    Until then a file that is there stays as it was. The data are on the disk when the name is. The mode follows the
-    umask. What opens the path must write to it in place.
+    Until then a file that is there stays as it was. The data are on the disk when the name is. The mode is that of the
+    file that is replaced, and follows the umask where there is none. What opens the path must write to it in place.
     """
     target = os.path.realpath(target)
     directory, suffix = os.path.dirname(target), os.path.splitext(target)[1]
@@ -33,6 +33,7 @@ def whole_file(target: str | os.PathLike[str]) -> Iterator[str]:
     if descriptor is None:
         descriptor, hidden = _open_hidden(directory, suffix)
     try:
+        _keep_mode(descriptor, target)
         yield hidden or f"/proc/self/fd/{descriptor}"
         os.fsync(descriptor)
         if hidden is None:
@@ -120,6 +121,7 @@ def _link(descriptor: int, target: str, suffix: str) -> str | None:
     copy, hidden = _open_hidden(os.path.dirname(target), suffix)
     try:
         shutil.copyfile(source, hidden)
+        _keep_mode(copy, target)
         os.fsync(copy)
     except BaseException:
         os.unlink(hidden)
@@ -127,6 +129,12 @@ def _link(descriptor: int, target: str, suffix: str) -> str | None:
     finally:
         os.close(copy)
     return hidden
+
+
+def _keep_mode(descriptor: int, target: str) -> None:
+    """Give an open file the mode of the file that it will replace, so that a private one stays private."""
+    with contextlib.suppress(OSError):  # there is none, or the file system has no modes
+        os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
 
 
 def _remove_if_left(path: str) -> None:

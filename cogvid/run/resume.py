@@ -17,7 +17,7 @@ from cogvid.run.generate import Job
 from cogvid.run.saved_run import SavedRun
 
 # What says where a run is saved or what is shown of it, and what may be another when it goes on.
-NOT_OF_THE_RUN = ("command", "checkpoint", "resume", "every", "image", "video", "verbose")
+NOT_OF_THE_RUN = ("command", "checkpoint", "resume", "every", "image", "video", "verbose", "traceback", "sidecar")
 MAY_CHANGE = ("output", "device", "ops", "local_files_only")
 _PICTURES = ("image", "video")
 

@@ -25,7 +25,7 @@ from cogvid.run.settings import check_int
 from cogvid.sampling.samplers import Generators, State, Step
 
 _STATE, _INPUTS, _LOCK = "state.safetensors", "inputs.safetensors", "lock"
-_MAY_DIFFER = ("versions", "device", "ops")  # the run can go on, but not to the same bytes
+_MAY_DIFFER = ("versions", "machine", "device", "ops")  # the run can go on, but not to the same bytes
 _SAME_TENSORS = 0.05  # relative RMS: rounding in bfloat16 is below 0.01, and other inputs are above 0.1
 
 

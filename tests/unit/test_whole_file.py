@@ -95,6 +95,20 @@ def in_a_child(work: Callable[[], object]) -> int:
     return os.waitpid(child, 0)[1]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, kind: str, mask: int) -> None:  # noqa: ARG001
+    target = tmp_path / "a"
+    target.write_bytes(b"before")
+    target.chmod(0o600)
+    before = os.umask(mask)
+    try:
+        write_bytes(target, b"after")
+    finally:
+        os.umask(before)
+    assert target.read_bytes() == b"after"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
 @pytest.mark.parametrize("call", ["fsync", "link", "replace"])
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("existing", [False, True])
