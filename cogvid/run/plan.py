@@ -76,7 +76,7 @@ class Memory:
     phases: the peak in each part of the run. `load` has the files that are converted beside the converted weights.
     peak: of all phases. needed: the peak without what the system can drop, the pages of files that are converted.
     pinned: weights that cannot be dropped, the least that a run of any size needs.
-    measured: whether the formula was checked with measured peaks on this kind of device.
+    measured: whether the formula was checked with measured peaks: on CPUs, in bf16 only where oneDNN has it.
     """
 
     device: str
@@ -272,9 +272,9 @@ def estimate_memory(
         held += kept[read[phase]]
         phases[phase] = held + clip + int(SLACK[device] * activations[phase])
     needed = max(phases["load"] - files, *(phases[phase] for phase in phases if phase != "load"))
-    return Memory(
-        device, dtype, "resident", phases, max(phases.values()), needed, sum(copied.values()), measured=on_cpu
-    )
+    pinned = sum(copied.values())
+    measured = on_cpu and (dtype == "float32" or placement._cpu_has_bfloat16())
+    return Memory(device, dtype, "resident", phases, max(phases.values()), needed, pinned, measured)
 
 
 def what_fits(subject: Subject, settings: Settings, machine: Machine, dtype: str, ops: str, above: int) -> str:

@@ -31,6 +31,7 @@ from cogvid.run.machine import Machine
 from cogvid.run.plan import GB, OFFICIAL, PROCESS, Plan, make_plan, refuse_hopeless, survey
 from cogvid.weights.hub import PACKS
 from cogvid.weights.load import load_text_encoder, save_transformer, save_vae
+from cogvid.weights.placement import _cpu_has_bfloat16
 
 ROOT = Path(__file__).parents[2]
 HUGE = Machine("cpu", 10**15, 10**15)
@@ -279,6 +280,8 @@ def test_the_memory_of_a_reduced_width_is_within_15_percent(
 ) -> None:
     """With the libraries and without: weights and activations alone are within 15 % too."""
     which, height, width, frames, dtype, stored = case
+    if dtype == "bfloat16" and not _cpu_has_bfloat16():
+        pytest.skip("bf16 without oneDNN takes many minutes, and its memory is not said to be measured")
     options = ["--height", height, "--width", width, "--num-frames", frames, "--dtype", dtype]
     planned, measured = planned_and_measured(
         tmp_path, "--model", wide(which, stored), "--num-inference-steps", 2, *options
@@ -297,7 +300,8 @@ def test_the_plan_of_a_pack(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["settings"]["task"] == "image-to-video"
     assert found["download"] == 0
     assert found["fits"] is None
-    assert [row["measured"] for row in found["memory"]] == [row["device"] == "cpu" for row in found["memory"]]
+    for row in found["memory"]:
+        assert row["measured"] == (row["device"] == "cpu" and (row["dtype"] == "float32" or _cpu_has_bfloat16()))
     assert list(found["memory"][0]["phases"]) == ["load", "encode", "text", "denoise", "decode"]
     assert cli.main(["plan", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
