@@ -486,7 +486,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _judged(error: Exception) -> tuple[BaseException | str, int]:
     """Return what to say of an error, and the exit status."""
     if _is_out_of_memory(error):
-        return f"out of memory: {error}" if str(error) else "out of memory", MACHINE_ERROR
+        said = str(error).removeprefix("out of memory").removeprefix(": ")
+        return f"out of memory: {said}" if said else "out of memory", MACHINE_ERROR
     if isinstance(error, FloatingPointError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
         return error, MACHINE_ERROR
     if isinstance(error, (ValueError, OSError, ImportError)):

@@ -7,11 +7,12 @@ downloaded. costs.py has the arithmetic.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,9 @@ OFFICIAL: dict[str, dict[str, dict[str, int]]] = {  # model -> part -> stored dt
         ("cogvideox1.5-5b-i2v", "bfloat16", 5_571_594_880, "float32"),
     )
 }
+
+
+Choice = tuple[str, int, int, int]  # dtype, height, width, frames
 
 
 @dataclass(frozen=True)
@@ -284,9 +288,16 @@ def what_fits(subject: Subject, settings: Settings, machine: Machine, dtype: str
     """
     room = min(machine.free, above) / 1.15
     narrow = "bfloat16" if dtype == "float32" else dtype
-    for name, height, width, frames in _smaller(subject.model, settings, dtype, narrow):
-        changed = dataclasses.replace(settings, height=height, width=width, num_frames=frames)
-        if estimate_memory(subject, changed, machine.device, name, ops).needed <= room:
+    for count, choice in _smaller(subject.model, settings, dtype, narrow):
+
+        def fits(index: int, choice: Callable[[int], Choice] = choice) -> bool:
+            name, height, width, frames = choice(index)
+            changed = dataclasses.replace(settings, height=height, width=width, num_frames=frames)
+            return estimate_memory(subject, changed, machine.device, name, ops).needed <= room
+
+        index = bisect.bisect_left(range(count), True, key=fits)
+        if index < count:
+            name, height, width, frames = choice(index)
             given = {"dtype": (dtype, name), "height": (settings.height, height), "width": (settings.width, width)}
             given["num-frames"] = settings.num_frames, frames
             return " ".join(f"--{option} {now}" for option, (before, now) in given.items() if before != now)
@@ -326,21 +337,30 @@ def out_of_memory(plan: Plan, subject: Subject, ops: str, error: BaseException) 
     return MemoryError(f"out of memory: {said:.200}; {shortage(own, machine, fits)}")
 
 
-def _smaller(model: ModelConfig, settings: Settings, dtype: str, narrow: str) -> Iterator[tuple[str, int, int, int]]:
-    """Yield (dtype, height, width, frames) of legal runs: in the narrower dtype, with fewer frames, then smaller."""
-    frames = [n for n in range(settings.num_frames - 1, 0, -1) if n % model.frame_multiple == 1]
+def _smaller(
+    model: ModelConfig, settings: Settings, dtype: str, narrow: str
+) -> Iterator[tuple[int, Callable[[int], Choice]]]:
+    """Yield series of legal runs: in the narrower dtype, with fewer frames, then smaller.
+
+    Each is a length and a function from an index to (dtype, height, width, frames); the largest run comes first.
+    """
+    height, width, own = settings.height, settings.width, settings.num_frames
+    frames = [n for n in range(own - 1, 1, -1) if n % model.frame_multiple == 1]
     stride = model.vae.spatial_compression_ratio * model.transformer.patch_size
-    rows, columns = settings.height // stride, settings.width // stride
-    sizes = [(n * stride, max(round(n * columns / rows), 1) * stride) for n in range(rows - 1, 0, -1)]
-    if model.transformer.use_learned_positional_embeddings:
-        sizes = []  # its table has one size
+    rows, columns = height // stride, width // stride
+    # The learned table of positions has one size.
+    sizes = 0 if model.transformer.use_learned_positional_embeddings else rows - 1
+
+    def size(index: int) -> tuple[int, int]:
+        n = rows - 1 - index
+        return n * stride, max(round(n * columns / rows), 1) * stride
+
     if narrow != dtype:
-        yield narrow, settings.height, settings.width, settings.num_frames
+        yield 1, lambda _: (narrow, height, width, own)
     for name in dict.fromkeys((dtype, narrow)):
-        yield from ((name, settings.height, settings.width, n) for n in frames if n > 1)
-        yield from ((name, *size, settings.num_frames) for size in sizes)
-    smallest = [n for n in frames if n > 1][-1:] or [settings.num_frames]
-    yield from ((narrow, *size, smallest[0]) for size in sizes)
+        yield len(frames), lambda index, name=name: (name, height, width, frames[index])
+        yield sizes, lambda index, name=name: (name, *size(index), own)
+    yield sizes, lambda index: (narrow, *size(index), frames[-1] if frames else own)
 
 
 def _other_rows(subject: Subject, settings: Settings, own: Memory, ops: str) -> Iterator[Memory]:
