@@ -60,12 +60,12 @@ def test_a_load_resolves_once_and_reads_each_config_once(monkeypatch: pytest.Mon
 
 def test_the_placement_does_not_depend_on_a_parameter() -> None:
     """Offloading leaves parameters on the meta device; the pipeline still knows where it runs."""
-    from accelerate import cpu_offload
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
 
     pipe, options = cogvid.load("tiny-i2v", device="cpu"), {**QUICK, "output_type": "pt", "image": picture(64, 64)}
     expected = pipe("the red circle moves right", **options).frames
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder.t5):
-        cpu_offload(part, execution_device=torch.device("cpu"))
+        accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
         assert all(parameter.is_meta for parameter in part.parameters())
     assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.float32)
     assert rel_rms(pipe("the red circle moves right", **options).frames, expected) < 1e-5
@@ -114,14 +114,14 @@ def test_rms_in_bf16_rounds_the_centred_weights_anew() -> None:
 
 def test_rms_falls_back_to_layer_where_a_projection_is_not_plain() -> None:
     """An adapter's part of the sum is not centred, so LayerNorm must run there."""
-    from peft import LoraConfig, inject_adapter_in_model
+    peft = pytest.importorskip("peft", reason="needs peft")
 
     calls: list[bool] = []
     models = [load_transformer(PACKS / "tiny-t2v", dtype="float32", qk_norm=norm) for norm in ("layer", "rms")]
     for model in models:
-        config = LoraConfig(r=2, target_modules=r"blocks\.1\.k_proj", init_lora_weights=False)
+        config = peft.LoraConfig(r=2, target_modules=r"blocks\.1\.k_proj", init_lora_weights=False)
         torch.manual_seed(0)
-        inject_adapter_in_model(config, model)
+        peft.inject_adapter_in_model(config, model)
     models[1].set_ops(centred_calls(calls))
     generator = torch.Generator().manual_seed(0)
     latents, text = torch.randn(1, 16, 5, 8, 8, generator=generator), torch.randn(1, 16, 64, generator=generator)

@@ -84,12 +84,12 @@ def test_the_hook_sees_what_a_linear_returns() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peft_on_every_linear_equals_the_merged_weights(name: str) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
+    peft = pytest.importorskip("peft", reason="needs peft")
 
     config = CONFIGS[name]
     model, merged, args = make(config), make(config), inputs(config)
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=linears), model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=8, target_modules=linears), model)
     generator = torch.Generator().manual_seed(2)
     for path in linears:
         wrapper = model.get_submodule(path)
@@ -105,11 +105,11 @@ def test_peft_on_every_linear_equals_the_merged_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_accelerate_cpu_offload_runs(name: str) -> None:
-    from accelerate import cpu_offload
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
 
     model, args = make(CONFIGS[name]), inputs(CONFIGS[name])
     plain = model(*args)
-    cpu_offload(model, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert rel_rms(model(*args), plain) < UNFUSED_FP32
 
