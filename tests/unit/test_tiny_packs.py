@@ -18,6 +18,8 @@ import cogvid
 from cogvid.weights.hub import find
 from scripts.tiny_world import Track, observe
 
+pytest.importorskip("scipy", reason="needs scipy, which finds the shapes")
+
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.png"
 STEPS = 10
 SAMPLERS = ["dpm", "ddim"]

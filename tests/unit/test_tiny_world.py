@@ -21,6 +21,8 @@ from scripts.tiny_world import (
     sample_scenes,
 )
 
+pytest.importorskip("scipy", reason="needs scipy, which finds the shapes")
+
 
 def scenes(n: int, seed: int = 0, **options):
     return sample_scenes(n, torch.Generator().manual_seed(seed), **options)
