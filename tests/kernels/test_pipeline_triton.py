@@ -48,6 +48,7 @@ def test_the_bundle_of_kernels_is_known_by_its_name(device: torch.device) -> Non
 PACK = Path(cogvid.__file__).parent / "packs" / "tiny-i2v"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PACK.is_dir(), reason="the pack is not in this checkout")
 def test_the_shipped_pack(device: torch.device) -> None:
     latents = {

@@ -94,6 +94,7 @@ def test_bench_model_times_all_models_beside_diffusers() -> None:
         assert set(providers) == {"cogvid"} | expected.get(label.split()[0].strip(","), {"transformers"})
 
 
+@pytest.mark.slow
 def test_bench_model_times_the_kernels_too() -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     _, result = run("bench_model.py", "--size", "toy", "--device", "cpu", "--runs", "1", "--parts", "step", "decode")
@@ -115,6 +116,7 @@ def test_bench_model_loads_in_fresh_processes() -> None:
     assert {row["provider"] for row in result["rows"]} == {"diffusers", "transformers", "cogvid"}
 
 
+@pytest.mark.slow
 def test_bench_model_times_ours_where_diffusers_and_git_are_absent(tmp_path: Path) -> None:
     (tmp_path / "diffusers.py").write_text("raise ImportError('no diffusers here')")
     arguments = (

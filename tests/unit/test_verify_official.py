@@ -47,7 +47,7 @@ def custom(directory: Path, variant: str) -> Path:
     return save_pipeline(pipe, spiece, directory)
 
 
-@pytest.mark.parametrize("pack", ["tiny-i2v", "tiny-t2v"])
+@pytest.mark.parametrize("pack", ["tiny-i2v", pytest.param("tiny-t2v", marks=pytest.mark.slow)])
 def test_shipped_packs_pass(pack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     file = tmp_path / "found.json"

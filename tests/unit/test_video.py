@@ -301,17 +301,20 @@ def test_writer_refuses_other_frames_and_use_outside_its_block(tmp_path: Path) -
     assert os.listdir(tmp_path) == []
 
 
-def test_existing_file_is_replaced_links_are_kept_and_the_mode_follows_the_umask(tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced_and_links_and_modes_are_kept(tmp_path: Path) -> None:
     (tmp_path / "real.mp4").write_bytes(b"old")
+    (tmp_path / "real.mp4").chmod(0o600)
     (tmp_path / "link.mp4").symlink_to("real.mp4")
     previous = os.umask(0o027)
     try:
         export_to_video(_FRAMES, tmp_path / "link.mp4")
+        export_to_video(_FRAMES, tmp_path / "new.mp4")
     finally:
         os.umask(previous)
     assert (tmp_path / "link.mp4").is_symlink()
     assert read_video(tmp_path / "real.mp4")[0].shape == (3, 16, 16, 3)
-    assert stat.S_IMODE((tmp_path / "real.mp4").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "real.mp4").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "new.mp4").stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize("name", ["pipe:1.mp4", "http:x.mp4", "a b'ü%d.mp4", "-o.mp4", ".mp4.mp4", "x" * 250 + ".mp4"])
