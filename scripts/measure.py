@@ -70,7 +70,9 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
         return _output("nvidia-smi", query, "--format=csv,noheader") or torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    from cogvid.run.machine import cpu_name  # here, because scripts set the path after this import
+
+    return f"{cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def _output(*command: str) -> str:
@@ -78,15 +80,6 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no such program
         return ""
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def status_mib(field: str) -> float | None:

@@ -12,7 +12,6 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import cogvid
 from cogvid.media.download import shown
 from cogvid.media.image import load_image
 from cogvid.media.video import read_cover, read_metadata
+from cogvid.run.machine import cpu_name
 from cogvid.run.settings import Settings
 from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.schedule import Schedule
@@ -168,19 +168,10 @@ def _machine(device: torch.device) -> dict[str, Any]:
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _version(name: str) -> str | None:
