@@ -43,7 +43,10 @@ MACHINE_ERRNOS = (
     errno.EPIPE, errno.EBADF,
 )  # fmt: skip
 # What the loader says of a library that there is no memory for (an ImportError), and PyTorch of a tensor.
-_NO_MEMORY = ("Cannot allocate memory", "failed to map segment", "cannot allocate", "DefaultCPUAllocator", "overflow")
+_NO_MEMORY = (
+    "Cannot allocate memory", "failed to map segment", "cannot allocate", "DefaultCPUAllocator",
+    "Storage size calculation overflowed", "integer multiplication overflow",
+)  # fmt: skip
 _LONGEST_LINE = 1000  # characters
 
 
@@ -127,9 +130,10 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     planned = _plan(arguments, subject, placement, num_frames=job.settings.num_frames)
     refuse_hopeless(planned)
     checkpoint = subject.checkpoint
-    if checkpoint is None:  # known from its name so far
+    if checkpoint is None or checkpoint.source_kind == "hub":
+        # So far it was known from its name or the local cache; the hub may have a newer one.
         checkpoint = read_checkpoint(source, **origin)
-        job = _job(arguments, checkpoint.model, saved)
+        job = _job(arguments, checkpoint.model, saved) if checkpoint.model != subject.model else job
     if arguments.record_paths and checkpoint.source_kind == "directory":
         job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
     if saved is not None:

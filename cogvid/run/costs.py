@@ -10,38 +10,14 @@ Letters: N text and video tokens, L text tokens, S video tokens, D model width, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from cogvid.config import TransformerConfig, VAEConfig
 from cogvid.models.vae import LATENT_CHUNK, MID_BLOCK_LAYERS, PIXEL_CHUNK, chunk_sizes
+from cogvid.weights.text_config import TextConfig
 
 FLOAT32 = 4  # bytes
 UNFOLD_FLOAT32 = 20_480
-
-
-@dataclass(frozen=True)
-class T5Config:
-    """The sizes of a T5 encoder, named as in its `config.json`; the defaults are those of T5 v1.1 XXL."""
-
-    d_model: int = 4096
-    d_ff: int = 10240
-    d_kv: int = 64
-    num_heads: int = 64
-    num_layers: int = 24
-    vocab_size: int = 32128
-    gated: bool = True
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> T5Config:
-        """Read a parsed `config.json`; what it does not name is the default of transformers' `T5Config`."""
-        sizes = {"d_model": 512, "d_ff": 2048, "d_kv": 64, "num_heads": 8, "num_layers": 6, "vocab_size": 32128}
-        found = {name: values.get(name, size) for name, size in sizes.items()}
-        for name, size in found.items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"text_encoder: {name}: got {size!r}, want a positive integer")
-        return T5Config(**found, gated="gated" in str(values.get("feed_forward_proj", "relu")))
 
 
 @dataclass(frozen=True)
@@ -61,21 +37,22 @@ class Kernels:
     unfold_below: float = 0
 
 
-def t5_flops(config: T5Config, prompts: int, length: int) -> int:
+def t5_flops(config: TextConfig, prompts: int, length: int) -> int:
     """Return what encoding `prompts` of `length` tokens takes."""
     inner = config.num_heads * config.d_kv
     linears = 4 * inner + (3 if config.gated else 2) * config.d_ff
     return prompts * config.num_layers * (2 * length * config.d_model * linears + 4 * length**2 * inner)
 
 
-def t5_parameters(config: T5Config, buckets: int = 32) -> int:
-    """Return the number of parameters of the encoder, with its `buckets` of relative positions."""
+def t5_parameters(config: TextConfig) -> int:
+    """Return the number of parameters of the encoder."""
+    buckets = config.relative_attention_num_buckets
     inner, width = config.num_heads * config.d_kv, config.d_model
     layer = 4 * width * inner + (3 if config.gated else 2) * width * config.d_ff + 2 * width
     return config.vocab_size * width + config.num_layers * layer + buckets * config.num_heads + width
 
 
-def t5_activations(config: T5Config, prompts: int, length: int, itemsize: int) -> int:
+def t5_activations(config: TextConfig, prompts: int, length: int, itemsize: int) -> int:
     """Return what encoding `prompts` at once keeps: attention's bias and scores, or the rows of the MLP."""
     scores = config.num_heads * length**2 * (2 * itemsize + FLOAT32)
     hidden = length * itemsize * (4 * config.d_model + 3 * config.d_ff)

@@ -1,8 +1,8 @@
 """What a run would do and cost, before a weight is read: `cogvid plan`, and what `generate` checks first.
 
-Read are the configs of a checkpoint and the headers of its safetensors; of an official model that is not here, neither:
-its config is in `CONFIGS`, and its weights are in the table of weights.md, which `OFFICIAL` repeats. Nothing is
-downloaded. costs.py has the arithmetic.
+It reads the configs of a checkpoint and the headers of its safetensors. For an official model that is not on this
+machine it reads nothing: its config is in `CONFIGS`, and `OFFICIAL` repeats its sizes from the table of weights.md.
+Nothing is downloaded. costs.py has the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import torch
 from cogvid.config import CONFIGS, ModelConfig
 from cogvid.models.vae import CONV_ELEMENTS
 from cogvid.run import costs
-from cogvid.run.costs import Kernels, T5Config
+from cogvid.run.costs import Kernels
 from cogvid.run.machine import Machine
 from cogvid.run.settings import Settings, outside_training, resolve_settings
 from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.schedule import make_schedule
 from cogvid.weights import placement
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
-from cogvid.weights.files import DTYPES, load_state, read_json
+from cogvid.weights.files import DTYPES, load_state
 from cogvid.weights.hub import WEIGHTS
+from cogvid.weights.text_config import T5_XXL, TextConfig, read_text_config
 
 GB = 10**9
 PROCESS = 500 * 2**20  # Python, PyTorch for CPUs and the other libraries, resident in a run of tiny-t2v
@@ -49,7 +50,6 @@ OFFICIAL: dict[str, dict[str, dict[str, int]]] = {  # model -> part -> stored dt
     )
 }
 
-
 Choice = tuple[str, int, int, int]  # dtype, height, width, frames
 
 
@@ -62,7 +62,7 @@ class Subject:
     """
 
     model: ModelConfig
-    t5: T5Config
+    t5: TextConfig
     weights: Mapping[str, Mapping[str, int]]
     checkpoint: Checkpoint | None
 
@@ -147,7 +147,7 @@ def survey(source: str, *, fetch: bool = False, **origin: Any) -> Subject:
         if origin.get("variant") or origin.get("defaults") == "diffusers":
             official = None  # of other files, or of a file, that only the repository has
         if official is not None and not origin.get("local_files_only"):
-            return Subject(official, T5Config(), OFFICIAL[official.name], None)
+            return Subject(official, T5_XXL, OFFICIAL[official.name], None)
         if not (fetch and remote):
             raise
     checkpoint = read_checkpoint(source, **origin)
@@ -277,7 +277,7 @@ def estimate_memory(
         phases[phase] = held + clip + int(SLACK[device] * activations[phase])
     needed = max(phases["load"] - files, *(phases[phase] for phase in phases if phase != "load"))
     pinned = sum(copied.values())
-    measured = on_cpu and (dtype == "float32" or placement._cpu_has_bfloat16())
+    measured = on_cpu and (dtype == "float32" or placement.cpu_has_bfloat16())
     return Memory(device, dtype, "resident", phases, max(phases.values()), needed, pinned, measured)
 
 
@@ -377,7 +377,7 @@ def _other_rows(subject: Subject, settings: Settings, own: Memory, ops: str) -> 
 def _kernels(device: str, dtype: str, ops: str) -> Kernels:
     if device != "cpu":
         return Kernels(CONV_ELEMENTS["cuda"], fused_norms=ops == "triton", fused_gelu=ops == "triton")
-    onednn = dtype == "bfloat16" and placement._cpu_has_bfloat16()
+    onednn = dtype == "bfloat16" and placement.cpu_has_bfloat16()
     unfold = costs.UNFOLD_FLOAT32 if dtype == "float32" else 0 if onednn else float("inf")
     return Kernels(CONV_ELEMENTS["cpu"], fused_norms=False, fused_gelu=onednn, unfold_below=unfold)
 
@@ -387,7 +387,7 @@ def _encoded_frames(settings: Settings) -> int:
     return {"text-to-video": 0, "image-to-video": 1, "video-to-video": settings.num_frames}[settings.task]
 
 
-def _stored(checkpoint: Checkpoint) -> tuple[T5Config, dict[str, dict[str, int]]]:
+def _stored(checkpoint: Checkpoint) -> tuple[TextConfig, dict[str, dict[str, int]]]:
     """Return the sizes of the text encoder and the weights of a checkpoint, from its headers."""
     directory = checkpoint.directory
     found: dict[str, Counter[str]] = {part: Counter() for part in ("transformer", "text_encoder", *_VAE)}
@@ -395,9 +395,7 @@ def _stored(checkpoint: Checkpoint) -> tuple[T5Config, dict[str, dict[str, int]]
         for name, tensor in load_state(directory / part, basename, checkpoint.variants[part]).items():
             of_vae = "vae_encoder" if name.startswith("encoder.") else "vae_decoder"
             found[of_vae if part == "vae" else part][str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    return T5Config.from_dict(read_json(directory / "text_encoder" / "config.json")), {
-        part: dict(counts) for part, counts in found.items()
-    }
+    return read_text_config(directory / "text_encoder"), {part: dict(counts) for part, counts in found.items()}
 
 
 def _bytes(counts: Mapping[str, int]) -> int:

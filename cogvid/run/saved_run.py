@@ -160,9 +160,6 @@ class SavedRun:
                 raise ValueError(line)
             same = False
             warnings.warn(f"{line}; the result will differ in the last bits", stacklevel=4)
-        if (saved["step_cache"] is None) != (self._step_cache is None):
-            got, wanted = ("none", "one") if self._step_cache is None else ("one", "none")
-            raise ValueError(f"step_cache: got {got}, want {wanted} as in {place}")
         if len(self._generators) != len(saved["generators"]):
             raise ValueError(f"generator: got {len(self._generators)}, want {len(saved['generators'])} as in {place}")
         for name, tensor in self._first.items():

@@ -138,7 +138,10 @@ def _check_nesting(values: Any) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary file beside `path`, then rename it to `path`: it appears whole or not at all."""
+    """Call `write` with a temporary file beside `path`, then rename it to `path`: it appears whole or not at all.
+
+    Not `whole_file`, whose file may have no name: safetensors writes a file of its own beside the name it is given.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(partial)

@@ -76,7 +76,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
         raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
     if device.type != "cpu" or chosen == torch.float32:
         return chosen
-    fast = _cpu_has_bfloat16()
+    fast = cpu_has_bfloat16()
     if chosen == torch.float16:
         name = "bfloat16" if fast else "float32"
         warnings.warn(
@@ -102,7 +102,7 @@ def _warn_of_slow_bfloat16() -> None:
     warnings.warn("bfloat16 is slow on this CPU, which has no instructions for it; float32 is faster", stacklevel=3)
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """Say whether PyTorch hands bfloat16 products and convolutions to oneDNN on this CPU; its own loops are slow.
 
     This is PyTorch's own check: for AVX-512 on x86, for BF16 on ARM. Limits of the environment

@@ -42,6 +42,14 @@ class TextConfig(JsonConfig):
         if distance <= buckets // 4:
             raise ValueError(f"relative_attention_max_distance: got {distance}, want more than {buckets // 4}")
 
+    @property
+    def gated(self) -> bool:
+        """True when the feed-forward layers have a gate, a third matrix."""
+        return self.feed_forward_proj.startswith("gated-")
+
+
+T5_XXL = TextConfig(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")  # v1.1
+
 
 @dataclass(frozen=True)
 class TokenizerConfig(JsonConfig):

@@ -43,7 +43,7 @@ OFFICIAL = [name for name, model in CONFIGS.items() if model.repo]
 @pytest.fixture
 def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep bfloat16 on every CPU; nothing is computed in it here."""
-    monkeypatch.setattr(placement, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(placement, "cpu_has_bfloat16", lambda: True)
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

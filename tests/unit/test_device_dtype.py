@@ -30,7 +30,7 @@ from cogvid.weights.placement import resolve_device, resolve_dtype
 def test_dtype_is_what_was_asked_for_or_stored(
     monkeypatch: pytest.MonkeyPatch, asked: Any, stored: torch.dtype, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr(placement, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(placement, "cpu_has_bfloat16", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve_dtype(asked, torch.device("cpu"), stored) is expected
@@ -44,7 +44,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def test_float16_is_not_run_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, asked: str | None, stored: torch.dtype, fast: bool, words: str
 ) -> None:
-    monkeypatch.setattr(placement, "_cpu_has_bfloat16", lambda: fast)
+    monkeypatch.setattr(placement, "cpu_has_bfloat16", lambda: fast)
     with pytest.warns(UserWarning, match=rf"^float16 arithmetic is not run on a CPU: running in {words}"):
         assert resolve_dtype(asked, CPU, stored) is (torch.bfloat16 if fast else torch.float32)
     assert resolve_dtype(asked, GPU, stored) is torch.float16
@@ -53,7 +53,7 @@ def test_float16_is_not_run_on_a_cpu(
 def test_bfloat16_that_nobody_asked_for_is_not_run_on_a_cpu_that_is_slow_at_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(placement, "_cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(placement, "cpu_has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match=r"^bfloat16 is slow on this CPU.*running in float32.*twice the memory"):
         assert resolve_dtype(None, CPU, torch.bfloat16) is torch.float32
     for asked in ("bfloat16", torch.bfloat16):
@@ -69,14 +69,14 @@ def test_bfloat16_that_nobody_asked_for_is_not_run_on_a_cpu_that_is_slow_at_it(
 def test_slowness_is_said_once_for_all_the_parts_of_a_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(placement, "_cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(placement, "cpu_has_bfloat16", lambda: False)
     placement._warn_of_slow_bfloat16.cache_clear()
     options = ["--num-inference-steps", "1", "--num-frames", "1", "--dtype", "bfloat16"]
     assert cli.main(["generate", "the red circle moves right", "-o", str(tmp_path / "x.mp4"), *options]) == 0
     assert capsys.readouterr().err.count("bfloat16 is slow on this CPU") == 1
 
 
-ASK = "import warnings; from cogvid.weights.placement import _cpu_has_bfloat16; print(_cpu_has_bfloat16())"
+ASK = "import warnings; from cogvid.weights.placement import cpu_has_bfloat16; print(cpu_has_bfloat16())"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limit is of x86 instructions")
@@ -88,9 +88,9 @@ def test_limits_of_the_environment_count_as_the_cpu() -> None:
 
 
 def test_a_pytorch_that_cannot_be_asked_is_taken_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert placement._cpu_has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert placement.cpu_has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     monkeypatch.setattr(torch.ops, "mkldnn", object())
-    assert placement._cpu_has_bfloat16() is False
+    assert placement.cpu_has_bfloat16() is False
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "", torch.float64, 16])

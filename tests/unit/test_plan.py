@@ -31,7 +31,8 @@ from cogvid.run.machine import Machine
 from cogvid.run.plan import GB, OFFICIAL, PROCESS, Plan, make_plan, refuse_hopeless, survey
 from cogvid.weights.hub import PACKS
 from cogvid.weights.load import load_text_encoder, save_transformer, save_vae
-from cogvid.weights.placement import _cpu_has_bfloat16
+from cogvid.weights.placement import cpu_has_bfloat16
+from cogvid.weights.text_config import T5_XXL
 
 ROOT = Path(__file__).parents[2]
 HUGE = Machine("cpu", 10**15, 10**15)
@@ -160,7 +161,7 @@ def test_the_sizes_of_official_weights_are_those_of_the_modules_and_of_the_page(
             ("transformer", transformer), ("vae_encoder", vae.encoder), ("vae_decoder", vae.decoder),
         ):  # fmt: skip
             assert sum(parts[part].values()) == sum(t.numel() for t in [*module.parameters(), *module.buffers()])
-        assert sum(parts["text_encoder"].values()) == costs.t5_parameters(costs.T5Config())
+        assert sum(parts["text_encoder"].values()) == costs.t5_parameters(T5_XXL)
         short = {"cogvideox-2b": "2B", "cogvideox-5b": "5B", "cogvideox-5b-i2v": "5B-I2V"}.get(name, name[9:].upper())
         row = next(line for line in page.splitlines() if line.startswith(f"| {short} |"))
         together = float(row.split("|")[-2].split()[0])
@@ -280,7 +281,7 @@ def test_the_memory_of_a_reduced_width_is_within_15_percent(
 ) -> None:
     """With the libraries and without: weights and activations alone are within 15 % too."""
     which, height, width, frames, dtype, stored = case
-    if dtype == "bfloat16" and not _cpu_has_bfloat16():
+    if dtype == "bfloat16" and not cpu_has_bfloat16():
         pytest.skip("bf16 without oneDNN takes many minutes, and its memory is not said to be measured")
     options = ["--height", height, "--width", width, "--num-frames", frames, "--dtype", dtype]
     planned, measured = planned_and_measured(
@@ -301,7 +302,7 @@ def test_the_plan_of_a_pack(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["download"] == 0
     assert found["fits"] is None
     for row in found["memory"]:
-        assert row["measured"] == (row["device"] == "cpu" and (row["dtype"] == "float32" or _cpu_has_bfloat16()))
+        assert row["measured"] == (row["device"] == "cpu" and (row["dtype"] == "float32" or cpu_has_bfloat16()))
     assert list(found["memory"][0]["phases"]) == ["load", "encode", "text", "denoise", "decode"]
     assert cli.main(["plan", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
