@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import cogvid
 from cogvid.run import settings
 from cogvid.run.signals import StopOnSignals
+from cogvid.weights.load_options import LOAD_OPTIONS
 
 if TYPE_CHECKING:
     from cogvid.config import ModelConfig
@@ -140,7 +141,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
         resume.keep(saved, vars(arguments), job)
     try:
         with stage("load"):
-            pipe = load_checkpoint(checkpoint, placement, arguments.qk_norm)
+            pipe = load_checkpoint(checkpoint, placement)
         out = run(pipe, job, saved)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -202,15 +203,9 @@ def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement,
 
 
 def _placement(arguments: argparse.Namespace, stored: str) -> Placement:
-    from cogvid.weights.files import DTYPES
-    from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
+    from cogvid.weights.placement import resolve_placement
 
-    device = resolve_device(arguments.device)
-    try:
-        bundle, name = resolve_ops(arguments.ops, device)
-    except RuntimeError as error:  # kernels that were asked for and are not there
-        raise ValueError(error) from error
-    return Placement(device, resolve_dtype(arguments.dtype, device, stored=DTYPES[stored]), bundle, name)
+    return resolve_placement(**{name: getattr(arguments, name) for name in LOAD_OPTIONS})(stored)
 
 
 def replay(arguments: argparse.Namespace) -> None:
@@ -368,17 +363,14 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="WHOSE",
         help="defaults of the options: recommended (by the model's authors) or diffusers",
     )
-    for name, option in settings.OPTIONS.items():
-        kind = option.metadata["kind"]
-        parser.add_argument(
-            _flag(name), type=kind, default=option.default, metavar=_METAVARS[kind], help=option.metadata["help"]
-        )
+    for name, option in {**settings.OPTIONS, **LOAD_OPTIONS}.items():
+        kind, how = option.metadata["kind"], {"default": option.default, "help": option.metadata["help"]}
+        if kind is bool:
+            parser.add_argument(_flag(name), action="store_true", **how)
+        else:
+            parser.add_argument(_flag(name), type=kind, metavar=_METAVARS[kind], **how)
     parser.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
     parser.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if there is one")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's if not given")
-    parser.add_argument("--ops", default="auto", metavar="NAME", help="auto, torch or triton")
-    parser.add_argument("--qk-norm", default="layer", metavar="NAME", help="norm of Q and K: layer, or rms (RMSNorm)")
     parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
 
 

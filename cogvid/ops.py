@@ -210,8 +210,7 @@ class Ops:
         """Return the Triton kernels: for inference. A backward pass through most of them raises.
 
         Raises:
-            ImportError: Triton is missing or too old.
-            RuntimeError: the kernels, or one of them, cannot be imported; names which and why.
+            ImportError: Triton is missing or too old, or a kernel cannot be imported; names which and why.
         """
         names = [field.name for field in dataclasses.fields(Ops)]
         versions.check_triton()
@@ -222,7 +221,7 @@ class Ops:
                 found[name] = getattr(kernels, name)
         except (AttributeError, ImportError) as error:
             reason = f"{name} cannot be imported: {error}"
-            raise RuntimeError(f"ops: got 'triton', but {reason}, want the kernels {', '.join(names)}") from error
+            raise ImportError(f"ops: got 'triton', but {reason}, want the kernels {', '.join(names)}") from error
         return Ops(**{**found, "attention": _without_context(found["attention"])})
 
 

@@ -43,8 +43,9 @@ from torch import Tensor
 import measure
 import references
 from cogvid.config import ModelConfig
+from cogvid.options import check_int
 from cogvid.run.pipeline import Pipeline
-from cogvid.run.settings import check_frames, check_int, check_size
+from cogvid.run.settings import check_frames, check_size
 from cogvid.sampling.schedule import make_schedule
 from cogvid.weights.checkpoint import Checkpoint, load_schedule_config, read_checkpoint
 from cogvid.weights.load import load_text_encoder, load_transformer, load_vae

@@ -15,12 +15,13 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from cogvid.models.text import TextEncoder
+from cogvid.options import check_int
 from cogvid.run.generate import DEFAULT_MODELS, Job, prepare, write_video
 from cogvid.run.jobs import LOADING, BatchJob
 from cogvid.run.load import load
 from cogvid.run.manifest import Manifest
 from cogvid.run.pipeline import Pipeline
-from cogvid.run.settings import check_int, task_of
+from cogvid.run.settings import task_of
 from cogvid.run.stages import Stage, listen, stage
 
 _KEPT_PROMPTS = 256

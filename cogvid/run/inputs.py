@@ -11,7 +11,8 @@ from torch import Generator, Tensor
 
 from cogvid.config import ModelConfig
 from cogvid.media.tokenizer import check_text
-from cogvid.run.settings import check_int, check_seed
+from cogvid.options import check_int
+from cogvid.run.settings import check_seed
 from cogvid.sampling.samplers import Generators
 
 

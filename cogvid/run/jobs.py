@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from cogvid.run.settings import OPTIONS
+from cogvid.weights.load_options import LOAD_OPTIONS
 
 # What a job may name beside the options of a run: its inputs, and what decides how its model is loaded.
 INPUTS = {"prompt": str, "negative_prompt": str, "image": str, "video": str, "seed": int, "fps": int}
 LOADING = {
     "model": str, "revision": str, "variant": str, "local_files_only": bool, "defaults": str,
-    "device": str, "dtype": str, "ops": str, "qk_norm": str,
+    **{name: option.metadata["kind"] for name, option in LOAD_OPTIONS.items()},
 }  # fmt: skip
 KINDS = {**INPUTS, **{name: option.metadata["kind"] for name, option in OPTIONS.items()}, **LOADING}
 
@@ -94,8 +95,8 @@ def read_sweep(text: str) -> tuple[str, list[Any]]:
             found += [kind(each) for each in range(first, last + 1)]
             continue
         try:
-            found.append(kind(value))
-        except ValueError:
+            found.append({"true": True, "false": False}[value] if kind is bool else kind(value))
+        except (ValueError, KeyError):
             wanted = f"a value of type {kind.__name__}"
             raise ValueError(f"sweep: got {value!r} for {name}, want {wanted}") from None
     return name, found

@@ -17,26 +17,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from cogvid.media.image import prepare_video
 from cogvid.models.text import TextEncoder
 from cogvid.models.transformer import StepCache, Transformer
 from cogvid.models.vae import VAE
 from cogvid.ops import Branch, Ops
-from cogvid.run.conditioning import CONDITION_ENCODERS, posterior_samples, resized
+from cogvid.options import check_choice, takes_options
+from cogvid.run.conditioning import CONDITION_ENCODERS, resized
 from cogvid.run.inputs import Inputs, check_inputs, frames_to_use
+from cogvid.run.latents import initial_latents, noised_video
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
 from cogvid.run.saved_run import SavedRun
-from cogvid.run.settings import Settings, check_choice, outside_training, resolve_settings, takes_options, task_of
+from cogvid.run.settings import OPTIONS, Settings, outside_training, resolve_settings, task_of
 from cogvid.run.stages import stage
 from cogvid.run.steps import after_each_step
 from cogvid.sampling.guidance import guidance_schedule
-from cogvid.sampling.samplers import Generators, OnStep, State, draw_noise, sample
-from cogvid.sampling.schedule import Schedule, add_noise, make_schedule
+from cogvid.sampling.samplers import Generators, OnStep, State, sample
+from cogvid.sampling.schedule import Schedule, make_schedule
 from cogvid.weights.checkpoint import Checkpoint
 from cogvid.weights.placement import Placement, resolve_ops
 
@@ -46,7 +46,7 @@ Callback = Callable[["Pipeline", int, int, dict[str, Tensor]], dict[str, Tensor]
 class Pipeline:
     """Generate videos with one loaded model; `cogvid.load` makes it.
 
-    checkpoint: what was loaded. placement: where its parts run. qk_norm: as for `load`.
+    checkpoint: what was loaded. placement: where and how its parts run.
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class Pipeline:
         transformer: Transformer,
         vae: VAE,
         text_encoder: TextEncoder,
-        qk_norm: str = "layer",
     ) -> None:
         self.checkpoint = checkpoint
         self.model = checkpoint.model
@@ -65,7 +64,6 @@ class Pipeline:
         self.transformer = transformer
         self.vae = vae
         self.text_encoder = text_encoder
-        self.qk_norm = qk_norm
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +86,7 @@ class Pipeline:
         self.placement = dataclasses.replace(self.placement, ops=bundle, ops_name=name)
 
     @torch.no_grad()
-    @takes_options
+    @takes_options(OPTIONS, "options: the fields of `Settings`.")
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -170,7 +168,6 @@ class Pipeline:
             self.placement,
             settings,
             schedule,
-            qk_norm=self.qk_norm,
             image=image,
             video=video,
             step_cache=step_cache,
@@ -212,39 +209,6 @@ def encode_prompts(
         return cond
     uncond = negative if isinstance(negative, Tensor) else encoder(negative, cond.shape[1])
     return torch.cat([uncond.to(cond), cond])
-
-
-@stage("video")
-def noised_video(
-    vae: VAE, video: Any, settings: Settings, inputs: Inputs, schedule: Schedule, padding: int, placement: Placement
-) -> Tensor:
-    """Encode a video and take it to the first timestep of the schedule: `[B, C, padding + T, h, w]`.
-
-    video: what `prepare_video` takes, `settings.num_frames` frames or more. padding: latent frames repeated in front.
-    A single generator draws one posterior sample for all videos, as in diffusers; a list draws one for each video.
-    """
-    pixels = prepare_video(video[: settings.num_frames], settings.height, settings.width, settings.resize)
-    draws = 1 if isinstance(inputs.generator, Generator) else inputs.batch
-    z = vae.config.scaling_factor * posterior_samples(vae, [pixels], inputs.generator, draws, placement)
-    z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2).expand(inputs.batch, -1, -1, -1, -1)
-    b, c, t, h, w = z.shape
-    noise = initial_latents((b, t, c, h, w), inputs.generator, z.device, z.dtype)
-    return add_noise(z, noise, schedule.timesteps[0], schedule)
-
-
-def initial_latents(
-    shape_btchw: tuple[int, int, int, int, int],
-    generator: Generators,
-    device: torch.device,
-    dtype: torch.dtype,
-    latents: Tensor | None = None,
-) -> Tensor:
-    """Draw the initial noise, or check latents that were given; `[B, T, C, h, w]` -> `[B, C, T, h, w]`."""
-    if latents is None:
-        latents = draw_noise(shape_btchw, generator, device, dtype)
-    if tuple(latents.shape) != shape_btchw:
-        raise ValueError(f"latents: got shape {tuple(latents.shape)}, want [B, T, C, h, w] = {shape_btchw}")
-    return rearrange(latents.to(device, dtype), "b t c h w -> b c t h w")
 
 
 @stage("denoise")

@@ -26,13 +26,14 @@ from cogvid.run.settings import Settings
 from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.schedule import Schedule
 from cogvid.weights.checkpoint import Checkpoint
+from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.placement import Placement
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _DECIDING = ("numpy", "pillow", "av", "transformers", "sentencepiece")  # packages that make pixels, tokens or bytes
-ENVIRONMENT = ("model", "weights", "device", "dtype", "ops", "qk_norm", "machine", "versions")
+ENVIRONMENT = ("model", "weights", *LOAD_OPTIONS, "machine", "versions")
 
 
 def make_record(
@@ -41,7 +42,6 @@ def make_record(
     settings: Settings,
     schedule: Schedule,
     *,
-    qk_norm: str,
     image: Sequence[Image] | None,
     video: np.ndarray | None,
     step_cache: object | None,
@@ -69,11 +69,11 @@ def make_record(
         "timesteps": list(schedule.timesteps),
         "guidance_schedule": scales if settings.guided else None,
         "fps": checkpoint.model.fps,
-        **environment(checkpoint, placement, qk_norm),
+        **environment(checkpoint, placement),
     }
 
 
-def environment(checkpoint: Checkpoint, placement: Placement, qk_norm: str) -> dict[str, Any]:
+def environment(checkpoint: Checkpoint, placement: Placement) -> dict[str, Any]:
     """Return the part of a record that a replay may find different: weights, placement, machine and versions.
 
     Its names are `ENVIRONMENT`.
@@ -81,10 +81,7 @@ def environment(checkpoint: Checkpoint, placement: Placement, qk_norm: str) -> d
     return {
         "model": checkpoint.model.name,
         "weights": checkpoint.weights,
-        "device": str(placement.device),
-        "dtype": str(placement.dtype).removeprefix("torch."),
-        "ops": placement.ops_name,
-        "qk_norm": qk_norm,
+        **placement.to_dict(),
         "machine": _machine(placement.device),
         "versions": {
             "cogvid": cogvid.__version__,

@@ -22,8 +22,8 @@ from cogvid.run.record import ENVIRONMENT, differences, environment, pixel_hash,
 from cogvid.run.settings import OPTIONS
 from cogvid.run.side_files import SideFiles
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
-from cogvid.weights.files import DTYPES
-from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
+from cogvid.weights.load_options import LOAD_OPTIONS
+from cogvid.weights.placement import resolve_placement
 
 _STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
 _NEEDED = (*_STRINGS, *OPTIONS, *ENVIRONMENT, "given", "num_videos_per_prompt", "negative_prompt", "step_cache",
@@ -83,19 +83,15 @@ def replay(
         **{name: record[name] for name in OPTIONS},
     )
     _check_hashes(record, job)
-    where = resolve_device(device or record["device"])
-    try:
-        bundle, name = resolve_ops(ops or record["ops"], where)
-    except RuntimeError as error:
-        raise ValueError(error) from error
-    precision = resolve_dtype(dtype or record["dtype"], where, stored=DTYPES[checkpoint.model.dtype])
-    placement = Placement(where, precision, bundle, name)
-    here = environment(checkpoint, placement, record["qk_norm"])
+    recorded = {name: record[name] for name in LOAD_OPTIONS}
+    changed = {name: value for name, value in (("device", device), ("dtype", dtype), ("ops", ops)) if value}
+    placement = resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype)
+    here = environment(checkpoint, placement)
     for line in differences({name: record[name] for name in ENVIRONMENT}, here):
         say(line)
     if here["weights"].get("headers") == record["weights"].get("headers"):  # the same weights, wherever they lie
         job = dataclasses.replace(job, origin={name: record[name] for name in ("source", "source_kind", "revision")})
-    out = run(load_checkpoint(checkpoint, placement, record["qk_norm"]), job)
+    out = run(load_checkpoint(checkpoint, placement), job)
     say(_outcome(path, output))
     return out
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Generator, Tensor
 
 from cogvid.media.whole_file import sweep, try_lock, write_bytes
-from cogvid.run.settings import check_int
+from cogvid.options import check_int
 from cogvid.sampling.samplers import Generators, State, Step
 
 _STATE, _INPUTS, _LOCK = "state.safetensors", "inputs.safetensors", "lock"

@@ -7,45 +7,15 @@ obeys it. This file imports no torch, so that `cogvid --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
-import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, ModelConfig, VAEConfig
+from cogvid.options import check, check_choice, check_int, fill, names, option, options_of
 
 IMAGE_LATENT_SCALES = ("diffusers", "none", "multiply")
 MAX_SIDE, MAX_FRAMES = 2**24, 2**20  # far beyond any memory; larger numbers have no place in a tensor's size
 MAX_SCALE = 1e6
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _names(module: str, registry: str) -> Callable[[], Iterable[str]]:
-    """Return a function that reads the names of a registry. Users add names later, and its module imports torch."""
-    return lambda: tuple(getattr(importlib.import_module(module), registry))
-
-
-def _option(
-    default: Any,
-    kind: type,
-    help: str,
-    *,
-    model: str | None = None,
-    choices: Callable[[], Iterable[str]] | tuple[str, ...] | None = None,
-    above: float | None = None,
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """Make a field of `Settings` that a caller may set.
-
-    kind: int, float or str. help: one line. model: the field of `ModelConfig` that None stands for.
-    choices: of a string. above: a number must be greater. low, high: the least and the greatest number.
-    """
-    metadata = {"kind": kind, "help": help, "model": model, "choices": choices}
-    return dataclasses.field(default=default, metadata={**metadata, "above": above, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -56,11 +26,11 @@ class Settings:
     """
 
     task: str
-    height: int = _option(None, int, "pixels, a multiple of 16", model="height", low=1, high=MAX_SIDE)
-    width: int = _option(None, int, "pixels, a multiple of 16", model="width", low=1, high=MAX_SIDE)
-    num_frames: int = _option(None, int, "pixel frames, 8N or 8N + 1", model="num_frames", low=1, high=MAX_FRAMES)
-    num_inference_steps: int = _option(None, int, "denoising steps, 1 to 1000", model="num_inference_steps")
-    guidance_scale: float = _option(
+    height: int = option(None, int, "pixels, a multiple of 16", model="height", low=1, high=MAX_SIDE)
+    width: int = option(None, int, "pixels, a multiple of 16", model="width", low=1, high=MAX_SIDE)
+    num_frames: int = option(None, int, "pixel frames, 8N or 8N + 1", model="num_frames", low=1, high=MAX_FRAMES)
+    num_inference_steps: int = option(None, int, "denoising steps, 1 to 1000", model="num_inference_steps")
+    guidance_scale: float = option(
         None,
         float,
         "how much the prompt counts; no guidance at 1 and below",
@@ -68,39 +38,39 @@ class Settings:
         low=0,
         high=MAX_SCALE,
     )
-    use_dynamic_cfg: str = _option(
+    use_dynamic_cfg: str = option(
         None,
         str,
         "guidance rule: constant, diffusers (its dynamic guidance) or cosine; in Python also False for constant and "
         "True for diffusers; by default diffusers with dpm, and constant with ddim or with the defaults of diffusers",
-        choices=_names("cogvid.sampling.guidance", "GUIDANCE"),
+        choices=names("cogvid.sampling.guidance", "GUIDANCE"),
     )
-    scheduler: str = _option(
-        None, str, "sampler: dpm or ddim", model="sampler", choices=_names("cogvid.sampling.samplers", "SAMPLERS")
+    scheduler: str = option(
+        None, str, "sampler: dpm or ddim", model="sampler", choices=names("cogvid.sampling.samplers", "SAMPLERS")
     )
-    strength: float = _option(
+    strength: float = option(
         0.8, float, "of video-to-video: share of the steps that run; more steps start from more noise", above=0, high=1
     )
-    resize: str = _option(
+    resize: str = option(
         "stretch",
         str,
         "fit the image or video by stretch, crop or pad",
-        choices=_names("cogvid.media.image", "RESIZE_MODES"),
+        choices=names("cogvid.media.image", "RESIZE_MODES"),
     )
-    image_latent_scale: str = _option(
+    image_latent_scale: str = option(
         "diffusers",
         str,
         "factor of 1.5 image latents, where upstream contradicts itself: diffusers (1 / scaling_factor), none (1) or "
         "multiply (scaling_factor)",
         choices=IMAGE_LATENT_SCALES,
     )
-    previous_timestep: str = _option(
+    previous_timestep: str = option(
         "diffusers",
         str,
         "where a step ends: diffusers (t - 1000 // steps) or next (the next timestep)",
         choices=PREVIOUS_TIMESTEPS,
     )
-    learned_positions: str = _option(
+    learned_positions: str = option(
         "sincos", str, "what 5B-I2V adds at other frame counts than 49: sincos or slice", choices=LEARNED_POSITIONS
     )
 
@@ -113,21 +83,7 @@ class Settings:
         return dataclasses.asdict(self)
 
 
-OPTIONS = {field.name: field for field in dataclasses.fields(Settings) if field.metadata}
-
-
-def takes_options(function: Function) -> Function:
-    """Show the options in the signature and the docstring of a method that takes them as `**options`."""
-    signature = inspect.signature(function)
-    *own, _ = signature.parameters.values()
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for name, field in OPTIONS.items()
-    ]
-    function.__signature__ = signature.replace(parameters=[*own, *options])  # pyright: ignore[reportFunctionMemberAccess]
-    lines = "\n".join(f"            {name}: {field.metadata['help']}." for name, field in OPTIONS.items())
-    function.__doc__ = (function.__doc__ or "").replace("            options: the fields of `Settings`.", lines)
-    return function
+OPTIONS = options_of(Settings)
 
 
 def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settings:
@@ -140,19 +96,13 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
         ValueError: an illegal value; the message names the option.
     """
     check_task(model, task)
-    if unknown := [name for name in options if name not in OPTIONS]:
-        raise TypeError(f"{unknown[0]}: got an unknown option, want one of {', '.join(OPTIONS)}")
-    values = {name: options.get(name, field.default) for name, field in OPTIONS.items()}
-    for name, field in OPTIONS.items():
-        if values[name] is None and field.metadata["model"] is not None:
-            values[name] = getattr(model, field.metadata["model"])
+    defaults = {name: getattr(model, of) for name, field in OPTIONS.items() if (of := field.metadata["model"])}
+    values = fill(OPTIONS, options, defaults)
     rule = values["use_dynamic_cfg"]
     if rule is None:
         rule = model.dynamic_guidance and values["scheduler"] == "dpm"
     values["use_dynamic_cfg"] = {True: "diffusers", False: "constant"}[rule] if isinstance(rule, bool) else rule
-    for name, field in OPTIONS.items():
-        _check_option(name, values[name], **field.metadata)
-    settings = Settings(task=task, **values)
+    settings = Settings(task=task, **check(OPTIONS, values))
     check_size(model, settings.height, settings.width)
     check_frames(model.vae, settings.num_frames)
     _check_schedule(model, settings)
@@ -232,39 +182,9 @@ def check_frames(vae: VAEConfig, num_frames: int) -> None:
         )
 
 
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise unless the value is an integer from `low` to `high`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        wanted = f"{low} or more" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name}: got {value!r:.60}, want an integer, {wanted}")
-
-
 def check_seed(seed: object, videos: int) -> None:
     """Raise unless the seeds of all videos (seed, seed + 1, ...) have at most 63 bits, torch's limit."""
     check_int("seed", seed, 0, 2**63 - videos)
-
-
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise unless the value is one of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: got {value!r:.60}, want one of {', '.join(choices)}")
-
-
-def _check_option(
-    name: str, value: Any, *, kind: type, choices: Any, low: Any, above: Any, high: Any, **_: Any
-) -> None:
-    if kind is str:
-        names: Any = choices() if callable(choices) else choices
-        check_choice(name, value, names)
-    elif kind is int and low is not None:
-        check_int(name, value, low, high)
-    elif kind is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-        if not number or not (low is None or low <= value) or not (above is None or above < value <= high):
-            wanted = f"a finite number, {low} or more" if above is None else f"more than {above} and at most {high}"
-            raise ValueError(f"{name}: got {value!r:.60}, want {wanted}")
-        if high is not None and value > high:
-            raise ValueError(f"{name}: got {value!r:.60}, want at most {high:g}")
 
 
 def _check_schedule(model: ModelConfig, settings: Settings) -> None:

@@ -30,8 +30,8 @@ from cogvid.run.pipeline import Pipeline
 from cogvid.run.record import ENVIRONMENT, read_embedded_image, read_record
 from cogvid.run.replay import check_replayable, find_checkpoint
 from cogvid.run.settings import OPTIONS
-from cogvid.weights.files import DTYPES
-from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
+from cogvid.weights.load_options import LOAD_OPTIONS
+from cogvid.weights.placement import resolve_placement
 
 TOLERANCE = 4
 _MAY_DIFFER = {*ENVIRONMENT, "guidance_schedule"} - {"model", "weights", "qk_norm"}
@@ -107,13 +107,8 @@ def trace(
     checkpoint = find_checkpoint(record, model, local_files_only)
     pipes = []
     for each in records:
-        device = resolve_device(each["device"])
-        try:
-            bundle, name = resolve_ops(each["ops"], device)
-        except RuntimeError as error:
-            raise ValueError(error) from error
-        dtype = resolve_dtype(each["dtype"], device, stored=DTYPES[checkpoint.model.dtype])
-        pipes.append(load_checkpoint(checkpoint, Placement(device, dtype, bundle, name), record["qk_norm"]))
+        place = resolve_placement(**{name: each[name] for name in LOAD_OPTIONS})
+        pipes.append(load_checkpoint(checkpoint, place(checkpoint.model.dtype)))
     call = {"image": image, "negative_prompt": (record["negative_prompt"] or [""])[0], "seed": record["seed"]}
     return trace_pipelines(pipes[0], pipes[1], record["prompt"][0], **call, **{name: record[name] for name in OPTIONS})
 

@@ -26,10 +26,9 @@ from cogvid.weights.checkpoint import CLASSES, FIXED, read_config
 from cogvid.weights.files import load_state, stored_dtype, write_whole
 from cogvid.weights.hub import BASENAME, TOKENIZER_FILES, WEIGHTS, component_directory
 from cogvid.weights.names import map_state, on_meta, unmap_state_dict
-from cogvid.weights.placement import Placement, resolve_device, resolve_dtype, resolve_ops
+from cogvid.weights.placement import Placement, resolve_placement
 from cogvid.weights.text_config import read_text_config, read_tokenizer_config
 
-QK_NORMS = ("layer", "rms")
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 Module = TypeVar("Module", Transformer, VAE)
@@ -60,7 +59,7 @@ def load_transformer(
     directory = component_directory(source, "transformer", variant)
     config = read_config(directory, "transformer", TransformerConfig)
     state = load_state(directory, variant=variant)
-    return make_transformer(config, state, _place(device, dtype, ops, state, directory), directory, qk_norm)
+    return make_transformer(config, state, _place(state, directory, device, dtype, ops, qk_norm), directory)
 
 
 def load_vae(
@@ -75,7 +74,7 @@ def load_vae(
     directory = component_directory(source, "vae", variant)
     config = read_config(directory, "vae", VAEConfig)
     state = load_state(directory, variant=variant)
-    return make_vae(config, state, _place(device, dtype, ops, state, directory), directory)
+    return make_vae(config, state, _place(state, directory, device, dtype, ops), directory)
 
 
 def load_text_encoder(
@@ -94,28 +93,22 @@ def load_text_encoder(
     directory = component_directory(source, "text_encoder", variant)
     tokenizer = component_directory(source, "tokenizer")
     state = load_state(directory, WEIGHTS["text_encoder"], variant)
-    return make_text_encoder(directory, tokenizer, state, _place(device, dtype, ops, state, directory))
+    return make_text_encoder(directory, tokenizer, state, _place(state, directory, device, dtype, ops))
 
 
 def make_transformer(
-    config: TransformerConfig,
-    state: Mapping[str, Tensor],
-    placement: Placement,
-    source: str | Path,
-    qk_norm: str = "layer",
+    config: TransformerConfig, state: Mapping[str, Tensor], placement: Placement, source: str | Path
 ) -> Transformer:
     """Build a transformer with the weights of an upstream state dict. source: names them in errors.
 
-    qk_norm: "layer" is exact. "rms" centres the weights of the Q and K projections over each head, in fp32, before they
-    are rounded to the dtype. The Q and K norms are then RMSNorm: the same function, one pass less over a row. bf16 and
-    fp16 round the centred weights anew, so results differ in the last bits.
+    `qk_norm` of the placement: "layer" is exact. "rms" centres the weights of the Q and K projections over each head,
+    in fp32, before they are rounded to the dtype. The Q and K norms are then RMSNorm: the same function, one pass less
+    over a row. bf16 and fp16 round the centred weights anew, so results differ in the last bits.
     """
-    if qk_norm not in QK_NORMS:
-        raise ValueError(f"qk_norm: got {qk_norm!r}, want one of {', '.join(QK_NORMS)}")
     with on_meta(source), _WithoutInit():
         module = Transformer(config, placement.ops)
     mapped = map_state(state, module, source)
-    if qk_norm == "rms":
+    if placement.qk_norm == "rms":
         for key in mapped:
             if ".q_proj." in key or ".k_proj." in key:
                 heads = mapped[key].float().unflatten(0, (config.num_attention_heads, -1))
@@ -123,7 +116,7 @@ def make_transformer(
     module = _fill(module, mapped, placement)
     for block in module.blocks:
         assert isinstance(block, Block)
-        block.centred = qk_norm == "rms"
+        block.centred = placement.qk_norm == "rms"
     return module
 
 
@@ -165,16 +158,16 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
 
 
 def _place(
+    state: Mapping[str, Tensor],
+    source: Path,
     device: str | torch.device,
     dtype: str | torch.dtype | None,
     ops: str | Ops,
-    state: Mapping[str, Tensor],
-    source: Path,
+    qk_norm: str = "layer",
 ) -> Placement:
-    """Resolve the placement of a part that is loaded alone."""
-    device = resolve_device(device)
-    bundle, name = resolve_ops(ops, device)
-    return Placement(device, resolve_dtype(dtype, device, stored=stored_dtype(state, source)), bundle, name)
+    """Resolve the placement of a part that is loaded alone, whose own dtype is the default."""
+    place = resolve_placement(device=device, dtype=dtype, ops=ops, qk_norm=qk_norm)
+    return place(str(stored_dtype(state, source)).removeprefix("torch."))
 
 
 def _fill(module: Module, state: Mapping[str, Tensor], placement: Placement) -> Module:

@@ -1,4 +1,4 @@
-"""Where and how a model runs: device, dtype and operations. Each is resolved once, when a model is loaded."""
+"""Where and how a model runs: the options of a load, each resolved once, when a model is loaded."""
 
 from __future__ import annotations
 
@@ -6,22 +6,55 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cogvid.ops import Ops
+from cogvid.options import check, fill
 from cogvid.weights.files import DTYPES
+from cogvid.weights.load_options import LOAD_OPTIONS
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a model runs, resolved once. ops_name: "torch", "triton" or "custom", for the record."""
+    """Where and how a model runs, resolved once: the fields of `LoadOptions`, none of them open.
+
+    ops_name: "torch", "triton" or "custom", for the record.
+    """
 
     device: torch.device
     dtype: torch.dtype
     ops: Ops
     ops_name: str
+    qk_norm: str = "layer"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options by name, ready for JSON."""
+        plain = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."), "ops": self.ops_name}
+        return {name: plain.get(name, getattr(self, name)) for name in LOAD_OPTIONS}
+
+
+def resolve_placement(**options: Any) -> Callable[[str], Placement]:
+    """Check the options of a load, before anything is read or fetched. options: the fields of `LoadOptions`.
+
+    Returns what makes the placement of a model once the name of its recommended dtype is known.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError, ImportError: an illegal value; what it asks for is not here.
+    """
+    values = check(LOAD_OPTIONS, fill(LOAD_OPTIONS, options))
+    dtype = values.pop("dtype")
+    values["device"] = device = resolve_device(values["device"])
+    values["ops"], values["ops_name"] = resolve_ops(values["ops"], device)
+
+    def place(recommended: str) -> Placement:
+        return Placement(dtype=resolve_dtype(dtype, device, stored=DTYPES[recommended]), **values)
+
+    return place
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -45,9 +78,8 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
     "auto" is triton on CUDA and torch elsewhere. An `Ops` that is neither of the two bundles is recorded as "custom".
 
     Raises:
-        ValueError: an unknown name.
-        ImportError: Triton is missing or too old.
-        RuntimeError: the kernels are missing, or the device is none that they run on.
+        ValueError: an unknown name, or a device that the kernels do not run on.
+        ImportError: Triton is missing or too old, or the kernels are missing.
     """
     if isinstance(ops, Ops):
         bundle, name = ops, "torch" if ops == Ops.torch() else "custom"
@@ -61,7 +93,7 @@ def resolve_ops(ops: str | Ops, device: str | torch.device) -> tuple[Ops, str]:
         bundle = Ops.triton() if name == "triton" else Ops.torch()
     # Triton's own switch, which it reads when the kernels are imported.
     if name == "triton" and torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("ops: got 'triton' on a CPU, want cuda, or Triton's interpreter (TRITON_INTERPRET=1)")
+        raise ValueError("ops: got 'triton' on a CPU, want cuda, or Triton's interpreter (TRITON_INTERPRET=1)")
     return bundle, name
 
 

@@ -33,7 +33,7 @@ def test_a_load_resolves_once_and_reads_each_config_once(monkeypatch: pytest.Mon
 
         return call
 
-    names = ("cogvid.run.load", "cogvid.weights.checkpoint", "cogvid.weights.load", "cogvid.weights.hub")
+    names = ("cogvid.weights.placement", "cogvid.weights.checkpoint", "cogvid.weights.hub")
     modules = [importlib.import_module(name) for name in names]
     for name in ("find", "resolve_device", "resolve_dtype", "resolve_ops"):
         homes = [module for module in modules if hasattr(module, name)]

@@ -276,7 +276,7 @@ def test_an_unknown_name_raises() -> None:
 def test_triton_on_a_cpu_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ops, "triton", Ops.torch)  # there or not, and interpreted or not, in the process of the tests
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="ops: got 'triton' on a CPU, want cuda"):
+    with pytest.raises(ValueError, match="ops: got 'triton' on a CPU, want cuda"):
         resolve_ops("triton", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_ops("triton", "cpu")[1] == "triton"
@@ -285,7 +285,7 @@ def test_triton_on_a_cpu_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 def test_missing_kernels_raise_naming_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cogvid_kernels", None)  # what import does where it is not installed
     with pytest.raises(
-        RuntimeError,
+        ImportError,
         match=r"^ops: got 'triton', but cogvid_kernels cannot be imported: .*, want the kernels attention, ",
     ):
         resolve_ops("triton", "cpu")
@@ -295,5 +295,5 @@ def test_a_missing_kernel_raises_naming_it(monkeypatch: pytest.MonkeyPatch) -> N
     kernels = type(sys)("cogvid_kernels")
     kernels.attention = ops.attention
     monkeypatch.setitem(sys.modules, "cogvid_kernels", kernels)
-    with pytest.raises(RuntimeError, match=r"^ops: got 'triton', but qk_norm_rope cannot be imported: "):
+    with pytest.raises(ImportError, match=r"^ops: got 'triton', but qk_norm_rope cannot be imported: "):
         Ops.triton()

@@ -15,9 +15,12 @@ from torch import Tensor
 
 import cogvid
 from cogvid import cli
+from cogvid.run.jobs import KINDS
 from cogvid.run.settings import OPTIONS, Settings, resolve_settings
 from cogvid.sampling.samplers import State, Step
 from cogvid.sampling.schedule import Schedule
+from cogvid.weights.load_options import LOAD_OPTIONS
+from cogvid.weights.placement import Placement
 
 # The public contract. A name that disappears breaks users.
 CONTRACT = (
@@ -45,19 +48,35 @@ def test_the_call_shows_every_option() -> None:
 
 def test_the_command_line_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     parsed = vars(cli._parser().parse_args(["generate", "x", "-o", "x.mp4"]))
-    assert {name: parsed[name] for name in OPTIONS} == {name: field.default for name, field in OPTIONS.items()}
+    options = {**OPTIONS, **LOAD_OPTIONS}
+    assert {name: parsed[name] for name in options} == {name: field.default for name, field in options.items()}
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for name, field in OPTIONS.items():
+    for name, field in options.items():
         assert f"--{name.replace('_', '-')}" in shown
         assert " ".join(field.metadata["help"].split()[:4]) in shown
+
+
+def test_loads_jobs_and_placements_have_every_option_of_a_load() -> None:
+    parameters = inspect.signature(cogvid.load).parameters
+    for name, field in LOAD_OPTIONS.items():
+        assert parameters[name].default == field.default
+        assert f"{name}: {field.metadata['help']}" in (cogvid.load.__doc__ or "")
+    assert set(LOAD_OPTIONS) <= {field.name for field in dataclasses.fields(Placement)}
+    assert set(LOAD_OPTIONS) <= set(KINDS)
+
+
+def test_an_unknown_option_of_a_load_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^opps: got an unknown option, want one of device, dtype, ops, qk_norm"):
+        cogvid.load("tiny-t2v", opps="torch")
 
 
 def test_the_record_has_every_option(pipe: cogvid.Pipeline) -> None:
     record = pipe("the red circle moves right", output_type="latent", **QUICK).provenance
     assert {field.name for field in dataclasses.fields(Settings)} <= set(record)
     assert None not in [record[name] for name in OPTIONS]
+    assert set(LOAD_OPTIONS) <= set(record)
 
 
 def test_an_unknown_option_is_named(pipe: cogvid.Pipeline) -> None:

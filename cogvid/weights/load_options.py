@@ -1,0 +1,35 @@
+"""The options of a load: where and how a model runs. Each is written once, as a field of `LoadOptions`.
+
+`load`, the command line, batches, records and replays derive from the fields. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogvid.options import option, options_of
+
+QK_NORMS = ("layer", "rms")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Every choice of where and how a model runs; `placement.resolve_placement` makes a `Placement` of it.
+
+    In Python, device and dtype may be torch's objects, and ops an `Ops`.
+    """
+
+    device: str | None = option(None, str, "cpu, cuda or cuda:N; cuda where there is a GPU if not given")
+    dtype: str | None = option(
+        None, str, "float32, bfloat16 or float16; what the model's authors recommend if not given"
+    )
+    ops: str = option("auto", str, "auto (triton on CUDA, torch elsewhere), torch or triton; in Python also an Ops")
+    qk_norm: str = option(
+        "layer",
+        str,
+        "norm of Q and K: layer, which is exact, or rms (RMSNorm of centred projections)",
+        choices=QK_NORMS,
+    )
+
+
+LOAD_OPTIONS = options_of(LoadOptions)
