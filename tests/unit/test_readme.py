@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,37 @@ def check_near_frames(near_frames: Any) -> None:
     unmasked = Ops.torch().attention(q, k, v, context)
     assert not torch.allclose(unmasked, expected, atol=1e-2)
     assert torch.equal(near_frames(q, k, v, context.at(0)), unmasked)
+
+
+FEATURES = re.findall(
+    r"^\| ([^|]+) \| `([^`]+)` \|", README[README.index("## Features") : README.index("## What is")], re.M
+)
+
+
+@pytest.fixture(scope="module")
+def out_mp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first example of the README writes."""
+    path = tmp_path_factory.mktemp("features") / "out.mp4"
+    return Path(cogvid.export_to_video(torch.zeros(17, 64, 64, 3, dtype=torch.uint8), path, fps=8) or path)
+
+
+@pytest.mark.parametrize(("feature", "line"), FEATURES, ids=[feature for feature, _ in FEATURES])
+def test_the_line_of_a_feature_runs(
+    feature: str, line: str, out_mp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two steps, which are enough to run all that it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    shutil.copy(out_mp4, tmp_path / "out.mp4")
+    if line.startswith("cogvid "):
+        arguments = shlex.split(line)[1:]
+        steps = ["--num-inference-steps", "2"] if arguments[0] == "generate" and "--resume" not in arguments else []
+        assert main([*arguments, *steps]) == 0, feature
+        return
+    pipe = cogvid.load("tiny-i2v")
+    pipe.model = dataclasses.replace(pipe.model, num_inference_steps=2)
+    image = cogvid.load_image("scripts/demo.png")
+    exec(line, {"cogvid": cogvid, "pipe": pipe, "image": image, "prompt": "the red circle moves right"})
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("bash") if re.search("^cogvid ", block, re.MULTILINE)])
