@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -168,8 +168,8 @@ def export_to_video(
     crf: float = 18,
     preset: str = "medium",
     metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the frames of one video to an MP4 file; see `VideoWriter` for the other arguments.
+) -> str:
+    """Write the frames of one video to an MP4 file and return its path; see `VideoWriter` for the other arguments.
 
     Args:
         frames: PIL RGB images, or one array or tensor `[F, H, W, 3]` or `[F, 3, H, W]`, or a list of such frames;
@@ -178,7 +178,7 @@ def export_to_video(
     """
     if isinstance(frames, (str, bytes)) or not isinstance(frames, (Iterable, Tensor)):
         raise ValueError(f"frames: got {type(frames).__name__}, want the frames of one video")
-    arrays = _frames_to_uint8(frames)
+    arrays = frames_to_uint8(frames)
     first = next(arrays, None)
     if first is None:
         raise ValueError("frames: got none, want at least one frame")
@@ -186,6 +186,7 @@ def export_to_video(
         writer.write(first[None])
         for array in arrays:
             writer.write(array[None])
+    return os.fspath(path)
 
 
 def count_frames(path: str | os.PathLike[str]) -> int:
@@ -269,15 +270,16 @@ def read_cover(path: str | os.PathLike[str]) -> bytes | None:
     return None
 
 
-def check_output_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute path, links resolved, or raise `ValueError` if no video can be written there."""
+def check_output_path(path: str | os.PathLike[str], suffixes: Sequence[str] = (".mp4",)) -> str:
+    """Return the absolute path, links resolved, or raise `ValueError` if no such file can be written there."""
+    wanted = f"a file name ending in {' or '.join(suffixes)}"
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
     name = shown(os.fspath(path))
     if os.path.isdir(target):
-        raise ValueError(f"output: got {name}, which is a directory, want a file name ending in .mp4")
-    if os.path.splitext(target)[1].lower() != ".mp4":
-        raise ValueError(f"output: got {name}, want a file name ending in .mp4")
+        raise ValueError(f"output: got {name}, which is a directory, want {wanted}")
+    if os.path.splitext(target)[1].lower() not in suffixes:
+        raise ValueError(f"output: got {name}, want {wanted}")
     if not os.path.isdir(directory):
         raise ValueError(f"output: got {name}, whose directory does not exist, want one in an existing directory")
     if not os.access(directory, os.W_OK | os.X_OK):
@@ -310,7 +312,7 @@ def _to_uint8(pixels: Tensor, name: str) -> Tensor:
     return (pixels * 255).round().to(torch.uint8)
 
 
-def _frames_to_uint8(frames: Iterable[Any]) -> Iterator[np.ndarray]:
+def frames_to_uint8(frames: Iterable[Any]) -> Iterator[np.ndarray]:
     """Yield each frame as `[H, W, 3]` uint8."""
     from PIL import Image as pil
 

@@ -122,7 +122,7 @@ def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
 
 def record_of(job: Job, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a job's video: that of the run, and what the job adds to it."""
-    record = {**provenance, **job.origin, "fps": job.fps, "noise": None}
+    record = {**provenance, **job.origin, "fps": job.fps}
     if job.noise is not None:
         record |= {"noise": noise_hash(job.noise), "seed": None, "seeds": None}
     return record

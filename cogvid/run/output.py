@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,8 +12,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cogvid.media.pictures import save_frames
 from cogvid.media.video import denormalize, to_uint8
 from cogvid.models.vae import VAE
+from cogvid.options import check_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +39,26 @@ class Output:
     seed: int | None
     fps: int
     provenance: dict[str, Any]
+
+    def save(self, path: str | os.PathLike[str], video: int | None = None) -> str:
+        """Write a video as MP4, GIF, WebP or PNG, by the ending of the path, at the model's fps; return the path.
+
+        An MP4 has the record of the run in it. `save_frames` says what the others are. Frames of "stream" are used up.
+
+        Args:
+            video: which of several videos, from 0; not needed for one.
+
+        Raises:
+            ValueError: latents; several videos and none named.
+        """
+        if isinstance(self.frames, Tensor) and self.frames.dtype != torch.uint8 and self.frames.shape[2] != 3:
+            raise ValueError("frames: got latents, want those of another output_type")
+        if video is None and len(self.frames) != 1:
+            raise ValueError(f"video: got none of {len(self.frames)}, want which, from 0 to {len(self.frames) - 1}")
+        check_int("video", video or 0, 0, len(self.frames) - 1)
+        frames = self.frames[video or 0]
+        chunks = isinstance(frames, Iterator)
+        return save_frames(itertools.chain.from_iterable(frames) if chunks else frames, path, self.fps, self.provenance)
 
 
 def decode_output(vae: VAE, x: Tensor, padding: int, output_type: str) -> Any:

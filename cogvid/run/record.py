@@ -69,6 +69,7 @@ def make_record(
         "timesteps": list(schedule.timesteps),
         "guidance_schedule": scales if settings.guided else None,
         "fps": checkpoint.model.fps,
+        "noise": None,
         **environment(checkpoint, placement),
     }
 
