@@ -165,11 +165,26 @@ def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | No
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Print what a run would do and cost: nothing is loaded, downloaded or written."""
+    """Print what a run would do and cost, or why it is not legal: nothing is loaded, downloaded or written."""
+    from cogvid.run.plan import table
+
+    try:
+        found = _planned(arguments)
+    except Exception as error:
+        reason, status = _judged(error)
+        if arguments.json and status == USER_ERROR:
+            _say(json.dumps({"legal": False, "reasons": [_line_of(reason)]}), sys.stdout)
+        raise
+    rows = [json.dumps(found.to_dict())] if arguments.json else [f"{name:<10}{value}" for name, value in table(found)]
+    for row in rows:
+        _say(row, sys.stdout)
+
+
+def _planned(arguments: argparse.Namespace) -> Plan:
     from cogvid.media.video import VideoWriter, count_frames
     from cogvid.run.generate import DEFAULT_MODELS
     from cogvid.run.inputs import frames_to_use
-    from cogvid.run.plan import survey, table
+    from cogvid.run.plan import survey
 
     task = settings.task_of(arguments.image, arguments.video)
     source = arguments.model or DEFAULT_MODELS[task]
@@ -183,9 +198,7 @@ def plan(arguments: argparse.Namespace) -> None:
     found = _plan(arguments, subject, placement, notes=notes, **changed)
     if arguments.output is not None:
         VideoWriter(arguments.output, found.settings.height, found.settings.width, found.fps)
-    rows = [json.dumps(found.to_dict())] if arguments.json else [f"{name:<10}{value}" for name, value in table(found)]
-    for row in rows:
-        _say(row, sys.stdout)
+    return found
 
 
 def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement, **changed: Any) -> Plan:
@@ -344,7 +357,7 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     count = commands.add_parser("plan", help="say what a video would cost", description=plan.__doc__)
     count.set_defaults(run=plan)
     count.add_argument("prompt", nargs="?", metavar="PROMPT", help="as for generate; it costs the same whatever it is")
-    count.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    count.add_argument("--json", action="store_true", help="print one JSON object instead of a table, legal or not")
     count.add_argument("-o", "--output", metavar="MP4", help="as for generate; checked, and not written")
     _add_run_options(count)
     _add_replay(commands)
@@ -538,10 +551,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _fail(error: BaseException | str, status: int) -> int:
-    text = error.strerror or "" if isinstance(error, OSError) and not error.filename else ""
     _say("", sys.stdout, end="")  # what is left there
-    _say(f"cogvid: error: {_one_line(text or error) or type(error).__name__}", sys.stderr)
+    _say(f"cogvid: error: {_line_of(error)}", sys.stderr)
     return status
+
+
+def _line_of(error: BaseException | str) -> str:
+    text = error.strerror or "" if isinstance(error, OSError) and not error.filename else ""
+    return _one_line(text or error) or type(error).__name__
 
 
 def _one_line(text: object) -> str:
