@@ -281,12 +281,16 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.trace:
         from cogvid.run.trace import trace
 
+        if arguments.lpips or arguments.side_by_side is not None:
+            name = "lpips" if arguments.lpips else "side_by_side"
+            raise ValueError(f"{name}: got it with --trace, which compares no frames, want one of the two")
         origin = {"model": arguments.model, "local_files_only": arguments.local_files_only}
         traced = trace(arguments.first, arguments.second, **origin)
         for line in [json.dumps(traced.to_dict())] if arguments.json else traced.lines():
             _say(line, sys.stdout)
         return
-    found = compare.compare(arguments.first, arguments.second)
+    options = {"lpips": arguments.lpips, "local_files_only": arguments.local_files_only}
+    found = compare.compare(arguments.first, arguments.second, **options)
     if arguments.side_by_side is not None:
         compare.write_side_by_side(arguments.first, arguments.second, arguments.side_by_side)
     for line in [json.dumps(found.to_dict())] if arguments.json else found.table():
@@ -457,7 +461,12 @@ def _add_compare(commands: Any) -> None:
         help="of two videos that differ in device, dtype or ops: run both, and name the first module that departs",
     )
     pair.add_argument("--model", metavar="MODEL", help="for --trace, where the weights are, if the record does not say")
-    pair.add_argument("--local-files-only", action="store_true", help="for --trace, do not use the network")
+    pair.add_argument("--local-files-only", action="store_true", help="do not use the network")
+    pair.add_argument(
+        "--lpips",
+        action="store_true",
+        help="LPIPS of each frame too; the first time it downloads the weights of AlexNet, 233 MiB; extra: metrics",
+    )
     pair.add_argument("--side-by-side", metavar="MP4|PNG", help="a file for A, B and 8 times their difference")
 
 
