@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,9 +69,9 @@ class Trace:
         return next((call for call in self.calls if call.departs), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        first = None if self.first is None else dataclasses.asdict(self.first)
-        return {"first": first, "tolerance": TOLERANCE, "calls": [dataclasses.asdict(call) for call in self.calls]}
+        """Return it ready for JSON, with None for a number that is not finite."""
+        first = None if self.first is None else _fields(self.first)
+        return {"first": first, "tolerance": TOLERANCE, "calls": [_fields(call) for call in self.calls]}
 
     def lines(self) -> list[str]:
         """Return the trace as lines: what departs, or else the largest error in terms of rounding."""
@@ -298,6 +299,11 @@ def distance(output: Any, other: Any) -> float:
         difference = (y.to(x.device).double() - wide).norm().item()
         errors.append(difference / norm if norm else difference)
     return max(errors, key=lambda error: (error != error, error))  # NaN above all
+
+
+def _fields(call: Call) -> dict[str, Any]:
+    values = dataclasses.asdict(call)
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
 
 
 def _said(call: Call) -> str:

@@ -137,6 +137,8 @@ def test_a_result_that_is_no_number_departs() -> None:
     found = trace_pipelines(a, b, PROMPT, **OPTIONS)
     assert found.first is not None
     assert found.first.name == "transformer.blocks.0: gate_residual"
+    assert found.to_dict()["first"]["error"] is None
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_two_videos_are_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
