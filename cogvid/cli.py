@@ -166,11 +166,26 @@ def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | No
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Print what a run would do and cost: nothing is loaded, downloaded or written."""
+    """Print what a run would do and cost, or why it is not legal: nothing is loaded, downloaded or written."""
+    from cogvid.run.plan import table
+
+    try:
+        found = _planned(arguments)
+    except Exception as error:
+        reason, status = _judged(error)
+        if arguments.json and status == USER_ERROR:
+            _say(json.dumps({"legal": False, "reasons": [_line_of(reason)]}), sys.stdout)
+        raise
+    rows = [json.dumps(found.to_dict())] if arguments.json else [f"{name:<10}{value}" for name, value in table(found)]
+    for row in rows:
+        _say(row, sys.stdout)
+
+
+def _planned(arguments: argparse.Namespace) -> Plan:
     from cogvid.media.video import VideoWriter, count_frames
     from cogvid.run.generate import DEFAULT_MODELS
     from cogvid.run.inputs import frames_to_use
-    from cogvid.run.plan import survey, table
+    from cogvid.run.plan import survey
 
     task = settings.task_of(arguments.image, arguments.video)
     source = arguments.model or DEFAULT_MODELS[task]
@@ -184,9 +199,7 @@ def plan(arguments: argparse.Namespace) -> None:
     found = _plan(arguments, subject, placement, notes=notes, **changed)
     if arguments.output is not None:
         VideoWriter(arguments.output, found.settings.height, found.settings.width, found.fps)
-    rows = [json.dumps(found.to_dict())] if arguments.json else [f"{name:<10}{value}" for name, value in table(found)]
-    for row in rows:
-        _say(row, sys.stdout)
+    return found
 
 
 def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement, **changed: Any) -> Plan:
@@ -263,12 +276,16 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.trace:
         from cogvid.run.trace import trace
 
+        if arguments.lpips or arguments.side_by_side is not None:
+            name = "lpips" if arguments.lpips else "side_by_side"
+            raise ValueError(f"{name}: got it with --trace, which compares no frames, want one of the two")
         origin = {"model": arguments.model, "local_files_only": arguments.local_files_only}
         traced = trace(arguments.first, arguments.second, **origin)
         for line in [json.dumps(traced.to_dict())] if arguments.json else traced.lines():
             _say(line, sys.stdout)
         return
-    found = compare.compare(arguments.first, arguments.second)
+    options = {"lpips": arguments.lpips, "local_files_only": arguments.local_files_only}
+    found = compare.compare(arguments.first, arguments.second, **options)
     if arguments.side_by_side is not None:
         compare.write_side_by_side(arguments.first, arguments.second, arguments.side_by_side)
     for line in [json.dumps(found.to_dict())] if arguments.json else found.table():
@@ -339,7 +356,7 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     count = commands.add_parser("plan", help="say what a video would cost", description=plan.__doc__)
     count.set_defaults(run=plan)
     count.add_argument("prompt", nargs="?", metavar="PROMPT", help="as for generate; it costs the same whatever it is")
-    count.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    count.add_argument("--json", action="store_true", help="print one JSON object instead of a table, legal or not")
     count.add_argument("-o", "--output", metavar="MP4", help="as for generate; checked, and not written")
     _add_run_options(count)
     _add_replay(commands)
@@ -436,7 +453,12 @@ def _add_compare(commands: Any) -> None:
         help="of two videos that differ in device, dtype or ops: run both, and name the first module that departs",
     )
     pair.add_argument("--model", metavar="MODEL", help="for --trace, where the weights are, if the record does not say")
-    pair.add_argument("--local-files-only", action="store_true", help="for --trace, do not use the network")
+    pair.add_argument("--local-files-only", action="store_true", help="do not use the network")
+    pair.add_argument(
+        "--lpips",
+        action="store_true",
+        help="LPIPS of each frame too; the first time it downloads the weights of AlexNet, 233 MiB; extra: metrics",
+    )
     pair.add_argument("--side-by-side", metavar="MP4|PNG", help="a file for A, B and 8 times their difference")
 
 
@@ -530,10 +552,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _fail(error: BaseException | str, status: int) -> int:
-    text = error.strerror or "" if isinstance(error, OSError) and not error.filename else ""
     _say("", sys.stdout, end="")  # what is left there
-    _say(f"cogvid: error: {_one_line(text or error) or type(error).__name__}", sys.stderr)
+    _say(f"cogvid: error: {_line_of(error)}", sys.stderr)
     return status
+
+
+def _line_of(error: BaseException | str) -> str:
+    text = error.strerror or "" if isinstance(error, OSError) and not error.filename else ""
+    return _one_line(text or error) or type(error).__name__
 
 
 def _one_line(text: object) -> str:

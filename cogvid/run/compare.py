@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from cogvid.media.download import shown
 from cogvid.media.video import VideoWriter, read_metadata, read_video
+from cogvid.run.lpips import SMALLEST, load_lpips
 from cogvid.run.record import differences
 from cogvid.run.side_files import check_new_file
 from cogvid.run.trajectory import Trajectory, load_trajectory
@@ -63,27 +65,45 @@ class Comparison:
         return {name: means.get(name) for name in self.rows[0]}
 
 
-def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    *,
+    lpips: bool = False,
+    local_files_only: bool = False,
+) -> Comparison:
     """Compare two videos frame by frame, or two trajectories (`.safetensors`) step by step.
 
     Of frames: psnr and ssim over 8-bit RGB, and max_abs, the largest difference of a value, 0 to 255. Of steps: the
     relative RMS difference, PSNR, and the largest difference, of the latents and of the predicted clean latents; PSNR
     is over the range of the values of `first`.
 
+    lpips: measure frames with LPIPS too. It needs the extra `metrics`, and weights that are downloaded unless
+    local_files_only; `load_lpips` says what it raises.
+
     Raises:
-        ValueError: a file that cannot be read; two of other sizes.
+        ValueError: a file that cannot be read; two of other sizes; LPIPS of trajectories or of small frames.
     """
     kinds = {os.fspath(path): _is_trajectory(path) for path in (first, second)}
     if len(set(kinds.values())) > 1:
         names = " and ".join(shown(os.fspath(path)) for path in (first, second))
         raise ValueError(f"compare: got {names}, want two videos or two trajectories")
     if _is_trajectory(first):
+        if lpips:
+            raise ValueError("lpips: got trajectories, want two videos")
         return _of_trajectories(load_trajectory(first), load_trajectory(second))
     a, b = _videos(first, second)
-    rows = [
-        {"psnr": psnr(x, y, 255), "ssim": ssim(x, y), "max_abs": int((x.short() - y.short()).abs().max())}
-        for x, y in zip(a, b, strict=True)
-    ]
+    measures: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "psnr": lambda x, y: psnr(x, y, 255),
+        "ssim": ssim,
+        "max_abs": lambda x, y: int((x.short() - y.short()).abs().max()),
+    }
+    if lpips:
+        if min(a.shape[1:3]) < SMALLEST:
+            got = f"frames of {a.shape[1]}x{a.shape[2]}"
+            raise ValueError(f"lpips: got {got}, want at least {SMALLEST}x{SMALLEST}")
+        measures["lpips"] = load_lpips(local_files_only=local_files_only)
+    rows = [{name: measure(x, y) for name, measure in measures.items()} for x, y in zip(a, b, strict=True)]
     record = list(differences(_record_of(first), _record_of(second), _NAMES))
     return Comparison("videos", rows, _first(row["max_abs"] for row in rows), record)
 

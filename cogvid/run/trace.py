@@ -1,8 +1,10 @@
 """Find the first module whose output departs when a run is repeated with other operations, dtype or device.
 
-The run of the first record is made again, up to the end of its first step, and its latents are decoded. Each module and
-each operation is computed a second time as the second record says, from the same inputs. So errors do not add up from
-one module to the next, and what is found is where a difference arises, not where it has grown.
+The whole run of the first record is made again: text encoder, VAE encoder, the transformer at every step, decoder. Each
+module without modules inside, and each operation of `Ops`, is computed a second time as the second record says, from
+the inputs that it has in the first run. So errors do not add up from one module or step to the next, and what is found
+is where a difference arises, not where it has grown. Both outputs are compared at once and dropped; three numbers stay.
+Not compared is the arithmetic between modules, such as T5's softmax, and that of guidance and samplers.
 
 What rounding alone can do is measured: the same module gets inputs in which each number is changed by as much as one
 rounding in the narrower of the two dtypes. A module departs beyond rounding when its difference is more than
@@ -11,9 +13,9 @@ rounding in the narrower of the two dtypes. A module departs beyond rounding whe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +27,6 @@ from torch import Tensor, nn
 from cogvid.models.vae import ConvCache
 from cogvid.ops import Ops
 from cogvid.run.load import load_checkpoint
-from cogvid.run.output import decode
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.record import ENVIRONMENT, read_embedded_image, read_record
 from cogvid.run.replay import check_replayable, find_checkpoint
@@ -40,8 +41,13 @@ _FUSED = ("norm1", "norm2", "norm_out", "q_norm", "k_norm", "mlp_in")  # a hook 
 
 @dataclass(frozen=True)
 class Call:
-    """A module or an operation that was computed twice. error: relative RMS difference. rounding: what explains it."""
+    """A module or an operation that was computed twice.
 
+    step: of the sampler, from 0; None outside the transformer. error: relative RMS difference. rounding: what explains
+    it.
+    """
+
+    step: int | None
     name: str
     error: float
     rounding: float
@@ -63,13 +69,15 @@ class Trace:
         return next((call for call in self.calls if call.departs), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        first = None if self.first is None else dataclasses.asdict(self.first)
-        return {"first": first, "tolerance": TOLERANCE, "calls": [dataclasses.asdict(call) for call in self.calls]}
+        """Return it ready for JSON, with None for a number that is not finite."""
+        first = None if self.first is None else _fields(self.first)
+        return {"first": first, "tolerance": TOLERANCE, "calls": [_fields(call) for call in self.calls]}
 
     def lines(self) -> list[str]:
         """Return the trace as lines: what departs, or else the largest error in terms of rounding."""
-        found = [f"{len(self.calls)} calls of modules and operations were computed twice from the same inputs"]
+        steps = len({call.step for call in self.calls} - {None})
+        what = f"{len(self.calls)} calls of modules and operations, in {steps} steps and outside of them,"
+        found = [f"{what} were computed twice from the same inputs"]
         if self.first is None:
             worst = max(self.calls, key=lambda call: call.error / call.rounding)
             found.append(f"none departs beyond rounding; the largest: {_said(worst)}")
@@ -110,29 +118,22 @@ def trace(
         place = resolve_placement(**{name: each[name] for name in LOAD_OPTIONS})
         pipes.append(load_checkpoint(checkpoint, place(checkpoint.model.dtype)))
     call = {"image": image, "negative_prompt": (record["negative_prompt"] or [""])[0], "seed": record["seed"]}
-    return trace_pipelines(pipes[0], pipes[1], record["prompt"][0], **call, **{name: record[name] for name in OPTIONS})
-
-
-class _StepDone(Exception):
-    """The first step is done."""
+    options = call | {name: record[name] for name in OPTIONS}
+    return trace_pipelines(pipes[0], pipes[1], record["prompt"][0], progress=True, **options)
 
 
 @torch.no_grad()
-def trace_pipelines(a: Pipeline, b: Pipeline, prompt: str, **options: Any) -> Trace:
-    """Run the first step and the decoder of `a`, each call repeated with `b`. options: of the call, for one video."""
+def trace_pipelines(a: Pipeline, b: Pipeline, prompt: str, *, progress: bool = False, **options: Any) -> Trace:
+    """Run `a`, each call repeated with `b`. progress, options: of the call, for one video."""
     lockstep = _Lockstep(a, b)
-    latents: list[Tensor] = []
-
-    def stop(_pipe: object, _index: int, _timestep: int, tensors: dict[str, Tensor]) -> None:
-        latents.append(tensors["latents"])
-        raise _StepDone
-
-    with lockstep:
-        with contextlib.suppress(_StepDone):
-            a(prompt, output_type="latent", progress=False, callback_on_step_end=stop, **options)
-        x = latents[0].transpose(1, 2).to(a.dtype)
-        for _ in decode(a.vae, x[:, :, a.model.padding(options["num_frames"]) :]):
-            pass
+    try:
+        with lockstep:
+            [frames] = a(prompt, output_type="stream", progress=progress, **options).frames
+            for _ in frames:  # decoded as they are asked for
+                pass
+    except FloatingPointError:  # the run stops at a step that is not finite; the trace says where that began
+        if lockstep.trace.first is None:
+            raise
     return lockstep.trace
 
 
@@ -146,6 +147,7 @@ class _Lockstep:
         self._unit = max(torch.finfo(pipe.dtype).eps for pipe in (a, b)) / 2
         self._generator = torch.Generator().manual_seed(0)
         self._where: list[str] = []
+        self._step: int | None = None
         self._busy = False
         self._handles: list[Any] = []
 
@@ -155,6 +157,9 @@ class _Lockstep:
             for name, operation in vars(self._own[0]).items()
         }
         self._a.set_ops(Ops(**operations))  # first: it replaces modules of T5 that are hooked below
+        transformer = self._a.transformer
+        self._handles.append(transformer.register_forward_pre_hook(self._begin_step, with_kwargs=True))
+        self._handles.append(transformer.register_forward_hook(self._end_step))
         parts = {"text_encoder": "t5", "transformer": None, "vae": None}
         for part, inner in parts.items():
             mine, other = (
@@ -175,6 +180,12 @@ class _Lockstep:
     @property
     def _pair(self) -> tuple[Pipeline, Pipeline]:
         return self._a, self._b
+
+    def _begin_step(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
+        self._step = kwargs["step"]
+
+    def _end_step(self, *_: object) -> None:
+        self._step = None
 
     def _hook(self, name: str, module: nn.Module, other: nn.Module) -> None:
         """Name the module for the operations in it; repeat it if it has no modules inside."""
@@ -228,7 +239,7 @@ class _Lockstep:
             error, moved = distance(output, other()), distance(output, again(self._rounded))
         finally:
             self._busy = False
-        self.trace.calls.append(Call(name, error, moved + self._unit))
+        self.trace.calls.append(Call(self._step, name, error, moved + self._unit))
 
     def _rounded(self, values: Any) -> Any:
         """Change each floating-point number by up to one rounding."""
@@ -285,5 +296,11 @@ def distance(output: Any, other: Any) -> float:
     return max(errors, key=lambda error: (error != error, error))  # NaN above all
 
 
+def _fields(call: Call) -> dict[str, Any]:
+    values = dataclasses.asdict(call)
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+
+
 def _said(call: Call) -> str:
-    return f"{call.name}, error {call.error:.2g}, of which rounding explains {TOLERANCE * call.rounding:.2g}"
+    where = call.name if call.step is None else f"step {call.step}, {call.name}"
+    return f"{where}, error {call.error:.2g}, of which rounding explains {TOLERANCE * call.rounding:.2g}"

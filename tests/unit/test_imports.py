@@ -58,6 +58,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "weights.load": (TENSORS | {"safetensors"}, {"transformers"}),
     "run.settings": (set(), set()),
     "run.compare": (TENSORS, {"PIL"}),
+    "run.lpips": (TENSORS, {"torchmetrics", "torchvision"}),
     "run.noise": (TENSORS | {"safetensors"}, set()),
     "run.trajectory": (TENSORS | {"safetensors"}, set()),
     "run.pipeline": (TENSORS | {"tqdm"}, set()),

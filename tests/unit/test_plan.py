@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -309,6 +310,41 @@ def test_the_plan_of_a_pack(capsys: pytest.CaptureFixture[str]) -> None:
     assert "legal     yes: tiny-t2v, text-to-video" in table
     assert "80 of video and 16 of text, in a batch of 2" in table
     assert "download  nothing" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--height", "60"], "height: got 60, want a multiple of 16"),
+        (["--scheduler", "euler"], "scheduler: got 'euler', want one of "),
+        (["--model", "no/such/folder"], "model: got "),
+        (["--seed", "-1", "--fps", "0"], "seed: got -1, want"),
+    ],
+)
+def test_an_illegal_run_is_an_answer(options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As JSON too; the line of the error is the same in both forms."""
+    assert cli.main(["plan", "--device", "cpu", *options, "--json"]) == 2
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert set(found) == {"legal", "reasons"}
+    assert found["legal"] is False
+    assert found["reasons"][0].startswith(reason)
+    assert printed.err == f"cogvid: error: {found['reasons'][0]}\n"
+    assert cli.main(["plan", "--device", "cpu", *options]) == 2
+    assert capsys.readouterr() == ("", printed.err)
+
+
+def test_a_wrong_command_is_no_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is a failure of the machine: it says nothing of the run."""
+    assert cli.main(["plan", "--json", "--no-such-option"]) == 2
+    assert capsys.readouterr().out == ""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("cogvid.run.plan.survey", full)
+    assert cli.main(["plan", "--json"]) == 1
+    assert capsys.readouterr() == ("", "cogvid: error: Too many open files\n")
 
 
 def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
