@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -10,34 +9,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO, Any
 
-import torch
-from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from cogvid.models.text import TextEncoder
-from cogvid.run.generate import DEFAULT_MODELS, Job, prepare, write_video
+from cogvid.run.generate import DEFAULT_MODELS, Job, prepare
 from cogvid.run.jobs import LOADING, BatchJob
 from cogvid.run.load import load
 from cogvid.run.manifest import Manifest
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.settings import check_int, task_of
 from cogvid.run.stages import Stage, listen, stage
-
-_KEPT_PROMPTS = 256
-
-
-class RememberingEncoder(TextEncoder):
-    """A text encoder that encodes each prompt once, by itself, so that its embedding does not depend on the others."""
-
-    def __init__(self, encoder: TextEncoder) -> None:
-        super().__init__(encoder.t5, encoder.tokenizer, encoder.device)
-        self._one = functools.lru_cache(_KEPT_PROMPTS)(self._encode)
-
-    def __call__(self, prompts: Sequence[str], max_length: int) -> Tensor:
-        return torch.cat([self._one(prompt, max_length).to(self.device) for prompt in prompts])
-
-    def _encode(self, prompt: str, max_length: int) -> Tensor:
-        return super().__call__([prompt], max_length).cpu()
+from cogvid.run.together import RememberingEncoder, sample_together
 
 
 def run_batch(jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch_size: int = 1) -> list[dict[str, Any]]:
@@ -157,22 +138,11 @@ def _prepare(pipe: Pipeline, job: BatchJob, manifest: Manifest) -> Job:
 
 def _run_together(pipe: Pipeline, ready: list[tuple[BatchJob, Job]]) -> dict[int, Exception]:
     """Sample jobs at once and write their files; return what failed, by place."""
-    inputs = dict(ready[0][1].inputs)
-    seeds = [job.seed for job, _ in ready]
-    if len(ready) > 1:
-        inputs |= {name: [job.inputs[name] for _, job in ready] for name in ("prompt", "negative_prompt")}
-        if inputs["image"] is not None:
-            inputs["image"] = [job.inputs["image"] for _, job in ready]
-        inputs |= {"seed": None, "generator": [Generator("cpu").manual_seed(seed) for seed in seeds]}
-    out = pipe(**inputs, output_type="stream")
     failed: dict[int, Exception] = {}
-    for index, (job, made) in enumerate(ready):
-        record = out.provenance
-        if len(ready) > 1:
-            together = {"batch_size": len(ready), "batch_index": index}
-            record = {**record, "given": [], "seed": job.seed, "seeds": seeds, **together}
+    made = sample_together(pipe, [job for _, job in ready])
+    for (job, _), video in zip(ready, made, strict=True):
         try:
-            write_video(made, out.frames[index], record)
+            video.write()
         except Exception as error:
             failed[job.place] = error
     return failed
