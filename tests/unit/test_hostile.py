@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import cogvid
 from attack import READERS, attack, outcome
@@ -28,8 +31,10 @@ from cogvid.config import ScheduleConfig, TransformerConfig, VAEConfig
 from cogvid.json_config import JsonConfig
 from cogvid.media import download, video
 from cogvid.media.video import count_frames, read_metadata, read_video
+from cogvid.weights.checkpoint import read_checkpoint
 from cogvid.weights.files import read_json
 from cogvid.weights.hub import PACKS
+from cogvid.weights.identity import weights_identity
 from cogvid.weights.text_config import TextConfig, TokenizerConfig
 from tests.unit.test_image_url import server  # noqa: F401 - a fixture
 
@@ -174,6 +179,26 @@ def test_odd_json_files_are_refused(tmp_path: Path, kind: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer_config.json", "tokenizer/spiece.model"])
+def test_a_file_that_is_far_too_large_is_refused_unread(pack: Path, name: str) -> None:
+    (pack / name).unlink()
+    _make_odd(pack / name, "large")
+    with pytest.raises(ValueError, match=rf"{name}: got 1099511627776 bytes, want at most 100000000$"):
+        weights_identity(pack, read_checkpoint(pack).variants)
+    with pytest.raises(ValueError, match=rf"{name}: got .*, want "):
+        cogvid.load(pack, device="cpu")
+
+
+def test_a_header_that_is_far_too_long_is_refused_unread(pack: Path, failed: Callable[..., str]) -> None:
+    path = pack / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes((2**39).to_bytes(8, "little"))
+    os.truncate(path, 2**40)
+    assert "vae/diffusion_pytorch_model.safetensors: got " in failed("inspect", pack)
+    with pytest.raises(ValueError, match=r"model\.safetensors: got a header of 549755813896 bytes, want at most"):
+        weights_identity(pack, read_checkpoint(pack).variants)
+
+
 def test_a_file_that_may_not_be_read_is_not_called_missing(pack: Path) -> None:
     if os.geteuid() != 0:
         as_user: list[str] = []
@@ -210,6 +235,32 @@ for call in (lambda p: read_json(p), lambda p: load_state(p.parent), lambda p: r
         assert "may not be read" in line or "permission denied" in line.lower(), line
         assert "no such file" not in line
         assert "does not exist" not in line
+
+
+# Pictures.
+
+
+def test_a_picture_takes_no_memory_for_what_it_does_not_hold(tmp_path: Path) -> None:
+    """A box of a JPEG 2000 that says it has 4 GiB."""
+    file = io.BytesIO()
+    Image.new("RGB", (17, 13)).save(file, "JPEG2000")
+    data = bytearray(file.getvalue())
+    at = data.index(b"jp2h")
+    data[at - 4 : at] = b"\xff\xff\x00\x00"
+    (tmp_path / "picture.jp2").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"^image: got .*, which cannot be decoded .*, want a whole picture$"):
+            cogvid.load_image(tmp_path / "picture.jp2")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_picture_file_that_is_far_too_large_is_refused_unread(tmp_path: Path) -> None:
+    _make_odd(tmp_path / "picture.webp", "large")
+    with pytest.raises(ValueError, match=r"^image: got .*, which has 1099511627776 bytes, want at most 1073741824$"):
+        cogvid.load_image(tmp_path / "picture.webp")
 
 
 # Videos.
