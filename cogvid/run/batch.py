@@ -17,6 +17,7 @@ from cogvid.run.load import load
 from cogvid.run.manifest import Manifest
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.settings import check_int, task_of
+from cogvid.run.signals import stop_if_asked
 from cogvid.run.stages import Stage, listen, stage
 from cogvid.run.together import RememberingEncoder, sample_together
 
@@ -53,6 +54,7 @@ class _Run:
         left = sorted(jobs, key=lambda job: places[repr(_loading(job))])
         others: list[BatchJob] = []
         while left:
+            stop_if_asked()
             first = left.pop(0)
             with ExitStack() as claims:
                 claimed = self._claim(first, wait, claims)

@@ -24,6 +24,7 @@ from cogvid.run.record import embedded
 from cogvid.run.saved_run import SavedRun
 from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
 from cogvid.run.side_files import NO_FILES, SideFiles, Watched, write_sidecar
+from cogvid.run.signals import stop_if_asked
 from cogvid.run.stages import Stage, listen, stage
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
@@ -145,6 +146,7 @@ def write_video(
         for frames in video:
             writer.write(frames)
             bar.update(len(frames))
+            stop_if_asked()
 
     return record
 
