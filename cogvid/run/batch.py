@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
+from cogvid.media.download import one_line
 from cogvid.run.generate import DEFAULT_MODELS, Job, prepare
 from cogvid.run.jobs import LOADING, BatchJob
 from cogvid.run.load import load
@@ -20,6 +21,8 @@ from cogvid.run.settings import check_int, task_of
 from cogvid.run.signals import stop_if_asked
 from cogvid.run.stages import Stage, listen, stage
 from cogvid.run.together import RememberingEncoder, sample_together
+
+_LONGEST_LINE = 1000  # characters
 
 
 def run_batch(jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch_size: int = 1) -> list[dict[str, Any]]:
@@ -159,11 +162,12 @@ def _entry(job: BatchJob, error: Exception | None, measured: dict[str, Any]) -> 
         **measured,
         "error": _one_line(error) if error else None,
         "ended": time.time(),
-        "job": dict(job.values),
+        "job": job.shown,
+        "job_sha256": job.digest,
     }
 
 
 def _one_line(error: Exception) -> str:
     """An error in one line; of a kind that a user's mistake never has, with its name."""
-    text = " ".join(str(error).split())
+    text = one_line(error, _LONGEST_LINE) if str(error) else ""
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

@@ -537,6 +537,19 @@ def test_a_prompt_that_is_no_text_is_refused(
         cogvid.load("tiny-t2v", device="cpu")(**{"prompt": "x", option: argument}, progress=False)
 
 
+def test_words_that_the_locale_cannot_hold_are_read_as_utf_8(tmp_path: Path) -> None:
+    """As Python gives arguments in the C locale: each byte beyond ASCII is a half of a surrogate pair."""
+    words, arguments = ("réd → 円", "bleu é"), []
+    for each in words:
+        arguments.append(each.encode().decode("ascii", "surrogateescape"))
+    options = ["--negative-prompt", arguments[1], "--guidance-scale", "2", *QUICK, "--model", "tiny-t2v"]
+    assert cli.main(["generate", arguments[0], "-o", str(tmp_path / "out.mp4"), *options]) == 0
+    assert cli.main(["batch", "--prompt", arguments[0], "-o", str(tmp_path / "many"), *options]) == 0
+    for path in (tmp_path / "out.mp4", tmp_path / "many" / "0000-seed1.mp4"):
+        record = read_metadata(path)
+        assert (record["prompt"], record["negative_prompt"]) == ([words[0]], [words[1]])
+
+
 @pytest.mark.parametrize("size", [9223372036854775808, 10**4000])
 @pytest.mark.parametrize("option", ["height", "width", "num-frames", "num-inference-steps", "seed", "fps"])
 def test_numbers_that_no_tensor_takes_are_refused(
