@@ -33,6 +33,7 @@ _NEEDED = (*_STRINGS, *OPTIONS, *ENVIRONMENT, "given", "num_videos_per_prompt", 
            "image", "video", "revision", "variant", "fps", "seed", "noise")  # fmt: skip
 
 
+_LONGEST = 2000  # characters of a name
 _KINDS = {
     "prompt": (list, NoneType), "negative_prompt": (list, NoneType), "given": list, "weights": dict, "machine": dict,
     "versions": dict, "image": (list, NoneType), "video": (str, NoneType), "noise": (str, NoneType),
@@ -106,6 +107,7 @@ def check_replayable(record: dict[str, Any], path: str | os.PathLike[str], *, to
     missing = [field for field in _NEEDED if field not in record]
     wrong = [field for field in _STRINGS if field not in missing and not isinstance(record[field], str)]
     wrong += [field for field, kinds in _KINDS.items() if field not in missing and not isinstance(record[field], kinds)]
+    wrong += [field for field in (*_STRINGS, "step_cache") if len(str(record.get(field))) > _LONGEST]
     texts = [n for n in ("prompt", "negative_prompt", "image") if n not in (*missing, *wrong)]
     wrong += [n for n in texts if not all(isinstance(each, str) for each in record[n] or [])]
     for faults in (missing, wrong):
@@ -113,10 +115,10 @@ def check_replayable(record: dict[str, Any], path: str | os.PathLike[str], *, to
             got = "none" if missing else f"{record[faults[0]]!r:.40}"
             raise ValueError(f"{faults[0]}: got {got} in the record of {name}, want a record written by cogvid")
     if record["given"]:
-        listed = ", ".join(map(str, record["given"]))
+        listed = f"{', '.join(map(str, record['given'])):.200}"
         raise ValueError(
-            f"{record['given'][0]}: got a run that was given {listed}, which its record does not hold, want one of "
-            "options alone"
+            f"{record['given'][0]!s:.40}: got a run that was given {listed}, which its record does not hold, want one "
+            "of options alone"
         )
     if record["step_cache"] is not None:
         raise ValueError(f"step_cache: got a run with {record['step_cache']}, which is no option, want one without")
