@@ -92,6 +92,31 @@ def test_any_value_in_a_config_is_taken_or_refused_in_one_short_line(
         assert value == getattr(made, name) or tuple(value) == getattr(made, name)
 
 
+@pytest.mark.parametrize("config", [TransformerConfig, VAEConfig, ScheduleConfig, TextConfig, TokenizerConfig])
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), 2**63, -(2**63), float("nan"), float("inf"), {}, [{}]], ids=lambda v: str(v)[:9]
+)
+def test_no_field_takes_a_number_that_is_none_or_far_too_large(config: type[JsonConfig], value: Any) -> None:
+    for field in dataclasses.fields(config):
+        with pytest.raises(ValueError, match=rf"^{field.name}: got .*, want "):
+            config.from_dict({field.name: value})
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [("scheduler/scheduler_config.json", {"beta_start": -1}), ("vae/config.json", {"scaling_factor": 0})],
+    ids=str,
+)
+def test_numbers_that_no_run_survives_are_refused(
+    pack: Path, failed: Callable[..., str], file: str, values: dict[str, Any]
+) -> None:
+    _edit(pack / file, **values)
+    line = failed("generate", "x", "-o", pack / "x.mp4", "--model", pack)
+    assert f"{file}: {next(iter(values))}" in line
+    assert ", want " in line
+    assert not (pack / "x.mp4").exists()
+
+
 BUILT_WITHOUT_END = [
     ("transformer/config.json", "num_layers", 2**31),
     ("vae/config.json", "layers_per_block", 2**62),
