@@ -107,7 +107,7 @@ def check_replayable(record: dict[str, Any], path: str | os.PathLike[str], *, to
     missing = [field for field in _NEEDED if field not in record]
     wrong = [field for field in _STRINGS if field not in missing and not isinstance(record[field], str)]
     wrong += [field for field, kinds in _KINDS.items() if field not in missing and not isinstance(record[field], kinds)]
-    wrong += [field for field in (*_STRINGS, "step_cache") if len(str(record.get(field))) > _LONGEST]
+    wrong += [field for field in _NEEDED if isinstance(record.get(field), str) and len(record[field]) > _LONGEST]
     texts = [n for n in ("prompt", "negative_prompt", "image") if n not in (*missing, *wrong)]
     wrong += [n for n in texts if not all(isinstance(each, str) for each in record[n] or [])]
     for faults in (missing, wrong):

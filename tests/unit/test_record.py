@@ -315,6 +315,7 @@ def test_a_picture_of_another_video_that_is_gone_is_one_line(
         ({"ops": "custom"}, [], "ops: got 'custom'"),
         ({"device": "tpu"}, [], "device: got 'tpu'"),
         ({"defaults": "a" * 2001}, [], f"defaults: got '{'a' * 39} in the record of"),
+        ({"variant": "a" * 2001}, [], f"variant: got '{'a' * 39} in the record of"),
         ({"step_cache": "a" * 2001}, [], f"step_cache: got '{'a' * 39} in the record of"),
         ({"given": ["a" * 2001]}, [], f"{'a' * 40}: got a run that was given {'a' * 200}, which its"),
         ({"scheduler": "euler"}, [], "scheduler: got 'euler'"),
