@@ -156,13 +156,13 @@ def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | No
     from cogvid.run.generate import prepare
     from cogvid.run.side_files import SideFiles
 
-    given = {name: getattr(arguments, name) for name in ("image", "video", "seed", "fps", *settings.OPTIONS)}
-    given["negative_prompt"], prompt = _as_text(arguments.negative_prompt), _as_text(arguments.prompt)
+    names = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
+    given = {name: getattr(arguments, name) for name in names}
     side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise")}
     files = SideFiles(embed=not arguments.no_embed, **side)
     if saved is not None and (files.save_trajectory or files.save_noise or files.noise):
         raise ValueError("checkpoint, resume: got one with noise, save_noise or save_trajectory, want it without them")
-    return prepare(model, prompt, arguments.output, files=files, **given)
+    return prepare(model, arguments.prompt, arguments.output, files=files, **given)
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -342,7 +342,7 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
 
     make = commands.add_parser("generate", help="make a video", description=generate.__doc__)
     make.set_defaults(run=generate)
-    make.add_argument("prompt", nargs="?", metavar="PROMPT", help="what happens in the video")
+    make.add_argument("prompt", nargs="?", type=_as_text, metavar="PROMPT", help="what happens in the video")
     make.add_argument("-o", "--output", metavar="MP4", help="file to write, completely or not at all")
     _add_run_options(make)
     _add_saving_options(make)
@@ -373,7 +373,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_options(parser, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
     parser.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
     parser.add_argument("--video", metavar="PATH", help="a video to start from")
-    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--negative-prompt", type=_as_text, default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument(
         "--defaults",
         default="recommended",
@@ -394,11 +394,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 def _add_batch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", nargs="?", metavar="JOBS", help="JSONL: a job a line, with any option of generate")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="where the videos and the manifest go")
-    parser.add_argument("--prompt", metavar="TEXT", help="the prompt, instead of JOBS")
+    parser.add_argument("--prompt", type=_as_text, metavar="TEXT", help="the prompt, instead of JOBS")
     parser.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, instead of JOBS")
     parser.add_argument(
         "--sweep",
         nargs="+",
+        type=_as_text,
         default=[],
         metavar="NAME=VALUES",
         help="each job with each of these values, such as seed=1..8 guidance_scale=2,6",

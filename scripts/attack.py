@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -39,6 +40,7 @@ MEMORY = 4 * 2**30  # bytes that a case may add to what the imports take
 SECONDS = 30  # that a case may take
 LONGEST = 2500  # characters of a message; the command line cuts at 1000
 SECRET = "S3CR3T"
+SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 1, "num_inference_steps": 1}
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 16, 2**31, 2**62, 2**63, 2**64, 10**400, -(10**400), 1e308, -1e308, 1e-320,
     0.5, 1000, 10_000, 2**20, float("nan"), float("inf"), "", "x", "a" * 100_000, "\ud800", "\0", [], [0], [1], [None],
@@ -308,6 +310,70 @@ def attack_options(rng: random.Random, folder: Path) -> None:
     raise ValueError(errors[0])
 
 
+def attack_jobs(rng: random.Random, folder: Path) -> None:
+    """A list of jobs, a sweep over them, and the manifest of a batch."""
+    from cogvid.run import jobs
+    from cogvid.run.manifest import Manifest
+
+    job = {"prompt": "the red circle", "seed": 1, "height": 32, "guidance_scale": 2.5, "image": "x.png"}
+    entry = {"place": 0, "output": "a.mp4", "status": "failed", "seed": 1, "ended": 1.5, "job": job, "job_sha256": "00"}
+    for name, values in (("jobs.jsonl", job), ("manifest.jsonl", entry)):
+        lines = [json.dumps(_damaged(rng, values) if rng.random() < 0.5 else values) + "\n" for _ in range(3)]
+        text = "".join(lines).encode()
+        (folder / name).write_bytes(damage_bytes(rng, text) if rng.random() < 0.3 else text)
+    sweep = rng.choice(["seed=1..3", "height=16,32", "sed=1", "seed=9..1", "fps=", "=", "seed=1.5", "seed=1..9" * 9])
+    made = jobs.make_jobs(jobs.read_jobs(str(folder / "jobs.jsonl")), [sweep] if rng.random() < 0.3 else [], {})
+    manifest = Manifest(folder)
+    for each in made:
+        manifest.is_done(each)
+        manifest.failed_since(each, 0.0)
+        json.dumps([each.name, each.shown, each.shape])
+
+
+def attack_record(rng: random.Random, folder: Path) -> None:
+    """The record of a video, up to the moment that a replay of it would load the weights."""
+    from unittest import mock
+
+    import numpy as np
+
+    from cogvid.run import replay
+
+    record = _recorded()
+    if rng.random() < 0.5:
+        two = {"prompt": ["a", "b"], "negative_prompt": ["", ""], "seeds": [1, 2], "batch_size": 2, "batch_index": 0}
+        record = record | two | {"seed": 1}
+    with cogvid.VideoWriter(folder / "clip.mp4", 32, 32, metadata=_damaged(rng, record)) as writer:
+        writer.write(np.zeros((1, 32, 32, 3), np.uint8))
+    with mock.patch.object(replay, "load_checkpoint", side_effect=_Enough), contextlib.suppress(_Enough):
+        replay.replay(folder / "clip.mp4", folder / "out.mp4", local_files_only=True, say=lambda _: None)
+    assert sorted(path.name for path in folder.iterdir()) == ["clip.mp4"]
+
+
+def attack_saved(rng: random.Random, folder: Path) -> None:
+    """What a run has saved of itself, and files of noise and of trajectories."""
+    import torch
+
+    from cogvid.run.noise import load_noise, save_noise
+    from cogvid.run.saved_run import SavedRun
+    from cogvid.run.trajectory import Trajectory, load_trajectory
+
+    latents = torch.zeros(1, 1, 16, 4, 4)
+    if (kind := rng.choice(["saved", "noise", "trajectory"])) == "saved":
+        with SavedRun(folder) as saved:
+            saved.save_inputs({"prompt": "x", "image": latents, "seed": 1})
+    elif kind == "noise":
+        save_noise(folder / "noise.safetensors", {"initial": latents, "step.0.0": latents.clone()})
+    else:
+        Trajectory([latents], [latents], [999], {"prompt": ["x"]}).save(folder / "trajectory.safetensors")
+    [path] = folder.glob("*.safetensors")
+    path.write_bytes(damage_bytes(rng, path.read_bytes()))
+    if kind == "saved":
+        with SavedRun(folder) as saved:
+            saved.inputs()
+    else:
+        (load_noise if kind == "noise" else load_trajectory)(path)
+
+
 READERS: dict[str, Case] = {
     name.removeprefix("attack_"): function for name, function in list(globals().items()) if name.startswith("attack_")
 }
@@ -341,6 +407,31 @@ def damage_bytes(rng: random.Random, data: bytes) -> bytes:
     return bytes(changed)
 
 
+def _damaged(rng: random.Random, values: dict[str, Any]) -> dict[str, Any]:
+    """Put other values in place of some, or leave some out."""
+    changed = dict(values)
+    for name in rng.sample(sorted(values), rng.choice([1, 1, 1, 3])):
+        if rng.random() < 0.2:
+            del changed[name]
+        else:  # JSON has no other floats
+            changed[name] = rng.choice([each for each in VALUES if not isinstance(each, float) or abs(each) < 1e309])
+    return changed
+
+
+class _Enough(Exception):
+    """All that is read was read."""
+
+
+@functools.cache
+def _recorded() -> dict[str, Any]:
+    """The record of a video of the shipped pack."""
+    from cogvid.run.generate import prepare, run
+
+    pipe = cogvid.load("tiny-t2v", device="cpu", dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        return run(pipe, prepare(pipe.model, "the red circle", f"{folder}/a.mp4", seed=1, **SMALL)).provenance
+
+
 def _copy_of_pack(folder: Path) -> Path:
     """Link the shipped pack's weights and copy the rest."""
     return shutil.copytree(PACK, folder / "pack", copy_function=_link_or_copy)
@@ -359,16 +450,7 @@ def _use(root: Path) -> None:
 
     json.dumps(describe(read_checkpoint(root)))
     pipe = cogvid.load(root, device="cpu", dtype="float32")
-    pipe(
-        "the red circle",
-        height=32,
-        width=32,
-        num_frames=1,
-        num_inference_steps=1,
-        seed=1,
-        output_type="pt",
-        progress=False,
-    )
+    pipe("the red circle", seed=1, output_type="pt", progress=False, **SMALL)
 
 
 _CLIPS: dict[str, bytes] = {}

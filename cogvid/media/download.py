@@ -216,12 +216,16 @@ def shown(name: str | bytes) -> str:
 
 def one_line(error: object, longest: int = 300) -> str:
     """Return the words of an error for a message: one short line, without the secrets of URLs in it."""
-    text = " ".join(str(error).split())
-    text = _URL_IN_TEXT.sub(lambda url: "//".join(map(_without_secrets, url[0].split("//", 1))), text)
+    text = without_secrets(" ".join(str(error).split()))
     if len(text) > longest:  # the end has what is wanted
         half = (longest - 5) // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return text or type(error).__name__
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without user names, passwords, queries and fragments of the URLs in it."""
+    return _URL_IN_TEXT.sub(lambda url: "//".join(map(_without_secrets, url[0].split("//", 1))), text)
 
 
 def _without_secrets(rest: str) -> str:

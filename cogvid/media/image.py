@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RESIZE_MODES = ("stretch", "crop", "pad")
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192; decoded to RGB that is 192 MiB
 MAX_DOWNLOAD = 64 * 2**20  # bytes
+MAX_FILE = 2**30  # bytes; twice what MAX_PIXELS of the widest format take
 _HAS_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|file:")
 
 
@@ -231,6 +232,15 @@ def _upright(image: Image) -> Image:
         return image.copy()
 
 
+class _Bounded(io.BufferedReader):
+    """A file that takes memory only for what it holds, and not for what a damaged picture says that it holds."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size >= 0:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
     try:
         status = os.stat(path)
@@ -240,7 +250,9 @@ def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
             raise Refused("is not a regular file, want a picture file")
         if status.st_size == 0:
             raise Refused("is empty, want a picture")
-        return open(path, "rb")
+        if status.st_size > MAX_FILE:
+            raise Refused(f"has {status.st_size} bytes, want at most {MAX_FILE}")
+        return _Bounded(io.FileIO(path))
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(

@@ -20,6 +20,7 @@ from torch import Tensor
 # The characters at which transformers splits words. Python's own \s has four control characters more.
 _SPACES = "\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _WORD_START = "\u2581"  # sentencepiece writes a space as this character
+_MAX_BYTES = 2**24  # of a sentencepiece model; T5's has 0.8 MB
 _WORD_LIST = 1000  # pieces; a smaller vocabulary is a list of whole words, plus letters for all others
 
 
@@ -43,6 +44,8 @@ class Tokenizer:
 
         if not os.path.isfile(spiece_path):
             raise ValueError(f"{spiece_path}: got no file, want a sentencepiece model")
+        if (length := os.path.getsize(spiece_path)) > _MAX_BYTES:
+            raise ValueError(f"{spiece_path}: got {length} bytes, want a sentencepiece model of at most {_MAX_BYTES}")
         try:
             self.processor = SentencePieceProcessor(model_file=str(spiece_path))
             size = self.processor.get_piece_size()

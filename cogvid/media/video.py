@@ -65,7 +65,7 @@ class VideoWriter:
         crf: x264's constant rate factor, 0 (lossless) to 51 (worst); 18 is visually near-lossless.
         preset: x264's speed preset, one of `PRESETS`.
         metadata: JSON-serialisable values for the file's comment, which `read_metadata` returns.
-        cover: a PNG for the file's cover picture, which players show and `read_cover` returns.
+        cover: a PNG for the file's cover picture, or several; players show the first, and `read_covers` returns all.
     Raises:
         ValueError: on construction, for arguments out of range; by `write`, for frames that are not `[f, H, W, 3]`.
         ImportError: on construction, for a PyAV that is too old or has no libx264.
@@ -80,7 +80,7 @@ class VideoWriter:
         crf: float = 18,
         preset: str = "medium",
         metadata: Mapping[str, Any] | None = None,
-        cover: bytes | None = None,
+        cover: bytes | Sequence[bytes] | None = None,
     ) -> None:
         _check_encoder()
         self._target = check_output_path(path)
@@ -96,7 +96,7 @@ class VideoWriter:
         self._rate = _frame_rate(fps)
         self._options = {"crf": f"{crf:g}", "preset": preset, **_REPRODUCIBLE}
         self._comment = None if metadata is None else json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
-        self._cover = cover
+        self._covers = [cover] if isinstance(cover, bytes) else list(cover or ())
         self._count = 0
         self._open = contextlib.ExitStack()
         self._container: OutputContainer | None = None
@@ -118,8 +118,7 @@ class VideoWriter:
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _LIMITED
             self._stream = stream
-            if self._cover is not None:
-                _add_cover(container, self._cover)
+            _add_covers(container, self._covers)
             self._open = stack.pop_all()
         return self
 
@@ -259,15 +258,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def read_cover(path: str | os.PathLike[str]) -> bytes | None:
-    """Return the cover picture of a video, encoded as it was stored, or None."""
+def read_covers(path: str | os.PathLike[str]) -> list[bytes]:
+    """Return the cover pictures of a video, encoded as they were stored."""
     from av.stream import Disposition
 
     with _opened(path) as container:
-        for stream in container.streams.video:
-            if stream.disposition & Disposition.attached_pic:
-                return bytes(next(container.demux(stream)))
-    return None
+        streams = [each for each in container.streams.video if each.disposition & Disposition.attached_pic]
+        packets = container.demux(streams) if streams else ()  # one of each stream, and an empty one at its end
+        found = {packet.stream.index: bytes(packet) for packet in packets if packet.size}
+    return [found[index] for index in sorted(found)]
 
 
 def check_output_path(path: str | os.PathLike[str], suffixes: Sequence[str] = (".mp4",)) -> str:
@@ -350,18 +349,22 @@ def _check_encoder() -> None:
         raise ImportError("av: got a PyAV without the encoder libx264, want one with it") from None
 
 
-def _add_cover(container: OutputContainer, png: bytes) -> None:
-    """Put a PNG into the file as its cover: a stream that consists of one packet."""
+def _add_covers(container: OutputContainer, pictures: Sequence[bytes]) -> None:
+    """Put PNGs into the file as its covers: for each a stream that consists of one packet."""
     import av
     from av.stream import Disposition
 
-    height, width = (int.from_bytes(png[at : at + 4]) for at in (20, 16))  # of the header that a PNG begins with
-    stream: Any = container.add_stream("png")
-    stream.width, stream.height, stream.pix_fmt = width, height, "rgb24"
-    stream.disposition = Disposition.attached_pic
-    packet = av.Packet(png)
-    packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, 0, 0, True
-    container.mux(packet)
+    streams: list[Any] = []
+    for png in pictures:
+        height, width = (int.from_bytes(png[at : at + 4]) for at in (20, 16))  # of the header that a PNG begins with
+        stream: Any = container.add_stream("png")
+        stream.width, stream.height, stream.pix_fmt = width, height, "rgb24"
+        stream.disposition = Disposition.attached_pic
+        streams.append(stream)
+    for stream, png in zip(streams, pictures, strict=True):  # after the last stream, for the first packet ends the head
+        packet = av.Packet(png)
+        packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, 0, 0, True
+        container.mux(packet)
 
 
 def _frame_rate(fps: float | Fraction) -> Fraction:

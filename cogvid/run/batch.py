@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -10,35 +9,21 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO, Any
 
-import torch
-from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from cogvid.models.text import TextEncoder
+from cogvid.media.download import one_line
 from cogvid.options import check_int
-from cogvid.run.generate import DEFAULT_MODELS, Job, prepare, write_video
+from cogvid.run.generate import DEFAULT_MODELS, Job, prepare
 from cogvid.run.jobs import LOADING, BatchJob
 from cogvid.run.load import load
 from cogvid.run.manifest import Manifest
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.settings import task_of
+from cogvid.run.signals import stop_if_asked
 from cogvid.run.stages import Stage, listen, stage
+from cogvid.run.together import RememberingEncoder, sample_together
 
-_KEPT_PROMPTS = 256
-
-
-class RememberingEncoder(TextEncoder):
-    """A text encoder that encodes each prompt once, by itself, so that its embedding does not depend on the others."""
-
-    def __init__(self, encoder: TextEncoder) -> None:
-        super().__init__(encoder.t5, encoder.tokenizer, encoder.device)
-        self._one = functools.lru_cache(_KEPT_PROMPTS)(self._encode)
-
-    def __call__(self, prompts: Sequence[str], max_length: int) -> Tensor:
-        return torch.cat([self._one(prompt, max_length).to(self.device) for prompt in prompts])
-
-    def _encode(self, prompt: str, max_length: int) -> Tensor:
-        return super().__call__([prompt], max_length).cpu()
+_LONGEST_LINE = 1000  # characters
 
 
 def run_batch(jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch_size: int = 1) -> list[dict[str, Any]]:
@@ -73,6 +58,7 @@ class _Run:
         left = sorted(jobs, key=lambda job: places[repr(_loading(job))])
         others: list[BatchJob] = []
         while left:
+            stop_if_asked()
             first = left.pop(0)
             with ExitStack() as claims:
                 claimed = self._claim(first, wait, claims)
@@ -158,22 +144,11 @@ def _prepare(pipe: Pipeline, job: BatchJob, manifest: Manifest) -> Job:
 
 def _run_together(pipe: Pipeline, ready: list[tuple[BatchJob, Job]]) -> dict[int, Exception]:
     """Sample jobs at once and write their files; return what failed, by place."""
-    inputs = dict(ready[0][1].inputs)
-    seeds = [job.seed for job, _ in ready]
-    if len(ready) > 1:
-        inputs |= {name: [job.inputs[name] for _, job in ready] for name in ("prompt", "negative_prompt")}
-        if inputs["image"] is not None:
-            inputs["image"] = [job.inputs["image"] for _, job in ready]
-        inputs |= {"seed": None, "generator": [Generator("cpu").manual_seed(seed) for seed in seeds]}
-    out = pipe(**inputs, output_type="stream")
     failed: dict[int, Exception] = {}
-    for index, (job, made) in enumerate(ready):
-        record = out.provenance
-        if len(ready) > 1:
-            together = {"batch_size": len(ready), "batch_index": index}
-            record = {**record, "given": [], "seed": job.seed, "seeds": seeds, **together}
+    made = sample_together(pipe, [job for _, job in ready])
+    for (job, _), video in zip(ready, made, strict=True):
         try:
-            write_video(made, out.frames[index], record)
+            video.write()
         except Exception as error:
             failed[job.place] = error
     return failed
@@ -188,11 +163,12 @@ def _entry(job: BatchJob, error: Exception | None, measured: dict[str, Any]) -> 
         **measured,
         "error": _one_line(error) if error else None,
         "ended": time.time(),
-        "job": dict(job.values),
+        "job": job.shown,
+        "job_sha256": job.digest,
     }
 
 
 def _one_line(error: Exception) -> str:
     """An error in one line; of a kind that a user's mistake never has, with its name."""
-    text = " ".join(str(error).split())
+    text = one_line(error, _LONGEST_LINE) if str(error) else ""
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from cogvid.run.record import embedded
 from cogvid.run.saved_run import SavedRun
 from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
 from cogvid.run.side_files import NO_FILES, SideFiles, Watched, write_sidecar
+from cogvid.run.signals import stop_if_asked
 from cogvid.run.stages import Stage, listen, stage
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
@@ -128,24 +129,34 @@ def record_of(job: Job, provenance: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def write_video(job: Job, video: Iterable[Tensor], provenance: Mapping[str, Any]) -> dict[str, Any]:
+def write_video(
+    job: Job, video: Iterable[Tensor], provenance: Mapping[str, Any], covers: Sequence[bytes] = ()
+) -> dict[str, Any]:
     """Write the file of a job, whole or not at all, and return its record.
 
-    video: uint8 `[f, H, W, 3]`, decoded while they are encoded.
+    video: uint8 `[f, H, W, 3]`, decoded while they are encoded. covers: of the videos that it was sampled with.
     """
-    settings, image, cover, record = job.settings, job.inputs["image"], None, record_of(job, provenance)
-    if image is not None and job.files.embed:
-        cover = embedded(resize_image(image, settings.height, settings.width, settings.resize))
+    settings, record = job.settings, record_of(job, provenance)
+    covers = list(dict.fromkeys([*covers_of(job), *covers]))
     with (
         stage("decode"),
-        VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=record, cover=cover) as writer,
+        VideoWriter(job.output, settings.height, settings.width, job.fps, metadata=record, cover=covers) as writer,
         tqdm(total=settings.num_frames, desc="decode", unit="frame") as bar,
     ):
         for frames in video:
             writer.write(frames)
             bar.update(len(frames))
+            stop_if_asked()
 
     return record
+
+
+def covers_of(job: Job) -> list[bytes]:
+    """Return what a job embeds in its video: the input image, as the model sees it, or nothing."""
+    image, settings = job.inputs["image"], job.settings
+    if image is None or not job.files.embed:
+        return []
+    return [embedded(resize_image(image, settings.height, settings.width, settings.resize))]
 
 
 def _try_writing(path: str) -> None:

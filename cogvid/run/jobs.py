@@ -8,9 +8,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from cogvid.media.download import without_secrets
 from cogvid.run.settings import OPTIONS
 from cogvid.weights.load_options import LOAD_OPTIONS
 
@@ -21,6 +21,8 @@ LOADING = {
     **{name: option.metadata["kind"] for name, option in LOAD_OPTIONS.items()},
 }  # fmt: skip
 KINDS = {**INPUTS, **{name: option.metadata["kind"] for name, option in OPTIONS.items()}, **LOADING}
+
+_MAX_BYTES = 2**26  # of a list of jobs or prompts
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,17 @@ class BatchJob:
             return self.values["seed"]
         text = json.dumps([self.place, self.values], sort_keys=True)
         return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+    @property
+    def digest(self) -> str:
+        """A hash that tells these values from all others."""
+        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The values for a manifest: without the secrets of URLs."""
+        pictures = {name: without_secrets(self.values[name]) for name in ("image", "video") if self.values.get(name)}
+        return {**self.values, **pictures}
 
     @property
     def name(self) -> str:
@@ -140,8 +153,12 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
 
 
 def _lines(path: str) -> list[tuple[int, str]]:
+    with open(path, "rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"{path}: got more than {_MAX_BYTES} bytes, want fewer")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: got {error}, want text in UTF-8") from None
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cogvid.media.download import one_line
 from cogvid.media.whole_file import try_lock, write_bytes
 from cogvid.run.jobs import BatchJob
 
 _CLAIMS = ".claims"
+_KINDS = {"place": int, "status": str, "ended": (int, float), "job": dict, "job_sha256": str}
 _FIRST = ("place", "output", "status", "seed", "batch_size", "seconds", "peak_memory", "error", "ended")
 
 
@@ -35,9 +37,14 @@ class Manifest:
             return {}
         try:
             entries = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            for entry in entries:
+                for name, kind in _KINDS.items():
+                    if not isinstance(entry[name], kind):
+                        raise TypeError(f"{name} is {type(entry[name]).__name__}")
             return {entry["place"]: entry for entry in entries}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: got a broken file ({error}), want one that a batch wrote") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = one_line(error)
+            raise ValueError(f"{self.path}: got a broken file ({reason}), want one that a batch wrote") from None
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
         """Write what became of jobs, in place of what was written of them before."""
@@ -59,7 +66,7 @@ class Manifest:
     def _entry(self, job: BatchJob) -> dict[str, Any]:
         """What is written of exactly this job; empty if that is nothing, or of another job in its place."""
         entry = self.entries().get(job.place, {})
-        return entry if entry.get("job") == json.loads(json.dumps(job.values)) else {}
+        return entry if entry.get("job_sha256") == job.digest else {}
 
     def claim(self, job: BatchJob, *, wait: bool = False) -> IO[str] | None:
         """Lock a job until the file that is returned is closed; None where another process has it.

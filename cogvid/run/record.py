@@ -20,7 +20,7 @@ import torch
 import cogvid
 from cogvid.media.download import shown
 from cogvid.media.image import load_image
-from cogvid.media.video import read_cover, read_metadata
+from cogvid.media.video import read_covers, read_metadata
 from cogvid.run.machine import cpu_name
 from cogvid.run.settings import Settings
 from cogvid.sampling.guidance import guidance_schedule
@@ -140,8 +140,12 @@ def record_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def read_embedded_image(path: str | os.PathLike[str]) -> Image | None:
     """Return the input image that a video carries, as the run had it, or None."""
-    cover = read_cover(path)
-    return None if cover is None else load_image(cover)
+    return next(iter(read_embedded_images(path)), None)
+
+
+def read_embedded_images(path: str | os.PathLike[str]) -> list[Image]:
+    """Return the input images that a video carries: its own one, then those of the videos it was sampled with."""
+    return [load_image(cover) for cover in read_covers(path)]
 
 
 def embedded(image: Image) -> bytes:

@@ -7,7 +7,7 @@ import filecmp
 import os
 from collections.abc import Callable
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,19 +17,23 @@ from cogvid.run.conditioning import resized
 from cogvid.run.generate import Job, prepare, run
 from cogvid.run.load import load_checkpoint
 from cogvid.run.noise import noise_hash
-from cogvid.run.output import Output
-from cogvid.run.record import ENVIRONMENT, differences, environment, pixel_hash, read_embedded_image, read_record
+from cogvid.run.record import ENVIRONMENT, differences, environment, pixel_hash, read_embedded_images, read_record
 from cogvid.run.settings import OPTIONS
 from cogvid.run.side_files import SideFiles
+from cogvid.run.together import RememberingEncoder, sample_together
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
 from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.placement import resolve_placement
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
 _NEEDED = (*_STRINGS, *OPTIONS, *ENVIRONMENT, "given", "num_videos_per_prompt", "negative_prompt", "step_cache",
            "image", "video", "revision", "variant", "fps", "seed", "noise")  # fmt: skip
 
 
+_LONGEST = 2000  # characters of a name
 _KINDS = {
     "prompt": (list, NoneType), "negative_prompt": (list, NoneType), "given": list, "weights": dict, "machine": dict,
     "versions": dict, "image": (list, NoneType), "video": (str, NoneType), "noise": (str, NoneType),
@@ -51,13 +55,17 @@ def replay(
     ops: str | None = None,
     local_files_only: bool = False,
     say: Callable[[str], None] = print,
-) -> Output:
-    """Make the video at `path` again. On the same machine with the same versions the file has the same bytes.
+) -> dict[str, Any]:
+    """Make the video at `path` again and return its record.
+
+    On the same machine with the same versions the file has the same bytes. A video that was sampled with others is made
+    with them again, and it alone is decoded and written.
 
     Args:
         output: `.mp4` file to write.
         model, device, dtype, ops: in place of what the record names.
-        image, video, noise: the input, where the record has only its hash; it must be the one of the record.
+        image, video, noise: the input, where the record has only its hash; it must be the one of the record. Of videos
+            that were sampled together, the image is that of this one.
         say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
             the same.
 
@@ -65,24 +73,11 @@ def replay(
         ValueError: the record does not hold all that the run was given; an input is another one.
     """
     record = read_record(path)
-    check_replayable(record, path)
+    check_replayable(record, path, together=True)
     if os.path.realpath(output) == os.path.realpath(path):
         raise ValueError(f"output: got {shown(os.fspath(output))}, which is the video itself, want another file")
     checkpoint = find_checkpoint(record, model, local_files_only)
-    stored = read_embedded_image(path) if record["image"] else None
-    job = prepare(
-        checkpoint.model,
-        record["prompt"][0],
-        output,
-        image=_image(record, image, stored),
-        video=_by_hash("video", record, video),
-        negative_prompt=(record["negative_prompt"] or [""])[0],
-        seed=record["seed"],
-        fps=record["fps"],
-        files=SideFiles(embed=stored is not None, noise=_by_hash("noise", record, noise)),
-        **{name: record[name] for name in OPTIONS},
-    )
-    _check_hashes(record, job)
+    jobs = _jobs(record, checkpoint, read_embedded_images(path), output, image=image, video=video, noise=noise)
     recorded = {name: record[name] for name in LOAD_OPTIONS}
     changed = {name: value for name, value in (("device", device), ("dtype", dtype), ("ops", ops)) if value}
     placement = resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype)
@@ -90,35 +85,64 @@ def replay(
     for line in differences({name: record[name] for name in ENVIRONMENT}, here):
         say(line)
     if here["weights"].get("headers") == record["weights"].get("headers"):  # the same weights, wherever they lie
-        job = dataclasses.replace(job, origin={name: record[name] for name in ("source", "source_kind", "revision")})
-    out = run(load_checkpoint(checkpoint, placement), job)
+        origin = {name: record[name] for name in ("source", "source_kind", "revision")}
+        jobs = [dataclasses.replace(job, origin=origin) for job in jobs]
+    pipe = load_checkpoint(checkpoint, placement)
+    if len(jobs) == 1:
+        made = run(pipe, jobs[0]).provenance
+    else:
+        pipe.text_encoder = RememberingEncoder(pipe.text_encoder)
+        made = sample_together(pipe, jobs)[record["batch_index"]].write()
     say(_outcome(path, output))
-    return out
+    return made
 
 
-def check_replayable(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Raise unless the record has all that a replay needs."""
+def check_replayable(record: dict[str, Any], path: str | os.PathLike[str], *, together: bool = False) -> None:
+    """Raise unless the record has all that a replay needs. together: a video that was sampled with others will do."""
     name = shown(os.fspath(path))
     missing = [field for field in _NEEDED if field not in record]
     wrong = [field for field in _STRINGS if field not in missing and not isinstance(record[field], str)]
     wrong += [field for field, kinds in _KINDS.items() if field not in missing and not isinstance(record[field], kinds)]
-    texts = [n for n in ("prompt", "negative_prompt") if n not in (*missing, *wrong)]
+    wrong += [field for field in _NEEDED if isinstance(record.get(field), str) and len(record[field]) > _LONGEST]
+    texts = [n for n in ("prompt", "negative_prompt", "image") if n not in (*missing, *wrong)]
     wrong += [n for n in texts if not all(isinstance(each, str) for each in record[n] or [])]
     for faults in (missing, wrong):
         if faults:
             got = "none" if missing else f"{record[faults[0]]!r:.40}"
             raise ValueError(f"{faults[0]}: got {got} in the record of {name}, want a record written by cogvid")
     if record["given"]:
-        listed = ", ".join(map(str, record["given"]))
+        listed = f"{', '.join(map(str, record['given'])):.200}"
         raise ValueError(
-            f"{record['given'][0]}: got a run that was given {listed}, which its record does not hold, want one of "
-            "options alone"
+            f"{record['given'][0]!s:.40}: got a run that was given {listed}, which its record does not hold, want one "
+            "of options alone"
         )
     if record["step_cache"] is not None:
         raise ValueError(f"step_cache: got a run with {record['step_cache']}, which is no option, want one without")
     prompts = record["prompt"] or []
-    if len(prompts) != 1 or record["num_videos_per_prompt"] != 1:
+    if together and "batch_index" in record:
+        _check_together(record, name)
+    elif len(prompts) != 1 or record["num_videos_per_prompt"] != 1:
         raise ValueError("prompt: got a run of several videos in one batch, want one of a single video")
+    if record["image"] and len(record["image"]) != len(prompts):
+        raise ValueError(f"image: got {len(record['image'])} in the record of {name}, want {len(prompts)}")
+
+
+def _check_together(record: dict[str, Any], name: str) -> None:
+    """Raise unless the record says of which videos this one was made, as `cogvid batch` writes it."""
+    size, index = record.get("batch_size"), record["batch_index"]
+    if type(size) is not int or type(index) is not int or not 0 <= index < size:
+        got = f"{index!r:.40} of {size!r:.40}"
+        raise ValueError(f"batch_index: got {got} in the record of {name}, want an integer below batch_size")
+    for field in ("prompt", "negative_prompt", "seeds"):
+        values = record[field]
+        optional = values is None and field == "negative_prompt"
+        if not optional and (not isinstance(values, list) or len(values) != size):
+            raise ValueError(f"{field}: got {values!r:.40} in the record of {name}, want a list of {size}")
+    for field in ("video", "noise"):
+        if record[field] is not None:
+            raise ValueError(f"{field}: got one in the record of {name}, want none for a video made with others")
+    if record["num_videos_per_prompt"] != 1 or record["seed"] != record["seeds"][index]:
+        raise ValueError(f"seed: got {record['seed']!r:.40} in the record of {name}, want that of its batch_index")
 
 
 def find_checkpoint(record: dict[str, Any], model: str | None, local_files_only: bool) -> Checkpoint:
@@ -139,14 +163,50 @@ def find_checkpoint(record: dict[str, Any], model: str | None, local_files_only:
     )
 
 
-def _image(record: dict[str, Any], given: Any, stored: Any) -> Any:
-    if not record["image"]:
-        if given is not None:
-            raise ValueError("image: got one for a run without an image, want none")
-        return None
-    if given is None and stored is None:
-        raise ValueError("image: got a record with the hash of an image alone, want the image (--image)")
-    return stored if given is None else given
+def _jobs(
+    record: dict[str, Any],
+    checkpoint: Checkpoint,
+    stored: list[Image],
+    output: str | os.PathLike[str],
+    *,
+    image: Any,
+    video: str | None,
+    noise: str | None,
+) -> list[Job]:
+    """Return the job of a record, or those of all videos that this one was sampled with, in their order.
+
+    stored: the input images that the video carries, its own one first. image, video, noise: as for `replay`.
+    """
+    prompts, own = record["prompt"], record.get("batch_index", 0)
+    negatives = record["negative_prompt"] or [""] * len(prompts)
+    seeds = record["seeds"] if len(prompts) > 1 else [record["seed"]]
+    if not record["image"] and image is not None:
+        raise ValueError("image: got one for a run without an image, want none")
+    hashed = {pixel_hash(np.asarray(each)): each for each in stored}
+    pictures: list[Any] = [hashed.get(each) for each in record["image"] or ()] or [None] * len(prompts)
+    if record["image"]:
+        pictures[own] = next((each for each in (image, pictures[own], *stored[:1]) if each is not None), None)
+        if any(each is None for each in pictures):
+            raise ValueError("image: got a record with the hash of an image alone, want the image (--image)")
+    files = SideFiles(embed=bool(stored), noise=_by_hash("noise", record, noise))
+    video = _by_hash("video", record, video)
+    jobs: list[Job] = []
+    for index, picture in enumerate(pictures):
+        job = prepare(
+            checkpoint.model,
+            prompts[index],
+            output,
+            image=picture,
+            video=video,
+            negative_prompt=negatives[index],
+            seed=seeds[index],
+            fps=record["fps"],
+            files=files,
+            **{name: record[name] for name in OPTIONS},
+        )
+        _check_hashes(record, job, index)
+        jobs.append(job)
+    return jobs
 
 
 def _by_hash(name: str, record: dict[str, Any], given: str | None) -> str | None:
@@ -158,11 +218,12 @@ def _by_hash(name: str, record: dict[str, Any], given: str | None) -> str | None
     return given
 
 
-def _check_hashes(record: dict[str, Any], job: Job) -> None:
-    """Raise unless the inputs are those that the record names."""
+def _check_hashes(record: dict[str, Any], job: Job, index: int) -> None:
+    """Raise unless the inputs are those that the record names for the video with this index."""
     image, video = resized(job.inputs["image"], job.inputs["video"], job.settings)
-    for name, pixels, wanted in (("image", image and image[0], record["image"]), ("video", video, [record["video"]])):
-        if pixels is not None and pixel_hash(np.asarray(pixels)) not in wanted:
+    recorded = record["image"] and record["image"][index]
+    for name, pixels, wanted in (("image", image and image[0], recorded), ("video", video, record["video"])):
+        if pixels is not None and pixel_hash(np.asarray(pixels)) != wanted:
             raise ValueError(f"{name}: got other pixels than those of the record, want the {name} that the run had")
     if job.noise is not None and noise_hash(job.noise) != record["noise"]:
         raise ValueError("noise: got other draws than those of the record, want the noise that the run had")

@@ -1,4 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a program in order; a second one ends it at once. Only the command line uses this."""
+"""Ctrl-C, SIGTERM and SIGHUP end a program in order; a second one ends it at once. Only the command line asks for it.
+
+Python drops an exception that is raised within a `__del__`, and so may a library or a callback that catches everything.
+So a signal is also remembered, and `stop_if_asked` raises it again: at each stage, step and chunk of a run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_entered: list[StopOnSignals] = []  # the blocks that the process is in
 _SAME = 0.1  # seconds; `timeout` and a closed terminal send one signal twice
 
 
@@ -28,6 +33,13 @@ class Interrupted(KeyboardInterrupt):
     def __str__(self) -> str:
         name = signal.Signals(self.number).name
         return "interrupted" if self.number == signal.SIGINT else f"interrupted by {name}"
+
+
+def stop_if_asked() -> None:
+    """Raise `Interrupted` if a signal asked the program to stop; in a program that does not watch them, do nothing."""
+    for block in _entered:
+        if block.received is not None:
+            raise Interrupted(block.received.number)
 
 
 class StopOnSignals:
@@ -54,6 +66,7 @@ class StopOnSignals:
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._stop)
+        _entered.append(self)
         return self
 
     def __exit__(
@@ -64,6 +77,7 @@ class StopOnSignals:
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._writer)  # which ends the thread
+            _entered.remove(self)
         return self.received is not None  # what fails after a signal fails because of it
 
     def _stop(self, number: int, _: FrameType | None) -> None:

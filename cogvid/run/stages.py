@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from cogvid.run.signals import stop_if_asked
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -48,10 +50,12 @@ def listen(listener: Listener) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Measure the block, or the function that this decorates, as a stage of this name."""
+    """Measure the block, or the function that this decorates, as a stage of this name; stop if a signal asks for it."""
+    stop_if_asked()
     listeners = _listeners.get()
     if not listeners:
         yield
+        stop_if_asked()
         return
     gpus = _gpus_in_use()
     for gpu in gpus:
@@ -59,6 +63,7 @@ def stage(name: str) -> Iterator[None]:
         torch.cuda.reset_peak_memory_stats(gpu)
     begun = time.perf_counter()
     yield
+    stop_if_asked()
     for gpu in (gpus := _gpus_in_use()):
         torch.cuda.synchronize(gpu)
     seconds = time.perf_counter() - begun

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cogvid.run.saved_run import SavedRun
+from cogvid.run.signals import stop_if_asked
 from cogvid.sampling.samplers import OnStep, State, Step, as_latents
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def after_each_step(
     """
 
     def advance(step: Step, x: Tensor, state: State) -> None:  # noqa: ARG001 - the driver's signature
+        stop_if_asked()
         bar.update()
 
     steps: list[OnStep] = [advance, check_finite(pipe, first)]

@@ -11,6 +11,7 @@ from typing import Any
 from cogvid.weights.hub import COMPONENTS, CONFIG_FILES, TOKENIZER_FILES, WEIGHTS, weight_files
 
 _CHUNK = 2**24  # bytes
+_LONGEST = 100_000_000  # bytes; the safetensors library takes no longer header, and other files are far shorter
 
 
 def weights_identity(directory: Path, variants: Mapping[str, str | None], full: bool = False) -> dict[str, Any]:
@@ -23,6 +24,9 @@ def weights_identity(directory: Path, variants: Mapping[str, str | None], full: 
     sha256: with `full`, SHA-256 over the whole safetensors files.
 
     variants: of each component's weights, as in `Checkpoint`.
+
+    Raises:
+        ValueError: a config, the tokenizer or a header is longer than any that can be used.
     """
     files = list(_files(directory, variants))
     weights = [path for path in files if path.suffix == ".safetensors"]
@@ -32,6 +36,9 @@ def weights_identity(directory: Path, variants: Mapping[str, str | None], full: 
         headers.update(f"{path.relative_to(directory).as_posix()}\n{size}\n".encode())
         with path.open("rb") as file:
             length = min(8 + int.from_bytes(file.read(8), "little"), size) if path in weights else size
+            if length > _LONGEST:
+                what = "a header of " if path in weights else ""
+                raise ValueError(f"{path}: got {what}{length} bytes, want at most {_LONGEST}")
             file.seek(0)
             headers.update(file.read(length))
     identity: dict[str, Any] = {"headers": headers.hexdigest()}

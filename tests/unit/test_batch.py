@@ -18,8 +18,8 @@ import cogvid
 from cogvid.cli import main
 from cogvid.media.video import read_metadata, read_video
 from cogvid.models.text import TextEncoder
-from cogvid.run import batch
-from cogvid.run.jobs import BatchJob, make_jobs, read_jobs, read_sweep
+from cogvid.run import batch, generate
+from cogvid.run.jobs import BatchJob, make_jobs, read_jobs, read_prompts, read_sweep
 from references import picture
 
 ROOT = Path(__file__).parents[2]
@@ -210,6 +210,67 @@ def test_a_line_that_is_no_job_is_refused(tmp_path: Path, line: str, message: st
     (tmp_path / "jobs.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         read_jobs(str(tmp_path / "jobs.jsonl"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("path", ["/dev/zero", "long.jsonl"])
+def test_a_list_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open("long.jsonl", "wb") as file:
+        file.truncate(2**40)
+    for read in (read_jobs, read_prompts):
+        with pytest.raises(ValueError, match=rf"{path}: got more than 67108864 bytes, want fewer"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]", "3", "x", '{"place": 0}', "[" * 100_000,
+        '{"place": 0, "status": "failed", "ended": null, "job": {}, "job_sha256": ""}',
+        '{"place": [], "status": "done", "ended": 1, "job": {}, "job_sha256": ""}',
+        '{"place": 0, "status": "done", "ended": 1, "job": [], "job_sha256": ""}',
+    ],
+)  # fmt: skip
+def test_a_broken_manifest_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    (tmp_path / "manifest.jsonl").write_text(line + "\n")
+    assert main(["batch", "--prompt", RED, "-o", str(tmp_path), "--model", "tiny-t2v"]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert "manifest.jsonl: got a broken file (" in said
+    assert said.endswith("), want one that a batch wrote")
+    assert (tmp_path / "manifest.jsonl").read_text() == line + "\n"
+
+
+def test_secrets_of_a_picture_are_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Jobs that differ in a secret alone are still two."""
+    fetched: list[str] = []
+
+    def load_image(url: str) -> Any:
+        fetched.append(url)
+        raise ValueError(f"image: got no picture at\n{url}, want " + "one " * 1000)
+
+    monkeypatch.setattr(generate, "load_image", load_image)
+    url, options = "https://me:S3CR3T@host.example/a.png?key=S3CR3T", ["-o", str(tmp_path / "out"), *STEPS]
+    for name in (url, url, url + "2"):
+        jobs = write_jobs(tmp_path / "jobs.jsonl", {"prompt": RED, "image": name, "seed": 1})
+        done = fetched[-1:] == [name]
+        assert main(["batch", jobs, *options, "--model", "tiny-i2v"]) == (0 if done else 3)
+        if done:
+            continue
+        written = [path.read_text() for path in (tmp_path / "out").glob("manifest.*")]
+        said = "".join(capsys.readouterr())
+        assert len(written) == 2
+        assert all("host.example/a.png" in text and "S3CR3T" not in text for text in [*written, said])
+        assert max(map(len, said.splitlines())) < 1100
+        entry = manifest(tmp_path / "out")[0]
+        entry |= {"status": "done"}  # as if it had been
+        (tmp_path / "out" / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
+        (tmp_path / "out" / entry["output"]).touch()
+    assert fetched == [url, url + "2"]
 
 
 @pytest.mark.parametrize(

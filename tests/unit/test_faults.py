@@ -23,6 +23,7 @@ from cogvid import cli
 from cogvid.media.video import export_to_video, read_video
 from cogvid.models.transformer import Transformer
 from cogvid.run.generate import Job, prepare, run
+from cogvid.run.saved_run import SavedRun
 
 MIB = 2**20
 QUICK = ["--height", "32", "--width", "32", "--num-frames", "9", "--num-inference-steps", "1", "--seed", "1"]
@@ -69,6 +70,45 @@ def test_a_full_disk_is_status_1_and_keeps_what_was_there(tmp_path: Path, capfd:
         assert "No space left on device" in last_line(capfd)
         assert out.read_bytes() == b"what was there"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "rest"]
+
+
+def test_a_full_disk_keeps_the_last_saved_state(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """There is room for the saved run at first, and then no more."""
+    (tmp_path / "disk").mkdir()
+    with file_system(tmp_path / "disk", "size=1m"):
+        run, out, rest = tmp_path / "disk" / "run", tmp_path / "out.mp4", tmp_path / "disk" / "rest"
+        command = ["generate", "x", "-o", str(out), *QUICK, "--num-inference-steps", "4", "--checkpoint", str(run)]
+        with pytest.MonkeyPatch.context() as patch:
+            save = SavedRun.on_step
+
+            def fill(saved: SavedRun, step: Any, x: Any, state: Any) -> None:
+                if step.index == 2:
+                    with contextlib.suppress(OSError), open(rest, "wb", buffering=0) as file:
+                        while file.write(bytes(1024)):
+                            pass
+                save(saved, step, x, state)
+
+            patch.setattr(SavedRun, "on_step", fill)
+            assert cli.main(command) == 1
+        assert "No space left on device" in last_line(capfd)
+        assert sorted(os.listdir(run)) == ["inputs.safetensors", "lock", "state.safetensors"]
+        rest.unlink()
+        assert cli.main(["generate", "--resume", str(run)]) == 0
+        assert cli.main([*command[:-2], "-o", str(tmp_path / "whole.mp4")]) == 0
+        assert out.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_a_batch_on_a_full_disk_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with file_system(tmp_path, "size=64k"):
+        command = ["batch", "--prompt", "x", "-o", str(tmp_path / "out"), *QUICK[:-2], "--sweep", "seed=1..2"]
+        (tmp_path / "rest").write_bytes(b"x" * 48 * 1024)
+        assert cli.main(command) in (1, 3)
+        assert "cogvid: error: " in last_line(capfd)
+        for path in tmp_path.rglob("*.mp4"):  # what was made before the disk was full is whole
+            assert read_video(path)[0].shape == (9, 32, 32, 3)
+        (tmp_path / "rest").unlink()
+        assert cli.main(command) == 0
+        assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
 
 
 def test_a_read_only_file_system_is_refused_before_the_work(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
+import io
 import json
 import os
 import shutil
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,42 +21,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import cogvid
 from attack import READERS, attack, outcome
-from cogvid import cli
 from cogvid.config import ScheduleConfig, TransformerConfig, VAEConfig
 from cogvid.json_config import JsonConfig
 from cogvid.media import download, video
 from cogvid.media.video import count_frames, read_metadata, read_video
+from cogvid.weights.checkpoint import read_checkpoint
 from cogvid.weights.files import read_json
-from cogvid.weights.hub import PACKS
+from cogvid.weights.identity import weights_identity
 from cogvid.weights.text_config import TextConfig, TokenizerConfig
 from tests.unit.test_image_url import server  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--height", "32", "--width", "32", "--num-frames", "1", "--num-inference-steps", "1", "--seed", "1"]
-
-
-@pytest.fixture
-def pack(tmp_path: Path) -> Path:
-    return shutil.copytree(PACKS / "tiny-t2v", tmp_path / "pack")
-
-
-@pytest.fixture
-def failed(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command, check that it ends in one line with a status; return the line without its start."""
-
-    def run(*arguments: object, status: int = 2) -> str:
-        capfd.readouterr()
-        assert cli.main([str(argument) for argument in arguments]) == status
-        said = capfd.readouterr().err.splitlines()
-        errors = [line for line in said if "warning" not in line]
-        assert len(errors) == 1, said
-        assert len(errors[0]) <= 1100
-        return errors[0].removeprefix("cogvid: error: ")
-
-    return run
 
 
 # Configs.
@@ -85,6 +66,31 @@ def test_any_value_in_a_config_is_taken_or_refused_in_one_short_line(
         return
     for name, value in values.items():
         assert value == getattr(made, name) or tuple(value) == getattr(made, name)
+
+
+@pytest.mark.parametrize("config", [TransformerConfig, VAEConfig, ScheduleConfig, TextConfig, TokenizerConfig])
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), 2**63, -(2**63), float("nan"), float("inf"), {}, [{}]], ids=lambda v: str(v)[:9]
+)
+def test_no_field_takes_a_number_that_is_none_or_far_too_large(config: type[JsonConfig], value: Any) -> None:
+    for field in dataclasses.fields(config):
+        with pytest.raises(ValueError, match=rf"^{field.name}: got .*, want "):
+            config.from_dict({field.name: value})
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [("scheduler/scheduler_config.json", {"beta_start": -1}), ("vae/config.json", {"scaling_factor": 0})],
+    ids=str,
+)
+def test_numbers_that_no_run_survives_are_refused(
+    pack: Path, failed: Callable[..., str], file: str, values: dict[str, Any]
+) -> None:
+    _edit(pack / file, **values)
+    line = failed("generate", "x", "-o", pack / "x.mp4", "--model", pack)
+    assert f"{file}: {next(iter(values))}" in line
+    assert ", want " in line
+    assert not (pack / "x.mp4").exists()
 
 
 BUILT_WITHOUT_END = [
@@ -174,6 +180,26 @@ def test_odd_json_files_are_refused(tmp_path: Path, kind: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer_config.json", "tokenizer/spiece.model"])
+def test_a_file_that_is_far_too_large_is_refused_unread(pack: Path, name: str) -> None:
+    (pack / name).unlink()
+    _make_odd(pack / name, "large")
+    with pytest.raises(ValueError, match=rf"{name}: got 1099511627776 bytes, want at most 100000000$"):
+        weights_identity(pack, read_checkpoint(pack).variants)
+    with pytest.raises(ValueError, match=rf"{name}: got .*, want "):
+        cogvid.load(pack, device="cpu")
+
+
+def test_a_header_that_is_far_too_long_is_refused_unread(pack: Path, failed: Callable[..., str]) -> None:
+    path = pack / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes((2**39).to_bytes(8, "little"))
+    os.truncate(path, 2**40)
+    assert "vae/diffusion_pytorch_model.safetensors: got " in failed("inspect", pack)
+    with pytest.raises(ValueError, match=r"model\.safetensors: got a header of 549755813896 bytes, want at most"):
+        weights_identity(pack, read_checkpoint(pack).variants)
+
+
 def test_a_file_that_may_not_be_read_is_not_called_missing(pack: Path) -> None:
     if os.geteuid() != 0:
         as_user: list[str] = []
@@ -210,6 +236,32 @@ for call in (lambda p: read_json(p), lambda p: load_state(p.parent), lambda p: r
         assert "may not be read" in line or "permission denied" in line.lower(), line
         assert "no such file" not in line
         assert "does not exist" not in line
+
+
+# Pictures.
+
+
+def test_a_picture_takes_no_memory_for_what_it_does_not_hold(tmp_path: Path) -> None:
+    """A box of a JPEG 2000 that says it has 4 GiB."""
+    file = io.BytesIO()
+    Image.new("RGB", (17, 13)).save(file, "JPEG2000")
+    data = bytearray(file.getvalue())
+    at = data.index(b"jp2h")
+    data[at - 4 : at] = b"\xff\xff\x00\x00"
+    (tmp_path / "picture.jp2").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"^image: got .*, which cannot be decoded .*, want a whole picture$"):
+            cogvid.load_image(tmp_path / "picture.jp2")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_picture_file_that_is_far_too_large_is_refused_unread(tmp_path: Path) -> None:
+    _make_odd(tmp_path / "picture.webp", "large")
+    with pytest.raises(ValueError, match=r"^image: got .*, which has 1099511627776 bytes, want at most 1073741824$"):
+        cogvid.load_image(tmp_path / "picture.webp")
 
 
 # Videos.
@@ -400,143 +452,6 @@ def test_an_address_is_checked_after_each_redirect_and_each_look_up(
     with pytest.raises(ValueError, match=PRIVATE):
         cogvid.load_image(f"http://public.example:{port}/to?http://127.0.0.1:{port}/ok.png", allow_private=False)
     assert asked == ["127.0.0.1", "127.0.0.1"]  # both times what the name was looked up to
-
-
-# The command line.
-
-
-def test_an_error_that_nobody_expects_is_one_line(
-    failed: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def broken(_: object) -> None:
-        raise TypeError("no\nsuch\nthing")
-
-    monkeypatch.setattr(cli, "inspect", broken)
-    line = failed("inspect", "x", status=1)
-    assert line == "unexpected TypeError: no such thing (--traceback shows where it comes from)"
-    for arguments in (["--traceback", "inspect", "x"], ["inspect", "x", "--traceback"]):
-        assert cli.main(arguments) == 1
-        said = capfd.readouterr().err
-        assert said.startswith("Traceback (most recent call last):")
-        assert "in broken" in said
-        assert said.endswith(f"cogvid: error: {line}\n")
-
-
-class OutOfMemoryError(RuntimeError):
-    """As PyTorch's for a GPU is named."""
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (OSError(errno.EFBIG, "File too large"), 1),
-        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), 1),
-        (OSError(errno.ENOSPC, "No space left on device"), 1),
-        (OSError(errno.EMFILE, "Too many open files"), 1),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1),
-        (ImportError("libx.so: failed to map segment from shared object"), 1),
-        (ImportError("libx.so: cannot open: Cannot allocate memory"), 1),
-        (MemoryError(), 1),
-        (OutOfMemoryError("CUDA out of memory"), 1),
-        (RuntimeError("Storage size calculation overflowed with sizes=[9223372036854775807, 2]"), 1),
-        (FloatingPointError("latents: got numbers that are not finite in torch.float16, want a wider dtype"), 1),
-        (RecursionError("maximum recursion depth exceeded"), 1),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 2),
-        (PermissionError(errno.EACCES, "Permission denied"), 2),
-        (ImportError("torch: got 1.0, want 2.11 or newer"), 2),
-        (ValueError("a: got 1, want 2"), 2),
-    ],
-    ids=lambda value: f"{type(value).__name__}-{value}"[:40] if isinstance(value, Exception) else "",
-)
-def test_the_status_says_whose_fault_it_is(
-    failed: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
-) -> None:
-    def broken(_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(cli, "inspect", broken)
-    assert failed("inspect", "x", status=status)
-
-
-def test_no_line_is_long_and_its_end_is_kept(failed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    line = failed("generate", "x", "-o", "a" * 200_000 + "/x.mp4", *QUICK)
-    assert line.startswith("output: got 'aaa")
-    line = failed("x" * 200_000)
-    assert 900 < len(line) <= 1000
-
-    def broken(_: object) -> None:
-        raise ValueError("name: got " + "x" * 100_000 + ", want less of https://me:S3CR3T@host/x?S3CR3T")
-
-    monkeypatch.setattr(cli, "inspect", broken)
-    line = failed("inspect", "x")
-    assert line.endswith("xxx, want less of https://host/x")
-
-
-@pytest.mark.parametrize(
-    "argument", [f"the {chr(0xDCFF)} circle", f"the {chr(0xD800)} circle"], ids=["bytes", "surrogate"]
-)
-@pytest.mark.parametrize("option", ["prompt", "negative_prompt"])
-def test_a_prompt_that_is_no_text_is_refused(
-    tmp_path: Path, failed: Callable[..., str], option: str, argument: str
-) -> None:
-    prompts = [argument] if option == "prompt" else ["x", "--negative-prompt", argument]
-    line = failed("generate", *prompts, "-o", tmp_path / "out.mp4", *QUICK)
-    assert line == f"{option}: got {argument[4]!r} at 4, want text in UTF-8"
-    with pytest.raises(ValueError, match=rf"^{option}: got .* at 4, want text in UTF-8$"):
-        cogvid.load("tiny-t2v", device="cpu")(**{"prompt": "x", option: argument}, progress=False)
-
-
-@pytest.mark.parametrize("size", [9223372036854775808, 10**4000])
-@pytest.mark.parametrize("option", ["height", "width", "num-frames", "num-inference-steps", "seed", "fps"])
-def test_numbers_that_no_tensor_takes_are_refused(
-    tmp_path: Path, failed: Callable[..., str], option: str, size: int
-) -> None:
-    line = failed("generate", "x", "-o", tmp_path / "out.mp4", *QUICK, f"--{option}", size)
-    assert line.startswith(option.replace("-", "_") + ": got ")
-    assert ", want " in line
-
-
-def test_the_home_of_nobody_is_a_name_as_any_other(failed: Callable[..., str]) -> None:
-    assert failed("inspect", "~no-such-user/x").startswith("model: got '~no-such-user/x', want a directory")
-
-
-SHELL = {
-    "ascii": ('PYTHONIOENCODING=ascii {command} -o "ü.mp4"', 0, ""),
-    "full-stdout": ("{command} -o out.mp4 >/dev/full", 0, ""),
-    "full-stderr": ("{command} -o out.mp4 2>/dev/full", 0, ""),
-    "closed-pipe": ("set -o pipefail; {command} -o out.mp4 | true", 0, ""),
-    "closed": ("{command} -o out.mp4 <&- >&- 2>&-", 0, ""),
-    "c-locale": ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {command} -o out.mp4", 0, ""),
-    "inspect-full": ("{python} -m cogvid inspect tiny-t2v >/dev/full", 1, "No space left on device"),
-    "no-directory": ("mkdir x; cd x; rmdir ../x; {command} -o /tmp/never.mp4", 2, "working directory: got one that"),
-    "file-size": ("ulimit -f 1; {command} -o out.mp4", 1, "File too large"),
-    "memory": ("ulimit -v 700000; OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 {command} -o out.mp4", 1, "out of memory"),
-}
-
-
-@pytest.mark.parametrize(
-    "case", [case if case in ("closed", "ascii") else pytest.param(case, marks=pytest.mark.slow) for case in SHELL]
-)
-def test_the_status_is_that_of_the_video(tmp_path: Path, case: str) -> None:
-    script, status, words = SHELL[case]
-    made = shutil.which("bash")
-    assert made is not None
-    command = " ".join([sys.executable, "-m", "cogvid", "generate", "'the réd circle'", *QUICK])
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [made, "-c", script.format(command=command, python=sys.executable)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    videos = sorted(path.name for path in tmp_path.glob("*") if path.is_file())
-    assert videos == ([] if status else ["ü.mp4" if case == "ascii" else "out.mp4"])
-    if status:
-        assert words in done.stderr.splitlines()[-1]
-        return
-    frames, _ = read_video(tmp_path / videos[0])  # nothing that was printed is in it
-    assert frames.shape == (1, 32, 32, 3)
-    assert read_metadata(tmp_path / videos[0])["prompt"] == ["the réd circle"]
 
 
 # Random cases.

@@ -25,6 +25,7 @@ from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalEntryNo
 
 import cogvid
 from cogvid import cli
+from cogvid.run.record import read_record
 from cogvid.weights.checkpoint import describe, read_checkpoint
 from cogvid.weights.hub import PACKS, find, stored_variants
 from tests.checkpoints import digest
@@ -118,6 +119,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(BaseHTTPRequestHandler):
     """The part of the hub's protocol that a download needs."""
 
+    commit = COMMIT
     files = FETCHED | HALF | dict.fromkeys(NOT_FETCHED, b"not wanted")
     repositories: ClassVar[dict[str, dict[str, bytes]]] = {
         "acme/tiny": files,
@@ -132,6 +134,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self) -> bytes:
         path = urlsplit(self.path).path
+        if path == "/push":  # not of the hub's protocol: another version of acme/pack
+            type(self).commit = COMMIT[::-1]
+            self.repositories["acme/pack"] = self.repositories["acme/next"]
+            path = "/api/models/acme/pack"
         body = None
         repo = next((name for name in self.repositories if f"/{name}" in path), "")
         files = self.repositories.get(repo, {})
@@ -142,19 +148,19 @@ class Hub(BaseHTTPRequestHandler):
             return b""
         if not repo:
             pass
-        elif path.startswith((f"/api/models/{repo}/tree/{COMMIT}", f"/api/models/{repo}/tree/main")):
+        elif path.startswith((f"/api/models/{repo}/tree/{self.commit}", f"/api/models/{repo}/tree/main")):
             entries = [{"type": "file", "path": n, "size": len(b), "oid": digest(b)} for n, b in files.items()]
             body = json.dumps(entries).encode()
         elif path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
-            body = json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode()
-        elif path.startswith(f"/{repo}/resolve/{COMMIT}/"):
-            body = files.get(path.removeprefix(f"/{repo}/resolve/{COMMIT}/"))
+            body = json.dumps({"id": repo, "sha": self.commit, "siblings": []}).encode()
+        elif path.startswith(f"/{repo}/resolve/{self.commit}/"):
+            body = files.get(path.removeprefix(f"/{repo}/resolve/{self.commit}/"))
         self.send_response(404 if body is None else 200)
         if body is None:
             known = bool(repo) and path.startswith(f"/api/models/{repo}/")
             self.send_header("X-Error-Code", "RevisionNotFound" if known else "RepoNotFound")
             body = b""
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("ETag", f'"{digest(body)}"')
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -176,9 +182,14 @@ def hub(tmp_path: Path) -> Iterator[Callable[..., str]]:
         "HF_HOME": str(tmp_path / "hub"),
     }
 
-    def run(code: str) -> str:
+    def run(code: str, *arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, "-c", code, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -352,6 +363,41 @@ def test_what_is_fetched_is_what_is_opened(
     describe(read_checkpoint(checkpoint, variant=variant))
     assert watch.files() == fetched
     assert len(fetched) == 10
+
+
+GENERATE = """
+import os, sys, urllib.request
+from cogvid.cli import main
+def generate(output, *options):
+    sizes = "--height 32 --width 32 --num-frames 9 --num-inference-steps 3 --seed 1 --device cpu".split()
+    assert main(["generate", "x", "--model", "acme/pack", "-o", sys.argv[1] + "/" + output, *sizes, *options]) == 0
+generate("first.mp4")
+generate("again.mp4")
+urllib.request.urlopen(urllib.request.Request(os.environ["HF_ENDPOINT"] + "/push", method="HEAD"))
+generate("here.mp4", "--local-files-only")
+generate("next.mp4")
+"""
+
+
+def test_generate_asks_the_hub_for_a_newer_version_of_what_is_here(
+    hub: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The newer version has other timesteps."""
+    old = {str(p.relative_to(PACKS / "tiny-t2v")): p for p in (PACKS / "tiny-t2v").rglob("*") if p.is_file()}
+    whole = {name: path.read_bytes() for name, path in old.items()}
+    scheduler = json.loads(whole["scheduler/scheduler_config.json"])
+    changed = json.dumps(scheduler | {"timestep_spacing": "leading"}).encode()
+    assert scheduler["timestep_spacing"] == "trailing"
+    monkeypatch.setitem(Hub.repositories, "acme/pack", whole)
+    monkeypatch.setitem(Hub.repositories, "acme/next", whole | {"scheduler/scheduler_config.json": changed})
+    monkeypatch.setattr(Hub, "commit", COMMIT)
+    hub(GENERATE, str(tmp_path))
+    records = {name: read_record(tmp_path / f"{name}.mp4") for name in ("first", "again", "here", "next")}
+    assert records["again"] == records["first"]
+    assert records["here"]["weights"] == records["first"]["weights"]
+    assert records["first"]["weights"]["commit"] == COMMIT
+    assert records["next"]["weights"]["commit"] == COMMIT[::-1]
+    assert records["first"]["timesteps"] == records["here"]["timesteps"] != records["next"]["timesteps"]
 
 
 def test_the_command_line_takes_a_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from PIL import Image
 import cogvid
 from cogvid.cli import main
 from cogvid.media.image import resize_image
-from cogvid.media.video import read_cover, read_metadata, read_video
-from cogvid.run.record import ENVIRONMENT, read_embedded_image, read_record
+from cogvid.media.video import read_covers, read_metadata, read_video
+from cogvid.run.record import ENVIRONMENT, embedded, read_embedded_image, read_record
 from cogvid.weights.checkpoint import read_checkpoint
 from cogvid.weights.hub import PACKS
 from cogvid.weights.identity import weights_identity
@@ -103,18 +103,18 @@ def test_a_picture_of_the_size_is_not_changed(resize: str) -> None:
     assert np.array_equal(np.asarray(resize_image(source, 48, 80, resize)), np.asarray(source))
 
 
-def test_a_large_cover_and_record_come_back(tmp_path: Path) -> None:
+def test_large_covers_and_a_record_come_back(tmp_path: Path) -> None:
     """3 MB of picture, as large as one of 1360x768 can be, and 1 MB of record."""
     file = io.BytesIO()
     picture(768, 1360).save(file, "PNG")
     metadata = {"text": "x" * 10**6}
     frames = np.stack([np.asarray(picture(32, 32, seed)) for seed in range(3)])
     for name in ("plain.mp4", "cover.mp4"):
-        cover = file.getvalue() if name == "cover.mp4" else None
+        cover = [file.getvalue(), embedded(picture(32, 32))] if name == "cover.mp4" else []
         with cogvid.VideoWriter(tmp_path / name, 32, 32, metadata=metadata, cover=cover) as writer:
             writer.write(frames)
         assert read_metadata(tmp_path / name) == metadata
-        assert read_cover(tmp_path / name) == cover
+        assert read_covers(tmp_path / name) == cover
     plain, fps = read_video(tmp_path / "plain.mp4")
     covered, same = read_video(tmp_path / "cover.mp4")
     assert torch.equal(plain, covered)
@@ -187,7 +187,7 @@ def edited(video: Path, target: Path, /, **changes: Any) -> Path:
     """Write a video with the frames of another one and a changed record; "gone" removes a field."""
     record = {name: value for name, value in (read_record(video) | changes).items() if value != "gone"}
     frames, fps = read_video(video)
-    with cogvid.VideoWriter(target, *frames.shape[1:3], fps, metadata=record, cover=read_cover(video)) as writer:
+    with cogvid.VideoWriter(target, *frames.shape[1:3], fps, metadata=record, cover=read_covers(video)) as writer:
         writer.write(frames)
     return target
 
@@ -212,6 +212,97 @@ def test_a_replay_says_what_differs(made: Path, tmp_path: Path, capfd: pytest.Ca
     assert "of 9 frames differ, the first is 0" in lines[-1]
 
 
+@pytest.fixture(scope="module")
+def batch_of_two(inputs: Path) -> Path:
+    """A folder with two videos that were sampled together from pictures of their own, and a third that was alone."""
+    picture(50, 70, seed=8).save(inputs / "other.png")
+    jobs = [
+        {"prompt": PROMPT, "seed": 9, "image": str(inputs / "picture.png"), "negative_prompt": "blue"},
+        {"prompt": "a blue square", "seed": 4, "image": str(inputs / "other.png")},
+        {"prompt": PROMPT, "seed": 3, "image": str(inputs / "other.png"), "guidance_scale": 2.5},
+    ]
+    (inputs / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    options = [*QUICK, "--model", "tiny-i2v", "--batch-size", "2", "--fps", "5", "--scheduler", "dpm"]
+    del options[options.index("--seed") : options.index("--seed") + 2]
+    assert main(["batch", str(inputs / "jobs.jsonl"), "-o", str(inputs / "batch"), *options]) == 0
+    return inputs / "batch"
+
+
+@pytest.mark.parametrize("name", ["0000-seed9.mp4", "0001-seed4.mp4", "0002-seed3.mp4"])
+def test_a_video_that_was_sampled_with_others_is_replayed_with_them(
+    batch_of_two: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, again = batch_of_two / name, tmp_path / "again.mp4"
+    assert main(["replay", str(first), "-o", str(again)]) == 0
+    assert again.read_bytes() == first.read_bytes()
+    assert f"'{again}' has the same bytes as '{first}'" in capfd.readouterr().err
+    own = resize_image(batch_of_two.parent / ("picture.png" if name[3] == "0" else "other.png"), 64, 64)
+    stored = read_embedded_image(first)
+    assert stored is not None
+    assert np.array_equal(np.asarray(stored), np.asarray(own))
+    assert read_record(first).get("batch_size") == (None if name[3] == "2" else 2)
+
+
+def test_jobs_without_pictures_that_were_sampled_together_are_replayed(tmp_path: Path) -> None:
+    """Four at once, without guidance, so that there are no negative prompts; the third is made again."""
+    options = ["--sweep", "seed=5..8", "--batch-size", "4", "--guidance-scale", "1", "--model", "tiny-t2v"]
+    steps = ["--num-inference-steps", "2", "--num-frames", "9", "--device", "cpu"]
+    assert main(["batch", "--prompt", PROMPT, "-o", str(tmp_path / "out"), *options, *steps]) == 0
+    assert main(["replay", str(tmp_path / "out" / "0002-seed7.mp4"), "-o", str(tmp_path / "again.mp4")]) == 0
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out" / "0002-seed7.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_index": 2}, "batch_index: got 2 of 2 in the record of"),
+        ({"batch_index": True}, "batch_index: got True of 2 in the record of"),
+        ({"batch_size": "gone"}, "batch_index: got 0 of None in the record of"),
+        ({"batch_size": 3}, "prompt: got ['the red circle moves right', 'a blue s in the record of"),
+        ({"prompt": [PROMPT]}, "prompt: got ['the red circle moves right'] in the record of"),
+        ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt: got ['a', 'b', 'c'] in the record of"),
+        ({"seeds": [9]}, "seeds: got [9] in the record of"),
+        ({"seed": 4}, "seed: got 4 in the record of"),
+        ({"seeds": [9, "4"]}, "seed: got '4', want an integer"),
+        ({"image": ["00"]}, "image: got 1 in the record of"),
+        ({"image": [3, 3]}, "image: got [3, 3] in the record of"),
+        ({"image": [None, "00"]}, "image: got [None, '00'] in the record of"),
+        ({"video": "00"}, "video: got one in the record of"),
+        ({"noise": "00"}, "noise: got one in the record of"),
+    ],
+    ids=str,
+)
+def test_a_record_of_several_videos_is_checked(
+    changes: dict[str, Any],
+    message: str,
+    batch_of_two: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("cogvid.run.replay.load_checkpoint", None)
+    (tmp_path / "out").mkdir()
+    source = edited(batch_of_two / "0000-seed9.mp4", tmp_path / "edited.mp4", **changes)
+    capfd.readouterr()
+    assert main(["replay", str(source), "-o", str(tmp_path / "out" / "again.mp4")]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_picture_of_another_video_that_is_gone_is_one_line(
+    batch_of_two: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    frames, fps = read_video(batch_of_two / "0000-seed9.mp4")
+    record, covers = read_record(batch_of_two / "0000-seed9.mp4"), read_covers(batch_of_two / "0000-seed9.mp4")
+    assert len(covers) == 2
+    with cogvid.VideoWriter(tmp_path / "one.mp4", 64, 64, fps, metadata=record, cover=covers[0]) as writer:
+        writer.write(frames)
+    capfd.readouterr()
+    assert main(["replay", str(tmp_path / "one.mp4"), "-o", str(tmp_path / "again.mp4")]) == 2
+    assert "image: got a record with the hash of an image alone" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
@@ -223,6 +314,10 @@ def test_a_replay_says_what_differs(made: Path, tmp_path: Path, capfd: pytest.Ca
         ({"source": "/no/such/place", "source_kind": "directory"}, [], "model: got '/no/such/place'"),
         ({"ops": "custom"}, [], "ops: got 'custom'"),
         ({"device": "tpu"}, [], "device: got 'tpu'"),
+        ({"defaults": "a" * 2001}, [], f"defaults: got '{'a' * 39} in the record of"),
+        ({"variant": "a" * 2001}, [], f"variant: got '{'a' * 39} in the record of"),
+        ({"step_cache": "a" * 2001}, [], f"step_cache: got '{'a' * 39} in the record of"),
+        ({"given": ["a" * 2001]}, [], f"{'a' * 40}: got a run that was given {'a' * 200}, which its"),
         ({"scheduler": "euler"}, [], "scheduler: got 'euler'"),
         ({"scheduler": "gone"}, [], "scheduler: got none in the record of"),
         ({"versions": "gone"}, [], "whose record lacks versions"),

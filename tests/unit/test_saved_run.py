@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -435,6 +436,82 @@ def test_a_signal_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
     assert (status, line) == (129, "cogvid: error: interrupted by SIGHUP")
     assert seconds < 10
     assert os.listdir(tmp_path / "out") == []
+
+
+LOSER = """
+import contextlib, io, json, os, signal, sys
+import cogvid.media.video, cogvid.models.text, cogvid.models.transformer, cogvid.run.manifest, cogvid.run.load
+from cogvid.cli import main
+
+class Last:
+    def __del__(self):  # what is raised here is dropped
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):
+            pass
+
+def swallow():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):
+            pass
+    except BaseException:
+        pass
+
+def lossy(real, lose, calls):
+    def call(*args, **kwargs):
+        found = real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 1:
+            lose()
+        return found
+    return call
+
+for owner, name, arguments in json.loads(sys.argv[1]):
+    module, _, attribute = owner.rpartition(".")
+    patched = getattr(sys.modules[module], attribute)
+    real = getattr(patched, name)
+    for lose in (Last, swallow):
+        calls, dropped, said = [], [], io.StringIO()
+        sys.unraisablehook = dropped.append
+        setattr(patched, name, lossy(real, lose, calls))
+        with contextlib.redirect_stderr(said):
+            status = main([each.format(lose.__name__) for each in arguments])
+        setattr(patched, name, real)
+        print(json.dumps([lose.__name__, status, len(calls), len(dropped), said.getvalue().splitlines()[-1]]))
+"""
+
+LOST = [  # a function, how often it is called once the signal is lost in its first call, and what is left
+    ("cogvid.models.text.TextEncoder", "__call__", 2, []),  # the prompt and the negative one are one stage
+    ("cogvid.models.transformer.Transformer", "forward", 1, []),
+    ("cogvid.media.video.VideoWriter", "write", 1, []),
+    ("cogvid.run.manifest.Manifest", "add", 1, ["0000-seed1.mp4"]),
+]
+
+
+def test_a_signal_that_a_library_loses_stops_the_run_all_the_same(tmp_path: Path) -> None:
+    """In a `__del__`, and where everything is caught: while a prompt is encoded, in a step, a chunk, between jobs."""
+    options = ["--model", "tiny-t2v", "--num-inference-steps", "5", "--num-frames", "17", "--height", "32"]
+    cases: list[tuple[str, str, list[str]]] = []
+    for owner, name, _, _ in LOST:
+        out = f"{tmp_path}/{name}-{{}}"
+        made = ["generate", PROMPT, "-o", f"{out}/a.mp4", "--seed", "1"]
+        if name == "add":
+            made = ["batch", "--prompt", PROMPT, "-o", out, "--sweep", "seed=1..3"]
+        cases.append((owner, name, [*made, *options, "--width", "32"]))
+        for how in ("Last", "swallow"):
+            Path(out.format(how)).mkdir()
+    command = [sys.executable, "-c", LOSER, json.dumps(cases)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(found) == 2 * len(LOST), done.stderr
+    line = "cogvid: error: interrupted by SIGTERM"
+    for (how, *rest), (_, name, calls, left) in zip(found, [each for each in LOST for _ in range(2)], strict=True):
+        assert rest == [143, calls, how == "Last", line], (name, how)
+        assert [path.name for path in (tmp_path / f"{name}-{how}").glob("*.mp4")] == left, (name, how)
+
+
+def test_without_a_block_no_signal_is_remembered() -> None:
+    signals.stop_if_asked()
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
