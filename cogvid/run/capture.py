@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,10 +28,12 @@ from torch import Tensor
 from cogvid.media.download import shown
 from cogvid.media.whole_file import try_lock
 from cogvid.ops import AttentionOp, BlockContext, Shard
-from cogvid.run.pipeline import Pipeline
 from cogvid.run.settings import Settings, check_int
 from cogvid.run.side_files import check_new_directory
 from cogvid.sampling.schedule import make_schedule
+
+if TYPE_CHECKING:
+    from cogvid.run.pipeline import Pipeline
 
 LARGEST = 8 * 2**30  # bytes of a capture
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvid.ops import BlockContext, Shard
-from cogvid.run.capture import read_capture
 
 TEXT_LEN = 226
 ZQ_CHANNELS = 16
@@ -173,6 +172,8 @@ def measured_attention(
 
 def captured_cases(directory: str | os.PathLike[str], dtype: torch.dtype) -> list[Case]:
     """Return a case for each attention that `cogvid generate --capture` wrote; its tensors are cast to the dtype."""
+    from cogvid.run.capture import read_capture
+
     made = []
     for each in read_capture(directory):
 

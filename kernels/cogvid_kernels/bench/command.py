@@ -235,7 +235,7 @@ def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
         plots.bars(rows, values, args.plot)
     if args.roofline is not None:
         plots.roofline(rows, values, args.roofline)
-    if args.plot_history is not None:
+    if args.plot_history is not None and args.history is not None:
         runs = history.read("--history", args.history)
         plots.over_time(runs, rows, values["device"], args.plot_history)
 
