@@ -122,7 +122,9 @@ class _Recorder:
             gib = f"{total / 2**30:.1f} GiB in {len(self.wanted)} files"
             raise ValueError(f"capture: got {gib}, want at most {LARGEST / 2**30:.0f} GiB; fewer steps or layers fit")
         if total > shutil.disk_usage(self._directory).free:
-            raise OSError(errno.ENOSPC, f"capture: got less than {total / 2**20:.0f} MiB of free space, want that much")
+            raise OSError(
+                errno.ENOSPC, f"capture: got less than {-(-total // 2**20)} MiB of free space, want that much"
+            )
         self._checked = True
 
 

@@ -209,6 +209,58 @@ def test_names_that_a_shape_leaves_out_are_those_of_the_models() -> None:
     assert fewer.inputs(torch.device("cpu"), torch.float32)["_context"].text_len == 4
 
 
+@pytest.mark.usefixtures("here")
+def test_a_shape_that_does_not_fit_ends_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--shape", "tokens=2147483647", "heads=100000", "--shape", "tokens=9", "--json", "a.json") == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("bench: error: shape: got attention given B1 H100000 N2147483647 hd64 and ")
+    assert err.endswith(", want one whose inputs can be made\n")
+    assert [row["case"] for row in result(out)["rows"] if "median_ms" in row] == ["given B1 H2 N9 hd64"]
+    assert json.loads(Path("a.json").read_text()) == result(out)
+
+
+def test_a_cuda_graph_is_what_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, with a stand-in for the capture; one of its results is wrong, and another fails."""
+    calls: dict[str, int] = {}
+
+    def graphed(run: Any) -> Any:
+        out = run()
+        name = f"capture {len(calls)}"
+        calls[name] = 0
+
+        def replay() -> Any:
+            calls[name] += 1
+            return out * 2 if name == "capture 1" else out
+
+        if name == "capture 2":
+            calls[name] = 0
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return replay
+
+    monkeypatch.setattr(timing, "graphed", graphed)
+    op = next(op for op in make_registry() if op.name == "rms_norm")
+    case, cpu = op.shapes.given([], "toy", torch.float32), torch.device("cpu")
+    own = {name: lambda inputs: (lambda: op.reference(**inputs), lambda out: out) for name in ("wrong", "fails")}
+    options = {"runs": 3, "compiled": False, "only": "torch", "own": own, "cuda_graph": True}
+    found = timing.bench_case(op, case, cpu, torch.float32, {"copy_gbs": 1.0, "matmul_tflops": 1.0}, **options)
+    rows = {row["provider"]: row for row in found}
+    assert all(row["cuda_graph"] for row in found)
+    assert rows["torch"]["median_ms"] > 0
+    assert calls == {"capture 0": 1 + 3, "capture 1": 1, "capture 2": 0}
+    assert rows["wrong"]["reason"].startswith("wrong: relative RMS")
+    assert "when stream is capturing" in rows["fails"]["reason"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("here")
+def test_on_a_gpu_each_provider_is_a_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--size", "toy", "--no-compile", "--runs", "3", "--cuda-graph", "--ops", "attention"]
+    assert command.main([*arguments, "--device", "cuda", "--provider", "mine:right"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert all(found[name]["median_ms"] > 0 for name in ("torch", "ours", "mine:right"))
+
+
 def test_the_grids_are_those_of_the_models() -> None:
     for frames, height, width, model in ((49, 480, 720, "cogvideox-5b"), (81, 768, 1360, "cogvideox1.5-5b")):
         config = cogvid.CONFIGS[model]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,14 @@ def test_what_cannot_be_captured_is_refused(
     large = pytest.raises(ValueError, match=r"^capture: got .* GiB in 3 files, want at most")
     with large, capture_attention(pipe, tmp_path / "cap", steps=[0]):
         pipe(PROMPT, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    monkeypatch.undo()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    full = pytest.raises(OSError, match=r"capture: got less than 1 MiB of free space, want that much")
+    with full as caught, capture_attention(pipe, tmp_path / "cap", steps=[0]):
+        pipe(PROMPT, **OPTIONS)
+    assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 

@@ -18,8 +18,8 @@ data sheet. The last line on stdout is one JSON object.
 A function of --provider is called as a model calls it: with the arguments of cogvid.ops, and attention with
 (q, k, v, context), the context being a cogvid.BlockContext.
 
-Exit status: 0; 1 if a --provider is wrong or cannot run, or if something became slower than --baseline allows, with a
-line on stderr that says what; 2 for a mistake of the user, with one line on stderr.
+Exit status: 0; 1 if a --provider is wrong or cannot run, if something became slower than --baseline allows, or if the
+inputs of a shape do not fit, with a line on stderr that says what; 2 for a mistake of the user, with such a line.
 """
 
 from __future__ import annotations
@@ -177,15 +177,22 @@ def run(args: argparse.Namespace, registry: dict[str, Op], arguments: list[str])
         raise ValueError(f"--baseline: got {args.baseline}, in which nothing of this run was timed, {wanted}")
     print("\n".join(f"{name}: {value}" for name, value in values.items()))
     rows: list[dict[str, Any]] = []
+    failures: list[str] = []
     options = {"compiled": compiled, "only": args.providers, "runs": args.runs, "cuda_graph": args.cuda_graph}
     tried = {name: without_untried(registry[name], args.providers) for name in args.ops}
     for op, case in todo:
         print(f"\n{op.name}  {case.label}  {args.dtype}\n{table_head(op.unit)}", flush=True)
-        for row in bench_case(tried[op.name], case, device, dtype, limits, own=own, **options):
-            rows.append(row)
-            print(format_row(row), flush=True)
+        try:
+            found = bench_case(tried[op.name], case, device, dtype, limits, own=own, **options)
+        except (MemoryError, RuntimeError) as error:  # of the inputs or the reference: they do not fit
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            failures.append(f"shape: got {op.name} {case.label} and {reason}, want one whose inputs can be made")
+            print(f"  not timed: {reason}", flush=True)
+            continue
+        rows += found
+        print("\n".join(format_row(row) for row in found), flush=True)
     result: dict[str, Any] = {"header": values, "rows": rows}
-    failures = [
+    failures += [
         f"provider: got {row['provider']} with {row['reason']} ({row['case']}), want a right result"
         for row in rows
         if row["own"] and "reason" in row

@@ -129,8 +129,9 @@ def widen(value: Any) -> Any:
 
 
 def free(device: torch.device) -> None:
-    gc.collect()
+    """Give freed GPU memory back, also what an exception's traceback still holds; on a CPU that is little."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
