@@ -119,7 +119,8 @@ def formulas(registry: dict[str, Op]) -> str:
     given = [f"  {numbers}\n      {', '.join(names)}" for numbers, names in shapes.items()]
     return "\n".join(
         [
-            "What is counted as work (a FLOP is an addition, a product, a quotient, a root or an exponential):",
+            "What is counted as work (of attention and linear_gelu the matrix products alone; elsewhere a FLOP is an",
+            "addition, a product, a quotient, a root or an exponential):",
             *rows,
             "What --shape may name, with what is taken for a name that is not given (D is heads x head_dim):",
             *given,
