@@ -158,10 +158,11 @@ def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | No
 
     names = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
     given = {name: getattr(arguments, name) for name in names}
-    side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise")}
+    side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise", "capture")}
     files = SideFiles(embed=not arguments.no_embed, **side)
-    if saved is not None and (files.save_trajectory or files.save_noise or files.noise):
-        raise ValueError("checkpoint, resume: got one with noise, save_noise or save_trajectory, want it without them")
+    whole = ("noise", "save_noise", "save_trajectory", "capture")  # of all steps, which a resumed run does not have
+    if saved is not None and any(getattr(files, name) for name in whole):
+        raise ValueError(f"checkpoint, resume: got one with {' or '.join(whole)}, want it without them")
     return prepare(model, arguments.prompt, arguments.output, files=files, **given)
 
 
@@ -426,6 +427,9 @@ def _add_record_options(make: argparse.ArgumentParser) -> None:
     make.add_argument("--save-trajectory", metavar=safetensors, help="a file for latents and predictions of each step")
     make.add_argument("--save-noise", metavar=safetensors, help="a file for all noise that is drawn")
     make.add_argument("--noise", metavar=safetensors, help="draw the noise of a file of --save-noise, not of a seed")
+    make.add_argument(
+        "--capture", metavar="DIR", help="write q, k, v of the first, middle and last layer at three such steps there"
+    )
 
 
 def _add_replay(commands: Any) -> None:

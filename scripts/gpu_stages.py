@@ -5,7 +5,6 @@ A stage is a function of its recorder, the device and whether to time torch.comp
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -22,13 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench_kernels
 import bench_model
 import cogvid
 import cogvid.models.vae
 import measure
 import references
-from bench_kernels import MAX_ERROR, Reference, time_in_turns
 from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
 from cogvid.ops import Ops
@@ -36,8 +33,12 @@ from cogvid_kernels import _tiles
 from cogvid_kernels import attention as attention_op
 from cogvid_kernels._tiles import Tile
 from cogvid_kernels.attention import VARIANTS
+from cogvid_kernels.bench import timing
+from cogvid_kernels.bench.cases import Case
+from cogvid_kernels.bench.providers import FixedOutput, public
+from cogvid_kernels.bench.registry import Op, find_providers, make_registry
+from cogvid_kernels.bench.timing import MAX_ERROR, Reference, graphed, time_in_turns
 from gpu_session import ROOT, Recorder
-from kernel_registry import Case, Op, find_providers, make_registry
 
 BF16 = torch.bfloat16
 ATTENTION_TILES = [  # BLOCK_M, BLOCK_N, warps, stages
@@ -103,10 +104,10 @@ def tile_record(operation: str, shape_class: str, arch: int, tile: Tile) -> dict
 def limits(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
     """Versions, clocks, and what a large copy and a large matrix product reach."""
     target = torch.device(device)
-    found = recorder.measure("limits", lambda: bench_kernels.measure_limits(target, size_of(device)))
+    found = recorder.measure("limits", lambda: timing.measure_limits(target, size_of(device)))
     numbers = {name: value for name, value in found.items() if isinstance(value, float) and name != "seconds"}
     # The command is that of the session, which its own process has recorded.
-    recorder.measure("header", lambda: {**bench_kernels.header(target, numbers), "command": None})
+    recorder.measure("header", lambda: {**timing.header(target, numbers, []), "command": None})
 
 
 def limits_of(recorder: Recorder) -> dict[str, float]:
@@ -129,14 +130,14 @@ def probe(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG0
     torch.manual_seed(0)
 
     def check(variant: str, dtype_name: str, tokens: int) -> dict[str, Any]:
-        dtype = bench_kernels.DTYPES[dtype_name]
+        dtype = timing.DTYPES[dtype_name]
         q, k, v = torch.randn(2, tokens, 3, 3, 64, device=device, dtype=dtype).unbind(2)
         q, k = q.clone(), k.clone()
         k[1] = k[1, :1] + 0.1 * k[1]
         q[1, tokens // 2] = -20 * k[1, 0]  # leaves the range of the bound, so its tile is computed again
         with measure.poisoned_memory():
             out: Any = attention_op(q, k, v, variant=variant)
-        return {"error": allowed(measure.rel_rms(out, bench_kernels.exact_attention(q, k, v)), 1.5e-2)}
+        return {"error": allowed(measure.rel_rms(out, timing.exact_attention(q, k, v)), 1.5e-2)}
 
     names = specialised(device)
     for name in names:
@@ -215,7 +216,7 @@ def numerics(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: A
     left_out = {f"ours/{name}" for name in not_probed(recorder, device)}
     sizes = [("toy", "fp32"), ("toy", "fp16"), ("toy", "bf16")] + ([("full", "bf16")] if device == "cuda" else [])
     for size, name in sizes:
-        dtype = bench_kernels.DTYPES[name]
+        dtype = timing.DTYPES[name]
         for op in make_registry():
             for case in op.cases(size, False, dtype):
                 check_case(recorder, op, case, name, target, left_out)
@@ -225,7 +226,7 @@ def numerics(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: A
 def check_case(
     recorder: Recorder, op: Op, case: Case, dtype_name: str, device: torch.device, left_out: set[str]
 ) -> None:
-    dtype = bench_kernels.DTYPES[dtype_name]
+    dtype = timing.DTYPES[dtype_name]
 
     @functools.cache
     def prepared() -> tuple[Any, Reference]:
@@ -249,7 +250,7 @@ def check_case(
         if name.startswith("ours") and name not in left_out:
             recorder.measure(f"{op.name} {case.label} {dtype_name} {name}", functools.partial(check, build))
     prepared.cache_clear()
-    bench_kernels.free(device)
+    timing.free(device)
 
 
 OVERFLOW = """
@@ -334,13 +335,13 @@ def attention(recorder: Recorder, device: str, compile: bool) -> None:
     def candidate(case: Case, variant: str, numbers: tuple[int, int, int, int]) -> dict[str, Any]:
         inputs, reference = prepared(case)
         tile = as_tile(numbers)
-        call = functools.partial(op.ours, **inputs, variant=variant, tile=tile)
+        call = functools.partial(op.ours, **public(inputs), variant=variant, tile=tile)
         error = allowed(reference.error(call()), MAX_ERROR[BF16])
         milliseconds = median_ms(call, device, 5 if device == "cuda" else 1)
         arch = _tiles.architecture(inputs["q"])
         return {
             **tile_record("attention", f"{VARIANTS[variant].tile_class}/16x64", arch, tile),
-            "variant": variant, "error": error, "median_ms": milliseconds, "tflops": 1e-9 * case.work / milliseconds,
+            "variant": variant, "error": error, "median_ms": milliseconds, "tflops": 1e-9 * case.flop / milliseconds,
         }  # fmt: skip
 
     found = []
@@ -363,10 +364,8 @@ def attention(recorder: Recorder, device: str, compile: bool) -> None:
 
 def bench(op: Op, case: Case, device: torch.device, bound: dict[str, float], compile: bool) -> dict[str, Any]:
     """Time all providers of an op in turns; the plain op and torch.compile are among them."""
-    runs = runs_of(device.type)
-    args = argparse.Namespace(compile=compile, providers="", dtype="bf16", runs=runs)
-    rows = bench_kernels.bench_case(op, case, device, BF16, bound, args)
-    bench_kernels.free(device)
+    rows = timing.bench_case(op, case, device, BF16, bound, runs=runs_of(device.type), compiled=compile)
+    timing.free(device)
     return {"rows": rows}
 
 
@@ -386,7 +385,7 @@ def memory_bound(recorder: Recorder, device: str, compile: bool) -> None:
         arch = _tiles.architecture(next(v for v in inputs.values() if isinstance(v, Tensor)))
         tile = Tile({"BLOCK_ROWS": rows}, warps)
         with tile_set("rows", shape_class, arch, tile):
-            call = functools.partial(op.ours, **inputs)
+            call = functools.partial(op.ours, **public(inputs))
             error = allowed(reference.error(call()), MAX_ERROR[BF16])
             milliseconds = median_ms(call, device)
         return {**tile_record("rows", shape_class, arch, tile), "error": error, "median_ms": milliseconds}
@@ -404,35 +403,6 @@ def step_inputs(step: bench_model.Step, device: str, dtype: torch.dtype) -> tupl
     x = torch.randn(step.batch, step.config.in_channels, *step.latents, device=device, dtype=dtype)
     text = torch.randn(step.batch, step.text_len, step.config.text_embed_dim, device=device, dtype=dtype)
     return x, text, torch.full((step.batch,), 500, device=device)
-
-
-class FixedOutput(torch.nn.Module):
-    """A linear whose output was computed before."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: ARG002
-        return self.value
-
-
-def graphed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Capture a call in a CUDA graph; the result of the capture is written again by each replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
 
 
 def step(recorder: Recorder, device: str, compile: bool) -> None:
@@ -516,7 +486,7 @@ def vae(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG001
             call = graphed(call) if graph else call
             want = models()["torch"].decode(z)
             error = allowed(measure.rel_rms(call(), want), bench_model.MAX_DIFFERENCE[dtype])
-            bench_kernels.free(target)
+            timing.free(target)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             milliseconds = median_ms(call, device, 3 if device == "cuda" else 1)
@@ -573,7 +543,7 @@ def run_op(name: str) -> None:
     case = next(case for case in op.cases("full", False, BF16) if case.label.startswith("5B"))
     inputs = case.inputs(torch.device("cuda"), BF16)
     for _ in range(3):
-        op.ours(**inputs)
+        op.ours(**public(inputs))
     torch.cuda.synchronize()
 
 

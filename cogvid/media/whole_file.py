@@ -107,6 +107,7 @@ def _open_hidden(directory: str, suffix: str) -> tuple[int, str]:
 
 def _link(descriptor: int, target: str, suffix: str) -> str | None:
     """Give an unnamed file the target's name, or a hidden name, which is returned, where a file is to be replaced."""
+    try_lock(descriptor)  # before there is a hidden name, which another process would sweep
     source = f"/proc/self/fd/{descriptor}"
     hidden = os.path.join(os.path.dirname(target), f".cogvid-{secrets.token_hex(6)}{suffix}")
     for name in (target, hidden):
@@ -123,6 +124,7 @@ def _link(descriptor: int, target: str, suffix: str) -> str | None:
         shutil.copyfile(source, hidden)
         _keep_mode(copy, target)
         os.fsync(copy)
+        os.dup2(copy, descriptor)  # so that the copy's lock holds as long as the descriptor is open
     except BaseException:
         os.unlink(hidden)
         raise

@@ -16,6 +16,7 @@ from cogvid.config import ModelConfig
 from cogvid.media.image import load_image, resize_image
 from cogvid.media.tokenizer import check_text
 from cogvid.media.video import VideoWriter, count_frames, read_video
+from cogvid.run.capture import capture_attention, captured_steps
 from cogvid.run.inputs import frames_to_use
 from cogvid.run.noise import Noise, load_noise, noise_hash
 from cogvid.run.output import Output
@@ -111,7 +112,7 @@ def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
     with contextlib.ExitStack() as stack:
         if job.files.sidecar is not None:
             stack.enter_context(listen(stages.append))
-        with Watched(job.files, job.settings.task, job.noise) as watched:
+        with Watched(job.files, job.settings.task, job.noise) as watched, _capturing(pipe, job):
             out = pipe(**job.inputs, output_type="stream", callback_on_step_end=watched.callback, saved_run=saved_run)
         provenance = {**out.provenance, "given": []}  # the callback only looks
         watched.save(record_of(job, provenance))
@@ -119,6 +120,12 @@ def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
     if job.files.sidecar is not None:
         write_sidecar(job.files.sidecar, record, stages)
     return replace(out, seed=record["seed"], provenance=record)
+
+
+def _capturing(pipe: Pipeline, job: Job) -> contextlib.AbstractContextManager[None]:
+    if job.files.capture is None:
+        return contextlib.nullcontext()
+    return capture_attention(pipe, job.files.capture, steps=captured_steps(pipe, job.settings))
 
 
 def record_of(job: Job, provenance: Mapping[str, Any]) -> dict[str, Any]:

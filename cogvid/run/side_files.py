@@ -25,7 +25,7 @@ class SideFiles:
 
     embed: put the input image into the video. sidecar: JSON with the record, and with what must not be in the video
     because it differs from run to run: seconds and peak memory. save_trajectory: see `trajectory`. save_noise, noise:
-    see `noise`; the second is read.
+    see `noise`; the second is read. capture: a directory, see `capture`.
     """
 
     embed: bool = True
@@ -33,19 +33,20 @@ class SideFiles:
     save_trajectory: str | None = None
     save_noise: str | None = None
     noise: str | None = None
+    capture: str | None = None
 
     def check(self, output: str) -> None:
         """Raise unless each file can be written, and no two are the same."""
         taken = {os.path.realpath(output): "output"}
-        for name in ("sidecar", "save_trajectory", "save_noise"):
+        for name in ("sidecar", "save_trajectory", "save_noise", "capture"):
             path = getattr(self, name)
             if path is None:
                 continue
             target = os.path.realpath(path)
             if target in taken:
-                raise ValueError(f"{name}: got {shown(path)}, which is the {taken[target]} too, want another file")
+                raise ValueError(f"{name}: got {shown(path)}, which is the {taken[target]} too, want another")
             taken[target] = name
-            check_new_file(name, path)
+            (check_new_directory if name == "capture" else check_new_file)(name, path)
 
 
 NO_FILES = SideFiles()
@@ -56,6 +57,16 @@ def check_new_file(name: str, path: str) -> None:
     directory = os.path.dirname(os.path.realpath(path))
     if os.path.isdir(path) or not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
         raise ValueError(f"{name}: got {shown(path)}, want a file in a directory that exists and is writable")
+
+
+def check_new_directory(name: str, path: str | os.PathLike[str]) -> None:
+    """Raise unless a directory can be made at this path; an empty one may be there."""
+    target = os.path.realpath(path)
+    parent = os.path.dirname(target)
+    empty = not os.path.lexists(target) or (os.path.isdir(target) and not os.listdir(target))
+    if not empty or not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        said = "which is not empty" if not empty else "which cannot be made"
+        raise ValueError(f"{name}: got {shown(os.fspath(path))}, {said}, want a new or empty directory")
 
 
 class Watched:

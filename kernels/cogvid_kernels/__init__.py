@@ -9,6 +9,8 @@ A function and its file share a name: `cogvid_kernels.attention` is the function
 Each function is also an operator of torch, `torch.ops.cogvid_kernels.attention`, so FakeTensor, torch.compile and
 torch.export work with it; that costs the host about 8 us per call (kernels/RESULTS.md). gate_residual, linear_gelu and
 rms_norm are differentiable; a backward pass through the others raises.
+
+`cogvid_kernels.bench` is a program that checks and times them, and functions of one's own; it needs cogvid.
 """
 
 from cogvid_kernels.attention import attention

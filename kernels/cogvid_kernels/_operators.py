@@ -4,7 +4,7 @@ FakeTensor, torch.compile and torch.export use an operator's fake implementation
 knows the operator too, so a backward pass gets a gradient or an error, never a wrong result.
 
 This is `torch.library.custom_op` and not `triton_op`, which traces the launch and so cannot run in Triton's
-interpreter. What an operator costs per call: `python scripts/bench_kernels.py --overhead`, and kernels/RESULTS.md.
+interpreter. What an operator costs per call: `python -m cogvid_kernels.bench --overhead`, and kernels/RESULTS.md.
 """
 
 from collections.abc import Callable

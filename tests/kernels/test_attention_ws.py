@@ -18,7 +18,7 @@ from cogvid_kernels._interpreter import INTERPRETED
 from cogvid_kernels._key_norms import largest_key_norms
 from cogvid_kernels._tiles import ATTENTION_ORDER, INTERPRETER, Tile
 from cogvid_kernels.attention import VARIANTS, attention, default_variant
-from kernel_registry import make_registry, without_untried
+from cogvid_kernels.bench.registry import make_registry, without_untried
 from measure import rel_rms
 from tests import tolerances
 from tests.kernels.ring_checker import Change, Hardware, RingError, explore, record, run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -13,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-import bench_kernels
 import bench_model
 import measure
 from cogvid import ops
+from cogvid_kernels.bench import command, timing
+from cogvid_kernels.bench.cases import Case, Shapes
+from cogvid_kernels.bench.registry import Op
 
 ROOT = Path(__file__).parents[2]
 RIGHT_OPS = {
@@ -40,12 +41,15 @@ def run(script: str, *arguments: str, **environment: str) -> tuple[str, dict[str
 
 def test_bench_kernels_runs_to_its_end(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
-    files = tmp_path / "out.json", tmp_path / "out.png"
-    out, result = run(
-        "bench_kernels.py", "--device", "cpu", "--runs", "1", "--json", str(files[0]), "--plot", str(files[1])
-    )
-    assert json.loads(files[0].read_text()) == result
-    assert files[1].read_bytes().startswith(b"\x89PNG")
+    names = {"json": "out.json", "plot": "bars.png", "roofline": "roofline.png", "history": "times.jsonl"}
+    names["plot-history"] = "times.png"
+    files = [word for option, name in names.items() for word in (f"--{option}", str(tmp_path / name))]
+    out, result = run("bench_kernels.py", "--device", "cpu", "--runs", "1", *files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names.values())
+    for name in ("out.json", "times.jsonl"):
+        assert json.loads((tmp_path / name).read_text()) == result
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
     assert {"commit", "torch", "triton", "command", "copy_gbs", "matmul_tflops"} <= result["header"].keys()
     rows = result["rows"]
     assert {row["op"] for row in rows} == RIGHT_OPS
@@ -198,17 +202,18 @@ def test_scripts_run_where_cogvid_is_not_installed() -> None:
 
 
 def test_an_operator_costs_more_than_its_function(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_kernels.main(["--overhead"])
+    command.main(["--overhead"])
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["function, us"] < found["operator, us"]
     assert found["operator with a gradient, us"] > found["function, us"]
 
 
 def test_help_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        bench_kernels.main(["--help"])
+    with pytest.raises(SystemExit) as end:
+        command.main(["--help"])
+    assert end.value.code == 0
     out = capsys.readouterr().out
-    assert "4 B H N^2 hd flop" in out
+    assert "4 B H N^2 hd flop, 4 B N H hd elements" in out
     assert all(f"  {name} " in out for name in RIGHT_OPS)
 
 
@@ -225,14 +230,15 @@ def test_what_is_wrong_or_raises_is_not_timed() -> None:
         x = torch.randn(6, 32, device=device, dtype=dtype)
         return {"x": x, "weight": torch.ones(32, device=device, dtype=dtype), "eps": 1e-6}
 
-    case = bench_kernels.Case("6x32", 2.0 * 6 * 32 * 4, inputs)
-    op = bench_kernels.Op("rms_norm", "byte", "", lambda *_: [case], ops.rms_norm, nearly, {"absent": raises})
-    args = argparse.Namespace(compile=False, providers="", dtype="fp32", runs=2)
+    case = Case("6x32", 4.0 * 6 * 32, 2.0 * 6 * 32 * 4, inputs)
+    shapes = Shapes({}, {}, lambda *_: iter([("", {})]), lambda *_: case)
+    op = Op("rms_norm", "byte", "", shapes, ops.rms_norm, nearly, {"absent": raises})
     limits = {"copy_gbs": 10.0, "matmul_tflops": 1.0}
-    rows = bench_kernels.bench_case(op, case, torch.device("cpu"), torch.float32, limits, args)
+    rows = timing.bench_case(op, case, torch.device("cpu"), torch.float32, limits, runs=2, compiled=False)
     found = {row["provider"]: row for row in rows}
     assert found["torch"]["median_ms"] > 0
     assert found["torch"]["percent_measured"] == pytest.approx(10 * found["torch"]["rate"])
+    assert found["torch"]["tflops"] == pytest.approx(1e-3 * found["torch"]["rate"] * found["torch"]["flop_per_byte"])
     assert found["ours"]["reason"].startswith("wrong: relative RMS")
     assert found["absent"]["reason"] == "OSError: no backend for torch.Size([6, 32])"
     assert not [name for name in ("ours", "absent") if "median_ms" in found[name]]

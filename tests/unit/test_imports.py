@@ -57,6 +57,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "weights.files": (TENSORS | {"safetensors"}, set()),
     "weights.load": (TENSORS | {"safetensors"}, {"transformers"}),
     "run.settings": (set(), set()),
+    "run.capture": (TENSORS | {"safetensors"}, set()),
     "run.compare": (TENSORS, {"PIL"}),
     "run.lpips": (TENSORS, {"torchmetrics", "torchvision"}),
     "run.noise": (TENSORS | {"safetensors"}, set()),
@@ -74,7 +75,8 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.steps": (TENSORS | {"tqdm"}, set()),
 }
 MODULES = sorted((ROOT / "cogvid").rglob("*.py"))
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+BENCH = sorted((ROOT / "kernels" / "cogvid_kernels" / "bench").glob("*.py"))
+KERNELS = sorted({*(ROOT / "kernels").rglob("*.py")} - {*BENCH})
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -174,6 +176,28 @@ def test_kernels_import_only_torch_and_triton(path: Path) -> None:
     for imported, _ in imports(path):
         top = imported.partition(".")[0]
         assert top in {"torch", "triton", "cogvid_kernels", *sys.stdlib_module_names}, f"{path.name}: {imported}"
+        assert not imported.startswith("cogvid_kernels.bench"), f"{path.name}: {imported}"
+
+
+# Of the benchmark: what it compares with and draws with, where that is installed.
+OPTIONAL = {"diffusers", "transformers", "matplotlib"}
+
+
+@pytest.mark.parametrize("path", BENCH, ids=lambda p: p.stem)
+def test_the_benchmark_is_a_program_over_both_packages(path: Path) -> None:
+    """It alone in cogvid_kernels may import cogvid, whose `ops` is the reference; nothing there imports it."""
+    for imported, when_imported in imports(path):
+        top = imported.partition(".")[0]
+        if top in sys.stdlib_module_names:
+            continue
+        assert top in {"torch", "cogvid", "cogvid_kernels"} | (set() if when_imported else OPTIONAL), imported
+        assert imported != "cogvid.cli"
+    assert len(path.read_text().splitlines()) <= 620
+
+
+def test_cogvid_does_not_import_the_benchmark() -> None:
+    for path in MODULES:
+        assert not [name for name, _ in imports(path) if name.startswith("cogvid_kernels.")], path
 
 
 def test_kernels_folder_is_no_package() -> None:

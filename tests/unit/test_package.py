@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import filecmp
+import json
 import re
 import shutil
 import subprocess
@@ -100,6 +101,17 @@ def test_the_wheel_runs_away_from_the_repository(built: Built, tmp_path: Path) -
     )
     assert done.stdout.startswith(str(built.wheel))
     assert "text-to-video" in done.stdout
+
+
+def test_the_benchmark_of_the_wheel_runs_a_function_of_the_working_directory(built: Built, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from cogvid.ops import attention\n")
+    command = [sys.executable, "-P", "-m", "cogvid_kernels.bench", "--device", "cpu", "--runs", "1"]
+    command += ["--ops", "attention", "--providers", "SDPA MATH", "--provider", "mine:attention", "--json", "out.json"]
+    environment = {"PYTHONPATH": str(built.wheel), "PATH": "/usr/bin:/bin"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [row["provider"] for row in found["rows"] if row["median_ms"] > 0] == ["SDPA MATH", "mine:attention"]
+    assert found["header"]["commit"] == "unknown"  # a wheel has none, whatever repository its environment lies in
 
 
 @pytest.mark.parametrize("where", ["source", "sdist", "wheel"])

@@ -49,6 +49,24 @@ def test_a_file_appears_whole(tmp_path: Path, kind: str) -> None:
         assert (tmp_path / "a.txt").read_bytes() == content
 
 
+def test_a_hidden_name_is_locked_until_it_is_replaced(
+    tmp_path: Path,
+    kind: str,  # noqa: ARG001 - sets the system up
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another writer sweeps the directory at the last moment."""
+    replace = os.replace
+
+    def sweep_first(source: str, target: str) -> None:
+        sweep(str(tmp_path))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", sweep_first)
+    for content in (b"first", b"second"):  # the second has something to replace
+        write_bytes(tmp_path / "a.txt", content)
+        assert (tmp_path / "a.txt").read_bytes() == content
+
+
 def test_an_exception_leaves_what_was_there(tmp_path: Path, kind: str) -> None:  # noqa: ARG001 - sets the system up
     target = tmp_path / "a.txt"
 
