@@ -314,6 +314,9 @@ def layer_norm_modulate(
     The modulation of a LayerNorm is a LayerNorm with another weight and bias, one pair per sample and stream.
     """
     wide = _wide_dtype(x)
+    if torch.compiler.is_compiling():  # which fuses the two, and would unroll the loop below for each batch size
+        y = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+        return modulate(y, shift, scale, text_len=text_len).to(x.dtype)
     gain = 1 + scale.to(wide)
     weights, biases = weight.to(wide) * gain, bias.to(wide) * gain + shift.to(wide)  # [B, 2, D]
     # On a CPU, layer_norm takes low precision with fp32 weights; elsewhere both must have the same dtype.
@@ -438,6 +441,14 @@ def map_frames(function: Callable[[slice], Tensor], frames: int, at_once: int, l
     return result
 
 
+def frames_at_once(x: Tensor, limit: int) -> int:
+    """Return how many frames of `[B, C, T, H, W]` have at most `limit` elements; at least one.
+
+    All of them under torch.compile: it makes no temporaries where it fuses, and would unroll a loop for each size.
+    """
+    return x.shape[2] if torch.compiler.is_compiling() else max(limit // x[:, :, 0].numel(), 1)
+
+
 def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Return gain and offset, `[B, C, 1, 1, 1]` in at least fp32, such that `GroupNorm(x) = x * gain + offset`.
 
@@ -473,7 +484,7 @@ def _latent_frames(frames: int, latent_frames: int) -> list[int]:
 
 def _frames_in_cache(x: Tensor) -> int:
     """Return how many frames to work on at once so that their temporaries stay in a CPU's cache; at least one."""
-    return max(2**20 // x[:, :, 0].numel(), 1)
+    return frames_at_once(x, 2**20)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

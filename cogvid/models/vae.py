@@ -26,7 +26,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from cogvid.config import VAEConfig
-from cogvid.ops import Ops, map_frames
+from cogvid.ops import Ops, frames_at_once, map_frames
 
 PIXEL_CHUNK = 8  # frames that the encoder takes at a time
 LATENT_CHUNK = 2  # frames that the decoder takes at a time
@@ -394,8 +394,7 @@ def _as_videos(images: Tensor, batch: int) -> Tensor:
 
 def _frames_at_once(x: Tensor, scale: int = 1) -> int:
     """Return how many frames of `x`, with `scale` times the pixels, have at most `CONV_ELEMENTS`; at least one."""
-    limit = CONV_ELEMENTS.get(x.device.type, CONV_ELEMENTS["cpu"])
-    return max(limit // (scale * x[:, :, 0].numel()), 1)
+    return frames_at_once(x, CONV_ELEMENTS.get(x.device.type, CONV_ELEMENTS["cpu"]) // scale)
 
 
 def _check_video(name: str, x: Tensor, channels: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cogvid import versions
 from cogvid.options import takes_options
+from cogvid.run.compiled import compile_modules
 from cogvid.run.pipeline import Pipeline
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
 from cogvid.weights.files import load_state
@@ -59,12 +60,9 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement) -> Pipeline:
     }
     _ = checkpoint.weights  # now, so that the record tells of the files that were loaded
     model, folders = checkpoint.model, {part: directory / part for part in COMPONENTS}
-    return Pipeline(
-        checkpoint,
-        placement,
-        transformer=make_transformer(model.transformer, states["transformer"], placement, folders["transformer"]),
-        vae=make_vae(model.vae, states["vae"], placement, folders["vae"]),
-        text_encoder=make_text_encoder(
-            folders["text_encoder"], folders["tokenizer"], states["text_encoder"], placement
-        ),
-    )
+    transformer = make_transformer(model.transformer, states["transformer"], placement, folders["transformer"])
+    vae = make_vae(model.vae, states["vae"], placement, folders["vae"])
+    encoder = make_text_encoder(folders["text_encoder"], folders["tokenizer"], states["text_encoder"], placement)
+    if placement.compile:
+        compile_modules([*transformer.blocks, vae.decoder])
+    return Pipeline(checkpoint, placement, transformer=transformer, vae=vae, text_encoder=encoder)

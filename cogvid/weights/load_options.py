@@ -30,6 +30,7 @@ class LoadOptions:
         "norm of Q and K: layer, which is exact, or rms (RMSNorm of centred projections)",
         choices=QK_NORMS,
     )
+    compile: bool = option(False, bool, "run the transformer's blocks and the VAE's decoder through torch.compile")
 
 
 LOAD_OPTIONS = options_of(LoadOptions)

@@ -30,6 +30,7 @@ class Placement:
     ops: Ops
     ops_name: str
     qk_norm: str = "layer"
+    compile: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, ready for JSON."""
