@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from cogvid.options import option, options_of
+from cogvid.weights.lora_option import parse_loras
 
 QK_NORMS = ("layer", "rms")
 
@@ -29,6 +31,13 @@ class LoadOptions:
         str,
         "norm of Q and K: layer, which is exact, or rms (RMSNorm of centred projections)",
         choices=QK_NORMS,
+    )
+    lora: tuple[Any, ...] | None = option(
+        None,
+        list,
+        "an adapter: a file, a directory or a hub id, and its scale, 1 if not given; may be repeated",
+        parse=parse_loras,
+        many="PATH[:SCALE]",
     )
 
 
