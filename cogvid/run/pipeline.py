@@ -89,15 +89,13 @@ class Pipeline:
             part.set_ops(bundle)
         self.placement = dataclasses.replace(self.placement, ops=bundle, ops_name=name)
 
-    def load_lora(
-        self, source: str | PathLike[str], scale: float = 1.0, name: str | None = None, local_files_only: bool = False
-    ) -> None:
+    def load_lora(self, source: str | PathLike[str], scale: float = 1.0, name: str | None = None) -> None:
         """Add a LoRA adapter to the transformer; `weights.lora_file` has the formats.
 
         source: a file, a directory, or a hub id, with or without a file of it ("owner/name/style.safetensors").
         scale: what the adapter's own scale is multiplied by. name: for the methods below; the file's by default.
         """
-        self._use_loras(self.loras.load(source, scale, name, local_files_only))
+        self._use_loras(self.loras.load(source, scale, name))
 
     def set_lora_scale(self, name: str, scale: float) -> None:
         """Give an adapter another scale, fused or not."""

@@ -189,7 +189,7 @@ def fetch_file(
             if sizes := [there[name] for name in files if there[name]]:
                 print(f"fetching {repo}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
         except DryRunError:  # no network, or local_files_only: the files may be in the local cache
-            cache = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_files_only))
+            cache = Path(snapshot_download(repo, allow_patterns=[], local_files_only=local_files_only))
             files = choose([path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()])
         directory = snapshot_download(repo, allow_patterns=files, local_files_only=local_files_only)
         return Path(directory) / files[0]

@@ -46,10 +46,10 @@ class LoraLinear(nn.Module):
     Its state dict is that of the linear, without the updates.
     """
 
-    def __init__(self, base: nn.Module, updates: Iterable[LowRank]) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.updates = nn.ModuleList(updates)
+        self.updates = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `base(x)` with all updates: `[..., in]` to `[..., out]`."""
@@ -75,22 +75,15 @@ class Loras:
         self._adapters: tuple[Adapter, ...] = ()
         self._originals: dict[str, tuple[nn.Module, Any]] = {}  # linear -> the module and its weight
 
-    def read(self, loras: Iterable[Lora], local_files_only: bool = False) -> tuple[Lora, ...]:
-        """Add adapters that were parsed. A fused one comes before those that are not."""
-        read = [read_lora(each, self._transformer.config, local_files_only=local_files_only) for each in loras]
-        return self.add(read)
-
     def add(self, adapters: Iterable[Adapter]) -> tuple[Lora, ...]:
         """Add adapters that were read for this transformer."""
         return self._set([*self._adapters, *adapters])
 
-    def load(
-        self, source: str | os.PathLike[str], scale: float, name: str | None, local_files_only: bool
-    ) -> tuple[Lora, ...]:
+    def load(self, source: str | os.PathLike[str], scale: float, name: str | None) -> tuple[Lora, ...]:
         """Read an adapter and add it; see `Pipeline.load_lora`."""
         lora = make_lora(source, scale, name)
         check_names([*self._names(), lora.name])
-        return self.read([lora], local_files_only)
+        return self.add([read_lora(lora, self._transformer.config)])
 
     def scale(self, name: str, scale: float) -> tuple[Lora, ...]:
         """Give an adapter another scale."""
@@ -127,21 +120,29 @@ class Loras:
         loras = tuple(each.lora for each in adapters)
         check_names([lora.name for lora in loras])
         originals = dict(self._originals)
-        made: dict[str, tuple[nn.Module, Any]] = {}
+        made: dict[str, tuple[Any, list[LowRank]]] = {}
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.updates):
             module = self._transformer.get_submodule(path)
             module, weight = originals.setdefault(path, (module, getattr(module, "weight", None)))
             made[path] = self._adapted(path, module, weight, adapters)
-        for path, (module, weight) in {**originals, **made}.items():
+        for path, (module, weight) in originals.items():
+            new_weight, beside = made.get(path, (weight, []))
+            if new_weight is not None:
+                module.weight = new_weight
+            if beside:
+                there = self._transformer.get_submodule(path)
+                outer = there if isinstance(there, LoraLinear) else LoraLinear(module)
+                outer.updates = nn.ModuleList(beside)
+                module = outer
             self._transformer.set_submodule(path, module)
-            if weight is not None:
-                (module.base if isinstance(module, LoraLinear) else module).weight = weight
         self._originals = {path: originals[path] for path in made}
         self._adapters = tuple(adapters)
         return loras
 
-    def _adapted(self, path: str, module: nn.Module, weight: Any, adapters: Sequence[Adapter]) -> tuple[nn.Module, Any]:
-        """Return a linear with its adapters beside it, and the weight that it is to have, with the fused ones in it."""
+    def _adapted(
+        self, path: str, module: nn.Module, weight: Any, adapters: Sequence[Adapter]
+    ) -> tuple[Any, list[LowRank]]:
+        """Return the weight that a linear is to have, with the fused adapters in it, and what is to be beside it."""
         like = self._transformer.norm_out.weight  # of the dtype and device of the model
         updates = [(a.lora, LowRank(a.updates[path], a.lora.scale, like)) for a in adapters if path in a.updates]
         fused = [update.weight() for lora, update in updates if lora.fused]
@@ -155,4 +156,4 @@ class Loras:
             if isinstance(block, Block) and block.centred and path.endswith(("q_proj", "k_proj")):
                 added = centre_heads(added, block.num_heads)  # so that RMSNorm stays right
             weight = nn.Parameter((weight + added).to(weight.dtype), requires_grad=weight.requires_grad)
-        return LoraLinear(module, beside) if beside else module, weight
+        return weight, beside

@@ -122,7 +122,9 @@ def read_lora(lora: Lora, config: TransformerConfig, *, local_files_only: bool =
         format = "peft" if peft else "cogkit"
     if not matrices and not unknown:
         raise ValueError(f"{said}, which is empty, want the matrices of an adapter")
-    faults = [listing("unknown keys", unknown, lambda key: f"{key}{nearest(key, tensors.keys() - set(unknown))}")]
+    faults = [
+        listing("unknown keys", sorted(unknown), lambda key: f"{key}{nearest(key, tensors.keys() - set(unknown))}")
+    ]
     updates, alphas, wrong = _updates(matrices, config, format, peft)
     faults += [listing("modules that do not fit", wrong, str)]
     if any(faults):

@@ -78,7 +78,7 @@ def with_ours(
     model = ours_like(reference)
     loras = Loras(model)
     for path in paths:
-        loras.load(path, scale, None, False)
+        loras.load(path, scale, None)
     return model, loras
 
 
@@ -101,7 +101,7 @@ def test_one_adapter_on_every_linear(variant: str, tmp_path: Path) -> None:
         assert rel_rms(model(*args), truth) < LORA_FP32
         loras.unload(None)
         assert torch.equal(model(*args), ours_like(reference)(*args))
-        loras.load(path, 1.0, None, False)
+        loras.load(path, 1.0, None)
 
 
 @pytest.mark.parametrize("variant", TRANSFORMER_VARIANTS)
