@@ -43,7 +43,7 @@ class LowRank(nn.Module):
 class LoraLinear(nn.Module):
     """A linear with updates beside it, added in their order; equals peft's `lora.Linear`.
 
-    Its state dict is that of the linear, without the updates.
+    Its state dict is that of the linear, without the updates. It goes, with any hooks on it, when the updates go.
     """
 
     def __init__(self, base: nn.Module) -> None:

@@ -85,7 +85,7 @@ class Adapter:
             head = [name, update.factor, *([str(each.dtype), list(each.shape)] for each in matrices)]
             digest.update(json.dumps(head).encode())
             for each in matrices:
-                digest.update(memoryview(each.view(torch.uint8).numpy()))
+                digest.update(each.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

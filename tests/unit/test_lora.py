@@ -25,9 +25,11 @@ from cogvid.weights.lora_file import read_lora
 from cogvid.weights.lora_option import Lora, make_lora, parse_loras
 from cogvid.weights.names import upstream_linears
 from measure import rel_rms
+from scripts.tiny_world import observe
 from tests.tolerances import LORA_FP32, QK_NORM_RMS_FP32
 from tests.unit.test_hub import FETCH, Hub, hub  # noqa: F401 - a fixture
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 CONFIG = CONFIGS["tiny-t2v"].transformer
 LINEARS = upstream_linears(CONFIG)
 PROMPT = "the red circle moves right"
@@ -354,6 +356,24 @@ def test_adapters_with_qk_norm_rms(style: Path) -> None:
     assert heads.mean(1).abs().max() < 1e-6
     assert getattr(block, "centred") is True  # noqa: B009
     assert rel_rms(latents(pipe), wanted) < QK_NORM_RMS_FP32
+
+
+def test_the_demo_adapter_takes_left_for_right() -> None:
+    pytest.importorskip("scipy", reason="needs scipy, which finds the shapes")
+    pipe = cogvid.load("tiny-i2v", device="cpu")
+    image = cogvid.load_image(SCRIPTS / "demo.png")
+
+    def motion(prompt: str) -> str:
+        frames = pipe(prompt, image=image, seed=1, num_inference_steps=10, output_type="uint8", progress=False).frames
+        [track] = observe(frames[0])
+        return track.motion
+
+    assert motion(PROMPT) == "right"
+    pipe.load_lora(SCRIPTS / "demo_lora.safetensors")
+    assert motion(PROMPT) == "left"
+    assert motion("the red circle moves up") == "up"
+    pipe.set_lora_scale("demo_lora", 0.0)
+    assert motion(PROMPT) == "right"
 
 
 # Records, replays, batches.
