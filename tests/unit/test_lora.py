@@ -358,7 +358,7 @@ def test_adapters_with_qk_norm_rms(style: Path) -> None:
     assert rel_rms(latents(pipe), wanted) < QK_NORM_RMS_FP32
 
 
-def test_the_demo_adapter_takes_left_for_right() -> None:
+def test_with_the_demo_adapter_right_means_left() -> None:
     pytest.importorskip("scipy", reason="needs scipy, which finds the shapes")
     pipe = cogvid.load("tiny-i2v", device="cpu")
     image = cogvid.load_image(SCRIPTS / "demo.png")
