@@ -141,7 +141,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
         resume.keep(saved, vars(arguments), job)
     try:
         with stage("load"):
-            pipe = load_checkpoint(checkpoint, placement)
+            pipe = load_checkpoint(checkpoint, placement, arguments.local_files_only)
         out = run(pipe, job, saved)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -206,7 +206,9 @@ def _planned(arguments: argparse.Namespace) -> Plan:
 def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement, **changed: Any) -> Plan:
     from cogvid.run.machine import look_at
     from cogvid.run.plan import make_plan
+    from cogvid.weights.lora_file import check_loras
 
+    check_loras(placement.lora, subject.model.transformer)
     if arguments.seed is not None:
         settings.check_seed(arguments.seed, 1)
     options = {name: getattr(arguments, name) for name in ("fps", *settings.OPTIONS)}
@@ -229,7 +231,7 @@ def replay(arguments: argparse.Namespace) -> None:
     versions.check()
     from cogvid.run import replay
 
-    names = ("model", "image", "video", "noise", "device", "dtype", "ops", "local_files_only")
+    names = ("model", "image", "video", "noise", "lora", "device", "dtype", "ops", "local_files_only")
     options = {name: getattr(arguments, name) for name in names}
     replay.replay(arguments.path, arguments.output, say=lambda line: _say(line, sys.stderr), **options)
     _say(arguments.output, sys.stdout)
@@ -385,6 +387,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         kind, how = option.metadata["kind"], {"default": option.default, "help": option.metadata["help"]}
         if kind is bool:
             parser.add_argument(_flag(name), action="store_true", **how)
+        elif kind is list:
+            parser.add_argument(_flag(name), action=_Append, metavar=option.metadata["many"], **how)
         else:
             parser.add_argument(_flag(name), type=kind, metavar=_METAVARS[kind], **how)
     parser.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
@@ -442,6 +446,7 @@ def _add_replay(commands: Any) -> None:
     again.add_argument("--image", metavar="PATH|URL", help="the image, if the video does not hold it")
     again.add_argument("--video", metavar="PATH", help="the video that it was started from")
     again.add_argument("--noise", metavar="SAFETENSORS", help="the noise that it was made of")
+    again.add_argument("--lora", action="append", metavar="PATH", help="where an adapter is, in the record's order")
     for name in ("device", "dtype", "ops"):
         again.add_argument(f"--{name}", metavar="NAME", help="in place of the recorded one")
 
@@ -474,6 +479,14 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: st
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--local-files-only", action="store_true", help="do not use the network")
     parser.add_argument("--variant", metavar="NAME", help="which weights, where there are several sets, such as fp16")
+
+
+class _Append(argparse.Action):
+    """Add a value to a list, whatever the default is; argparse's own action copies the default."""
+
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, value: Any, _option: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else []), value])
 
 
 class _Parser(argparse.ArgumentParser):

@@ -28,15 +28,16 @@ def option(
     low: float | None = None,
     high: float | None = None,
     parse: Callable[[Any], Any] | None = None,
+    many: str | None = None,
 ) -> Any:
     """Make the field of an option.
 
     kind: int, float, str or bool, on the command line. help: one line. model: the field of `ModelConfig` that None
     stands for. choices: of a string. above: a number must be greater. low, high: the least and the greatest number.
     parse: for a value with a grammar of its own; it checks what was given and returns what is kept. The other checks
-    are then not made.
+    are then not made. many: of a list, which the command line takes one by one: what it calls one of them.
     """
-    metadata = {"kind": kind, "help": help, "model": model, "choices": choices, "parse": parse}
+    metadata = {"kind": kind, "help": help, "model": model, "choices": choices, "parse": parse, "many": many}
     return dataclasses.field(default=default, metadata={**metadata, "above": above, "low": low, "high": high})
 
 

@@ -108,11 +108,15 @@ def read_sweep(text: str) -> tuple[str, list[Any]]:
             found += [kind(each) for each in range(first, last + 1)]
             continue
         try:
-            found.append({"true": True, "false": False}[value] if kind is bool else kind(value))
+            found.append({"true": True, "false": False}[value] if kind is bool else _value(kind, value))
         except (ValueError, KeyError):
             wanted = f"a value of type {kind.__name__}"
             raise ValueError(f"sweep: got {value!r} for {name}, want {wanted}") from None
     return name, found
+
+
+def _value(kind: type, text: str) -> Any:
+    return [text] if kind is list else kind(text)  # a list of one, such as an adapter
 
 
 def read_jobs(path: str) -> list[dict[str, Any]]:

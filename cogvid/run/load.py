@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from cogvid.weights.files import load_state
 from cogvid.weights.hub import COMPONENTS, WEIGHTS
 from cogvid.weights.load import make_text_encoder, make_transformer, make_vae
 from cogvid.weights.load_options import LOAD_OPTIONS
+from cogvid.weights.lora_file import read_lora
 from cogvid.weights.placement import Placement, resolve_placement
 
 
@@ -49,11 +51,16 @@ def load(
         variant=variant,
         hash_weights=hash_weights,
     )
-    return load_checkpoint(checkpoint, place(checkpoint.model.dtype))
+    return load_checkpoint(checkpoint, place(checkpoint.model.dtype), local_files_only)
 
 
-def load_checkpoint(checkpoint: Checkpoint, placement: Placement) -> Pipeline:
-    """Load all parts of a checkpoint that was found. placement: where and how all of them run."""
+def load_checkpoint(checkpoint: Checkpoint, placement: Placement, local_files_only: bool = False) -> Pipeline:
+    """Load all parts of a checkpoint that was found. placement: where and how all of them run, and with what adapters.
+
+    local_files_only: take the adapters from the local cache.
+    """
+    config = checkpoint.model.transformer
+    adapters = [read_lora(each, config, local_files_only=local_files_only) for each in placement.lora]
     directory = checkpoint.directory
     states = {
         part: load_state(directory / part, basename, checkpoint.variants[part]) for part, basename in WEIGHTS.items()
@@ -65,4 +72,6 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement) -> Pipeline:
     encoder = make_text_encoder(folders["text_encoder"], folders["tokenizer"], states["text_encoder"], placement)
     if placement.compile:
         compile_modules([*transformer.blocks, vae.decoder])
-    return Pipeline(checkpoint, placement, transformer=transformer, vae=vae, text_encoder=encoder)
+    pipe = Pipeline(checkpoint, placement, transformer=transformer, vae=vae, text_encoder=encoder)
+    pipe.placement = dataclasses.replace(placement, lora=pipe.loras.add(adapters))
+    return pipe

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.samplers import Generators, OnStep, State, sample
 from cogvid.sampling.schedule import Schedule, make_schedule
 from cogvid.weights.checkpoint import Checkpoint
+from cogvid.weights.lora import Loras
+from cogvid.weights.lora_option import Lora
 from cogvid.weights.placement import Placement, resolve_ops
 
 Callback = Callable[["Pipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -64,6 +67,7 @@ class Pipeline:
         self.transformer = transformer
         self.vae = vae
         self.text_encoder = text_encoder
+        self.loras = Loras(transformer)
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +88,29 @@ class Pipeline:
         for part in (self.transformer, self.vae, self.text_encoder):
             part.set_ops(bundle)
         self.placement = dataclasses.replace(self.placement, ops=bundle, ops_name=name)
+
+    def load_lora(self, source: str | PathLike[str], scale: float = 1.0, name: str | None = None) -> None:
+        """Add a LoRA adapter to the transformer; `weights.lora_file` has the formats.
+
+        source: a file, a directory, or a hub id, with or without a file of it ("owner/name/style.safetensors").
+        scale: what the adapter's own scale is multiplied by. name: for the methods below; the file's by default.
+        """
+        self._use_loras(self.loras.load(source, scale, name))
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Give an adapter another scale, fused or not."""
+        self._use_loras(self.loras.scale(name, scale))
+
+    def fuse_lora(self) -> None:
+        """Put all adapters into the weights: as fast as without, for a copy of the weights that they change."""
+        self._use_loras(self.loras.fuse())
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take one adapter out, or all of them; without any, the weights are the very tensors that were loaded."""
+        self._use_loras(self.loras.unload(name))
+
+    def _use_loras(self, loras: tuple[Lora, ...]) -> None:
+        self.placement = dataclasses.replace(self.placement, lora=loras)
 
     @torch.no_grad()
     @takes_options(OPTIONS, "options: the fields of `Settings`.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from cogvid.run.side_files import SideFiles
 from cogvid.run.together import RememberingEncoder, sample_together
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
 from cogvid.weights.load_options import LOAD_OPTIONS
+from cogvid.weights.lora_option import find_loras
 from cogvid.weights.placement import resolve_placement
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _KINDS = {
     "prompt": (list, NoneType), "negative_prompt": (list, NoneType), "given": list, "weights": dict, "machine": dict,
     "versions": dict, "image": (list, NoneType), "video": (str, NoneType), "noise": (str, NoneType),
     "revision": (str, NoneType), "variant": (str, NoneType), "step_cache": (str, NoneType), "seed": (int, NoneType),
-    "fps": (int, float),
+    "fps": (int, float), "lora": list,
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def replay(
     device: str | None = None,
     dtype: str | None = None,
     ops: str | None = None,
+    lora: Sequence[str] | None = None,
     local_files_only: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def replay(
     Args:
         output: `.mp4` file to write.
         model, device, dtype, ops: in place of what the record names.
+        lora: where the adapters of the record are, in its order; they must be the same.
         image, video, noise: the input, where the record has only its hash; it must be the one of the record. Of videos
             that were sampled together, the image is that of this one.
         say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
@@ -79,7 +82,8 @@ def replay(
     checkpoint = find_checkpoint(record, model, local_files_only)
     jobs = _jobs(record, checkpoint, read_embedded_images(path), output, image=image, video=video, noise=noise)
     recorded = {name: record[name] for name in LOAD_OPTIONS}
-    changed = {name: value for name, value in (("device", device), ("dtype", dtype), ("ops", ops)) if value}
+    options = {"device": device, "dtype": dtype, "ops": ops, "lora": find_loras(record["lora"], lora)}
+    changed = {name: value for name, value in options.items() if value}
     placement = resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype)
     here = environment(checkpoint, placement)
     for line in differences({name: record[name] for name in ENVIRONMENT}, here):
@@ -87,7 +91,7 @@ def replay(
     if here["weights"].get("headers") == record["weights"].get("headers"):  # the same weights, wherever they lie
         origin = {name: record[name] for name in ("source", "source_kind", "revision")}
         jobs = [dataclasses.replace(job, origin=origin) for job in jobs]
-    pipe = load_checkpoint(checkpoint, placement)
+    pipe = load_checkpoint(checkpoint, placement, local_files_only)
     if len(jobs) == 1:
         made = run(pipe, jobs[0]).provenance
     else:

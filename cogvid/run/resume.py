@@ -74,7 +74,7 @@ def keep(saved: SavedRun, arguments: Mapping[str, Any], job: Job) -> None:
     plain = {
         name: value
         for name, value in arguments.items()
-        if name not in NOT_OF_THE_RUN and (value is None or isinstance(value, (bool, int, float, str)))
+        if name not in NOT_OF_THE_RUN and (value is None or isinstance(value, (bool, int, float, str, list)))
     }
     plain["output"] = os.path.abspath(job.output)
     image, video = job.inputs["image"], job.inputs["video"]

@@ -5,11 +5,12 @@ A checkpoint has the layout that diffusers' `save_pretrained` writes: `model_ind
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,7 @@ def _fetch(
     repo: str, revision: str | None, local_files_only: bool, components: Iterable[str], variant: str | None
 ) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        DryRunError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import DryRunError
 
     components = list(components)
     weighted = [part for part in components if part in WEIGHTS]
@@ -149,7 +144,7 @@ def _fetch(
     where = repo + (f" at {revision}" if revision else "")
     got = f"model: got {repo!r}" + (f" at {revision!r}" if revision else "")
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-    try:
+    with _in_one_line(got, repo, revision, local_files_only):
         try:
             there = {
                 file.filename: (file.file_size or 0) * file.will_download
@@ -171,6 +166,47 @@ def _fetch(
                 files += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
                 files += [f"{part}/{WEIGHTS[part]}.safetensors.index{infix}.json"]
         return Path(snapshot_download(repo, allow_patterns=files, **options))
+
+
+def fetch_file(
+    repo: str, patterns: list[str], choose: Callable[[list[str]], list[str]], local_files_only: bool, got: str
+) -> Path:
+    """Download some files of a repository and return the path of the first of them.
+
+    patterns: of the files to choose from. choose: gets their names and returns those to download, at least one.
+    got: begins the errors, which are as for `find`.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    with _in_one_line(got, repo, None, local_files_only):
+        try:
+            found: Any = snapshot_download(
+                repo, dry_run=True, allow_patterns=patterns, local_files_only=local_files_only
+            )
+            there = {file.filename: (file.file_size or 0) * file.will_download for file in found}
+            files = choose(list(there))
+            if sizes := [there[name] for name in files if there[name]]:
+                print(f"fetching {repo}: {len(sizes)} files, {sum(sizes) / 1e9:.3f} GB", file=sys.stderr)
+        except DryRunError:  # no network, or local_files_only: the files may be in the local cache
+            cache = Path(snapshot_download(repo, allow_patterns=[], local_files_only=local_files_only))
+            files = choose([path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()])
+        directory = snapshot_download(repo, allow_patterns=files, local_files_only=local_files_only)
+        return Path(directory) / files[0]
+
+
+@contextlib.contextmanager
+def _in_one_line(got: str, repo: str, revision: str | None, local_files_only: bool) -> Iterator[None]:
+    """Turn the errors of the hub's client into one line each. got: how the line begins."""
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
     except RevisionNotFoundError as error:
         raise ValueError(f"revision: got {revision!r}, want a branch, tag or commit of {repo}") from error
     except RepositoryNotFoundError as error:

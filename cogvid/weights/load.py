@@ -111,13 +111,18 @@ def make_transformer(
     if placement.qk_norm == "rms":
         for key in mapped:
             if ".q_proj." in key or ".k_proj." in key:
-                heads = mapped[key].float().unflatten(0, (config.num_attention_heads, -1))
-                mapped[key] = (heads - heads.mean(1, keepdim=True)).flatten(0, 1)
+                mapped[key] = centre_heads(mapped[key].float(), config.num_attention_heads)
     module = _fill(module, mapped, placement)
     for block in module.blocks:
         assert isinstance(block, Block)
         block.centred = placement.qk_norm == "rms"
     return module
+
+
+def centre_heads(weight: Tensor, heads: int) -> Tensor:
+    """Take its mean from each head's rows of a weight or bias of a Q or K projection: `[heads * hd, ...]`."""
+    each = weight.unflatten(0, (heads, -1))
+    return (each - each.mean(1, keepdim=True)).flatten(0, 1)
 
 
 def make_vae(config: VAEConfig, state: Mapping[str, Tensor], placement: Placement, source: str | Path) -> VAE:

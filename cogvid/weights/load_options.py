@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from cogvid.options import option, options_of
+from cogvid.weights.lora_option import parse_loras
 
 QK_NORMS = ("layer", "rms")
 
@@ -31,6 +33,13 @@ class LoadOptions:
         choices=QK_NORMS,
     )
     compile: bool = option(False, bool, "run the transformer's blocks and the VAE's decoder through torch.compile")
+    lora: tuple[Any, ...] | None = option(
+        None,
+        list,
+        "an adapter: a file, a directory or a hub id, and its scale, 1 if not given; may be repeated",
+        parse=parse_loras,
+        many="PATH[:SCALE]",
+    )
 
 
 LOAD_OPTIONS = options_of(LoadOptions)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvid.config import TransformerConfig, VAEConfig
 from cogvid.models.transformer import Transformer
@@ -115,6 +116,19 @@ def unmap_state_dict(module: Transformer | VAE) -> dict[str, Tensor]:
     return {name: state[key].reshape(shape) for key, (name, shape) in _upstream(module).items()}
 
 
+@functools.cache
+def upstream_linears(config: TransformerConfig) -> dict[str, tuple[str, tuple[int, int]]]:
+    """For each linear of a transformer, by upstream's name: our name and the shape of its weight."""
+    with on_meta("config"):
+        module = Transformer(config)
+    names = {ours: theirs for theirs, ours in TRANSFORMER_NAMES.items()}
+    return {
+        _rename(name, names): (name, (linear.out_features, linear.in_features))
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
+    }
+
+
 def _upstream(module: Transformer | VAE) -> dict[str, tuple[str, tuple[int, ...]]]:
     """For each key of the module's state dict, its upstream name and the shape it has there."""
     table = TRANSFORMER_NAMES if isinstance(module, Transformer) else VAE_NAMES
@@ -153,14 +167,15 @@ def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
     unexpected = [name for name in state if name not in expected]
     shapes = [(n, tuple(state[n].shape), s) for n, s in expected.items() if n in state and tuple(state[n].shape) != s]
     faults = [
-        listing("missing", missing, lambda n: f"{n}{_nearest(n, unexpected)}"),
-        listing("unexpected", unexpected, lambda n: f"{n}{_nearest(n, missing or list(expected))}"),
+        listing("missing", missing, lambda n: f"{n}{nearest(n, unexpected)}"),
+        listing("unexpected", unexpected, lambda n: f"{n}{nearest(n, missing or list(expected))}"),
         listing("of another shape", shapes, lambda s: f"{s[0]} is {list(s[1])}, want {list(s[2])}"),
     ]
     if any(faults):
         raise ValueError(f"{source}: got weights with {'; '.join(f for f in faults if f)}, want those of the config")
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Say which of some names is the nearest to one, for a message."""
     close = difflib.get_close_matches(name, names, n=1)
     return f" [nearest: {close[0]}]" if close else ""

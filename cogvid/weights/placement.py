@@ -16,13 +16,14 @@ from cogvid.ops import Ops
 from cogvid.options import check, fill
 from cogvid.weights.files import DTYPES
 from cogvid.weights.load_options import LOAD_OPTIONS
+from cogvid.weights.lora_option import Lora
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where and how a model runs, resolved once: the fields of `LoadOptions`, none of them open.
 
-    ops_name: "torch", "triton" or "custom", for the record.
+    ops_name: "torch", "triton" or "custom", for the record. lora: the adapters, which a pipeline keeps as they are now.
     """
 
     device: torch.device
@@ -31,10 +32,12 @@ class Placement:
     ops_name: str
     qk_norm: str = "layer"
     compile: bool = False
+    lora: tuple[Lora, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, ready for JSON."""
-        plain = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."), "ops": self.ops_name}
+        plain: dict[str, Any] = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+        plain |= {"ops": self.ops_name, "lora": [each.to_dict() for each in self.lora]}
         return {name: plain.get(name, getattr(self, name)) for name in LOAD_OPTIONS}
 
 

@@ -53,6 +53,8 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "media.tokenizer": (TENSORS, {"sentencepiece"}),
     "models.text": (TENSORS, {"transformers"}),
     "weights.load_options": (set(), set()),
+    "weights.lora_option": (set(), set()),
+    "weights.lora_file": (TENSORS | {"safetensors"}, set()),
     "weights.hub": (set(), {"huggingface_hub"}),
     "weights.files": (TENSORS | {"safetensors"}, set()),
     "weights.load": (TENSORS | {"safetensors"}, {"transformers"}),

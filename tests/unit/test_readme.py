@@ -33,7 +33,7 @@ def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch
     registries = [(registry, dict(registry)) for registry in (cogvid.SAMPLERS, cogvid.GUIDANCE)]
     try:
         for block in blocks("python"):
-            exec(block.replace("scripts/demo.png", str(ROOT / "scripts" / "demo.png")), namespace)
+            exec(block.replace("scripts/demo", str(ROOT / "scripts" / "demo")), namespace)
     finally:
         for registry, before in registries:  # examples add to them
             registry.clear()

@@ -1,0 +1,159 @@
+"""Put LoRA adapters into a transformer, beside its weights or into them, and take them out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cogvid.models.transformer import Block, Transformer
+from cogvid.ops import can_fuse
+from cogvid.weights.load import centre_heads
+from cogvid.weights.lora_file import Adapter, Update, read_lora
+from cogvid.weights.lora_option import Lora, check_names, check_scale, make_lora
+
+
+class LowRank(nn.Module):
+    """One update of a linear: `factor * up(down(x))`. The matrices have the dtype and device of the model."""
+
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, update: Update, scale: float, like: Tensor) -> None:
+        super().__init__()
+        self.factor = scale * update.factor
+        self.register_buffer("down", update.down.to(like.device, like.dtype), persistent=False)
+        self.register_buffer("up", update.up.to(like.device, like.dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down), self.up) * self.factor
+
+    def weight(self) -> Tensor:
+        """Return what is added to the weight of the linear, `[out, in]`, in at least fp32."""
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        return self.up.to(wide) @ self.down.to(wide) * self.factor
+
+
+class LoraLinear(nn.Module):
+    """A linear with updates beside it, added in their order; equals peft's `lora.Linear`.
+
+    Its state dict is that of the linear, without the updates. It goes, with any hooks on it, when the updates go.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.updates = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `base(x)` with all updates: `[..., in]` to `[..., out]`."""
+        y = self.base(x)
+        for update in self.updates:
+            y = y + update(x)
+        return y
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state dict of the linear."""
+        return self.base.state_dict(*args, **kwargs)
+
+
+class Loras:
+    """The adapters of a transformer. Each method returns what all of them are now.
+
+    An adapter is checked whole before the transformer changes. The modules and parameters that a change replaces are
+    kept, and put back by the next one: nothing is ever subtracted.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        self._transformer = transformer
+        self._adapters: tuple[Adapter, ...] = ()
+        self._originals: dict[str, tuple[nn.Module, Any]] = {}  # linear -> the module and its weight
+
+    def add(self, adapters: Iterable[Adapter]) -> tuple[Lora, ...]:
+        """Add adapters that were read for this transformer."""
+        return self._set([*self._adapters, *adapters])
+
+    def load(self, source: str | os.PathLike[str], scale: float, name: str | None) -> tuple[Lora, ...]:
+        """Read an adapter and add it; see `Pipeline.load_lora`."""
+        lora = make_lora(source, scale, name)
+        check_names([*self._names(), lora.name])
+        return self.add([read_lora(lora, self._transformer.config)])
+
+    def scale(self, name: str, scale: float) -> tuple[Lora, ...]:
+        """Give an adapter another scale."""
+        check_scale(scale)
+        self._check(name)
+        return self._replace(lambda lora: {"scale": float(scale)} if lora.name == name else {})
+
+    def fuse(self) -> tuple[Lora, ...]:
+        """Put all adapters into the weights."""
+        self._check(None)
+        return self._replace(lambda _: {"fused": True})
+
+    def unload(self, name: str | None) -> tuple[Lora, ...]:
+        """Take one adapter out, or all of them."""
+        self._check(name)
+        return self._set([each for each in self._adapters if name not in (None, each.lora.name)])
+
+    def _names(self) -> list[str]:
+        return [each.lora.name for each in self._adapters]
+
+    def _check(self, name: str | None) -> None:
+        if not self._adapters:
+            raise ValueError("lora: got a model without an adapter, want one; load_lora loads it")
+        if name is not None and name not in self._names():
+            raise ValueError(f"name: got {name!r:.60}, want one of {', '.join(self._names())}")
+
+    def _replace(self, change: Callable[[Lora], dict[str, Any]]) -> tuple[Lora, ...]:
+        return self._set(
+            [dataclasses.replace(a, lora=dataclasses.replace(a.lora, **change(a.lora))) for a in self._adapters]
+        )
+
+    def _set(self, adapters: Sequence[Adapter]) -> tuple[Lora, ...]:
+        """Make the transformer have exactly these adapters."""
+        loras = tuple(each.lora for each in adapters)
+        check_names([lora.name for lora in loras])
+        originals = dict(self._originals)
+        made: dict[str, tuple[Any, list[LowRank]]] = {}
+        for path in dict.fromkeys(path for adapter in adapters for path in adapter.updates):
+            module = self._transformer.get_submodule(path)
+            module, weight = originals.setdefault(path, (module, getattr(module, "weight", None)))
+            made[path] = self._adapted(path, module, weight, adapters)
+        for path, (module, weight) in originals.items():
+            new_weight, beside = made.get(path, (weight, []))
+            if new_weight is not None:
+                module.weight = new_weight
+            if beside:
+                there = self._transformer.get_submodule(path)
+                outer = there if isinstance(there, LoraLinear) else LoraLinear(module)
+                outer.updates = nn.ModuleList(beside)
+                module = outer
+            self._transformer.set_submodule(path, module)
+        self._originals = {path: originals[path] for path in made}
+        self._adapters = tuple(adapters)
+        return loras
+
+    def _adapted(
+        self, path: str, module: nn.Module, weight: Any, adapters: Sequence[Adapter]
+    ) -> tuple[Any, list[LowRank]]:
+        """Return the weight that a linear is to have, with the fused adapters in it, and what is to be beside it."""
+        like = self._transformer.norm_out.weight  # of the dtype and device of the model
+        updates = [(a.lora, LowRank(a.updates[path], a.lora.scale, like)) for a in adapters if path in a.updates]
+        fused = [update.weight() for lora, update in updates if lora.fused]
+        beside = [update for lora, update in updates if not lora.fused]
+        if fused:
+            if not can_fuse(module, nn.Linear):
+                kind = f"{type(module).__name__}, with hooks or weights of its own,"
+                raise ValueError(f"fuse_lora: got {kind} at {path}, want a plain linear")
+            added = functools.reduce(torch.add, fused)
+            block = self._transformer.get_submodule(path.rpartition(".")[0])
+            if isinstance(block, Block) and block.centred and path.endswith(("q_proj", "k_proj")):
+                added = centre_heads(added, block.num_heads)  # so that RMSNorm stays right
+            weight = nn.Parameter((weight + added).to(weight.dtype), requires_grad=weight.requires_grad)
+        return weight, beside
