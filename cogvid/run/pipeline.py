@@ -138,12 +138,13 @@ class Pipeline:
             self.model,
             prompt,
             prompt_embeds,
-            (negative_prompt, negative_prompt_embeds) if settings.guided else None,
+            (negative_prompt, negative_prompt_embeds, settings.unconditional_text) if settings.guided else None,
             num_videos_per_prompt,
             seed,
             generator,
         )
-        schedule = make_schedule(self.model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
+        rules = {"previous": settings.previous_timestep, "zero_snr": settings.zero_snr}
+        schedule = make_schedule(self.model.schedule, settings.num_inference_steps, **rules)
         if video is not None:
             schedule = schedule.tail(settings.strength)
 

@@ -10,10 +10,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, ModelConfig, VAEConfig
-from cogvid.options import check, check_choice, check_int, fill, names, option, options_of
+from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, UPSTREAMS, ModelConfig, VAEConfig
+from cogvid.options import check, check_choice, check_int, fill, names, option, options_of, upstream_defaults
 
 IMAGE_LATENT_SCALES = ("diffusers", "none", "multiply")
+UNCONDITIONAL_TEXTS = ("encode", "zeros")
+VAE_ENCODES = ("chunks", "whole")
 MAX_SIDE, MAX_FRAMES = 2**24, 2**20  # far beyond any memory; larger numbers have no place in a tensor's size
 MAX_SCALE = 1e6
 
@@ -52,26 +54,55 @@ class Settings:
         0.8, float, "of video-to-video: share of the steps that run; more steps start from more noise", above=0, high=1
     )
     resize: str = option(
-        "stretch",
+        None,
         str,
-        "fit the image or video by stretch, crop or pad",
+        "fit the image or video by stretch, crop or pad; stretch if not given",
+        model="resize",
         choices=names("cogvid.media.image", "RESIZE_MODES"),
     )
     image_latent_scale: str = option(
-        "diffusers",
+        None,
         str,
         "factor of 1.5 image latents, where upstream contradicts itself: diffusers (1 / scaling_factor), none (1) or "
-        "multiply (scaling_factor)",
+        "multiply (scaling_factor); diffusers if not given",
         choices=IMAGE_LATENT_SCALES,
+        upstream={"diffusers": "diffusers", "sat": "none"},
     )
     previous_timestep: str = option(
-        "diffusers",
+        None,
         str,
-        "where a step ends: diffusers (t - 1000 // steps) or next (the next timestep)",
+        "where a step ends: diffusers (t - 1000 // steps) or next (the next timestep); diffusers if not given",
         choices=PREVIOUS_TIMESTEPS,
+        upstream={"diffusers": "diffusers", "sat": "next"},
     )
     learned_positions: str = option(
-        "sincos", str, "what 5B-I2V adds at other frame counts than 49: sincos or slice", choices=LEARNED_POSITIONS
+        None,
+        str,
+        "what 5B-I2V adds at other frame counts than 49: sincos or slice; sincos if not given",
+        choices=LEARNED_POSITIONS,
+        upstream={"diffusers": "sincos", "sat": "slice"},
+    )
+    zero_snr: str = option(
+        None,
+        str,
+        "noise levels: diffusers (all 1000 are rescaled to end at zero SNR, then the steps' are taken) or sat (those "
+        "of sat's steps are rescaled); diffusers if not given",
+        choices=UPSTREAMS,
+        upstream={"diffusers": "diffusers", "sat": "sat"},
+    )
+    unconditional_text: str = option(
+        None,
+        str,
+        "text of the unconditional branch: encode (the negative prompt) or zeros; encode if not given",
+        choices=UNCONDITIONAL_TEXTS,
+        upstream={"diffusers": "encode", "sat": "zeros"},
+    )
+    vae_encode: str = option(
+        None,
+        str,
+        "how the VAE encodes a video: chunks (of 8 frames) or whole; chunks if not given",
+        choices=VAE_ENCODES,
+        upstream={"diffusers": "chunks", "sat": "whole"},
     )
 
     @property
@@ -97,7 +128,7 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
     """
     check_task(model, task)
     defaults = {name: getattr(model, of) for name, field in OPTIONS.items() if (of := field.metadata["model"])}
-    values = fill(OPTIONS, options, defaults)
+    values = fill(OPTIONS, options, {**defaults, **upstream_defaults(OPTIONS, model.follows)})
     rule = values["use_dynamic_cfg"]
     if rule is None:
         rule = model.dynamic_guidance and values["scheduler"] == "dpm"
@@ -193,7 +224,7 @@ def _check_schedule(model: ModelConfig, settings: Settings) -> None:
 
     config = model.schedule
     check_int("num_inference_steps", settings.num_inference_steps, 1, config.num_train_timesteps)
-    schedule = make_schedule(config, settings.num_inference_steps, previous="next")
+    schedule = make_schedule(config, settings.num_inference_steps, previous="next", zero_snr=settings.zero_snr)
     if settings.task == "video-to-video":
         schedule = schedule.tail(settings.strength)
     first = schedule.timesteps[0]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvid.config import PREVIOUS_TIMESTEPS, ScheduleConfig
+from cogvid.config import PREVIOUS_TIMESTEPS, UPSTREAMS, ScheduleConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Schedule:
 
     alphas_cumprod: see `alphas_cumprod`. timesteps: where each step begins, descending.
     prev_timesteps: where each step ends; negative means `final_alpha`. final_alpha: abar there, 1 for clean latents.
-    prediction_type: "epsilon", "sample" or "v_prediction".
+    prediction_type: "epsilon", "sample" or "v_prediction". x0_levels: abar of `predicted_x0`, where it is not the same.
     """
 
     alphas_cumprod: Tensor
@@ -37,6 +37,7 @@ class Schedule:
     prev_timesteps: tuple[int, ...]
     final_alpha: Tensor
     prediction_type: str
+    x0_levels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -52,7 +53,8 @@ class Schedule:
 
     def predicted_x0(self, prediction: Tensor, x: Tensor, timestep: int) -> Tensor:
         """Return the clean latents that follow from the network's prediction for `x` at a timestep."""
-        alpha, prediction = self.alpha(timestep), prediction.to(x.dtype)
+        alpha = self.alpha(timestep) if self.x0_levels is None else self.x0_levels[timestep]
+        prediction = prediction.to(x.dtype)
         if self.prediction_type == "sample":
             return prediction
         if self.prediction_type == "epsilon":
@@ -71,17 +73,33 @@ class Schedule:
         return dataclasses.replace(self, timesteps=self.timesteps[-count:], prev_timesteps=self.prev_timesteps[-count:])
 
 
-def make_schedule(config: ScheduleConfig, num_inference_steps: int, *, previous: str = "diffusers") -> Schedule:
+def make_schedule(
+    config: ScheduleConfig, num_inference_steps: int, *, previous: str = "diffusers", zero_snr: str = "diffusers"
+) -> Schedule:
     """Build the noise levels and the steps of a run.
 
     previous: where a step ends. "diffusers" is t - num_train_timesteps // num_inference_steps, which with most counts
     and spacings misses the next timestep (a warning says so). "next" is the next timestep itself, and clean at the end.
+    zero_snr: "diffusers", or "sat": the steps and levels of SAT's `ZeroSNRDDPMDiscretization`. Its denoiser takes the
+    nearest of the levels that are rescaled all together, as those of diffusers are.
     """
     if previous not in PREVIOUS_TIMESTEPS:
         raise ValueError(f"previous: got {previous!r}, want one of {', '.join(PREVIOUS_TIMESTEPS)}")
-    levels, steps = alphas_cumprod(config), timesteps(config, num_inference_steps)
+    if zero_snr not in UPSTREAMS or (zero_snr == "sat" and not config.rescale_betas_zero_snr):
+        wanted = "one of diffusers, sat" if config.rescale_betas_zero_snr else "diffusers: nothing is rescaled here"
+        raise ValueError(f"zero_snr: got {zero_snr!r}, want {wanted}")
+    steps = timesteps(config, num_inference_steps, zero_snr)
     following = (*steps[1:], -1)
     landing = tuple(t - config.num_train_timesteps // num_inference_steps for t in steps)
+    levels, x0_levels = alphas_cumprod(config), None
+    if zero_snr == "sat":
+        if previous == "diffusers" and any(max(a, -1) != b for a, b in zip(landing, following, strict=True)):
+            raise ValueError(
+                f"previous_timestep: got 'diffusers', which with {len(steps)} steps ends beside the levels of "
+                "zero_snr='sat', want 'next'"
+            )
+        every, levels = levels, alphas_cumprod(config, (steps[-1], steps[0]))
+        x0_levels = every[(levels.sqrt()[:, None] - every.sqrt()).abs().argmin(1)]
     if previous == "diffusers":
         _warn_of_misses(config, landing, following)
     return Schedule(
@@ -90,12 +108,14 @@ def make_schedule(config: ScheduleConfig, num_inference_steps: int, *, previous:
         landing if previous == "diffusers" else following,
         final_alpha=torch.ones_like(levels[0]) if config.set_alpha_to_one else levels[0],
         prediction_type=config.prediction_type,
+        x0_levels=x0_levels,
     )
 
 
-def alphas_cumprod(config: ScheduleConfig) -> Tensor:
+def alphas_cumprod(config: ScheduleConfig, ends: tuple[int, int] = (0, -1)) -> Tensor:
     """Return abar of every level, `[num_train_timesteps]` on the CPU, falling, to 0 if the terminal SNR is zero.
 
+    ends: the level that the rescale keeps and the one that it takes to 0; below the first, no level exceeds 1.
     fp64 for "scaled_linear"; fp32 for other betas, because diffusers has those and all that follows from them in fp32.
 
     Raises:
@@ -115,8 +135,9 @@ def alphas_cumprod(config: ScheduleConfig) -> Tensor:
     alphas = alphas / (config.snr_shift_scale + (1 - config.snr_shift_scale) * alphas)
     if config.rescale_betas_zero_snr:
         # https://arxiv.org/abs/2305.08891, algorithm 1: shift the last level to zero, keep the first
-        root = alphas.sqrt()
-        alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        root, (low, high) = alphas.sqrt(), ends
+        alphas = ((root - root[high]) * (root[low] / (root[low] - root[high]))) ** 2
+        alphas[:low] = alphas[:low].clamp(max=1)
     if not ((alphas >= 0) & (alphas <= 1)).all():
         raise ValueError(
             "scheduler: got betas and a shift that make a noise level below 0 or above 1, want from 0 to 1"
@@ -124,7 +145,7 @@ def alphas_cumprod(config: ScheduleConfig) -> Tensor:
     return alphas
 
 
-def timesteps(config: ScheduleConfig, num_inference_steps: int) -> tuple[int, ...]:
+def timesteps(config: ScheduleConfig, num_inference_steps: int, zero_snr: str = "diffusers") -> tuple[int, ...]:
     """Return the timestep of each step, descending.
 
     For 62 counts (61, 103, ...) rounding makes the range of "trailing" one too long. diffusers then takes one more
@@ -133,7 +154,11 @@ def timesteps(config: ScheduleConfig, num_inference_steps: int) -> tuple[int, ..
     train_steps, count = config.num_train_timesteps, num_inference_steps
     if not 1 <= count <= train_steps:
         raise ValueError(f"num_inference_steps: got {count}, want 1 to {train_steps}")
-    if config.timestep_spacing == "leading":
+    if zero_snr == "sat":
+        if count == 1:
+            raise ValueError("num_inference_steps: got 1, want 2 or more with zero_snr='sat'")
+        steps = [int(t) for t in np.linspace(train_steps - 1, 0, count, endpoint=False)]
+    elif config.timestep_spacing == "leading":
         steps = [i * (train_steps // count) + config.steps_offset for i in reversed(range(count))]
     elif config.timestep_spacing == "linspace":
         steps = [int(t) for t in np.linspace(0, train_steps - 1, count).round()[::-1]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cogvid.config import UPSTREAMS
 from cogvid.options import option, options_of
 
 QK_NORMS = ("layer", "rms")
@@ -29,6 +30,21 @@ class LoadOptions:
         str,
         "norm of Q and K: layer, which is exact, or rms (RMSNorm of centred projections)",
         choices=QK_NORMS,
+    )
+    last_norm_eps: str = option(
+        None,
+        str,
+        "eps of the transformer's last norm: diffusers (the config's, 1e-5) or sat (1e-6); diffusers if not given",
+        choices=UPSTREAMS,
+        upstream={"diffusers": "diffusers", "sat": "sat"},
+    )
+    position_tables: str = option(
+        None,
+        str,
+        "positions of 1.0 models at other sizes than the trained one: diffusers (made for the size) or sat (cut from "
+        "the trained size's); diffusers if not given",
+        choices=UPSTREAMS,
+        upstream={"diffusers": "diffusers", "sat": "sat"},
     )
 
 
