@@ -229,7 +229,7 @@ def first_stage(model: Any) -> nn.Module:
     return importlib.import_module("sgm.util").instantiate_from_config(config)
 
 
-def tiny_vae(root: Path, config: str) -> tuple[nn.Module, dict[str, list[int]]]:
+def tiny_vae(root: Path, config: str) -> tuple[Any, dict[str, list[int]]]:
     model = read_config(root, config)
     for part in ("encoder_config", "decoder_config"):
         model.first_stage_config.params[part].params.update(VAE)

@@ -23,9 +23,8 @@ from cogvid.models.vae import CONV_ELEMENTS
 from cogvid.run import costs
 from cogvid.run.costs import Kernels
 from cogvid.run.machine import Machine
-from cogvid.run.settings import Settings, outside_training, resolve_settings
+from cogvid.run.settings import Settings, outside_training, resolve_settings, schedule_of
 from cogvid.sampling.guidance import guidance_schedule
-from cogvid.sampling.schedule import make_schedule
 from cogvid.weights import placement
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint, with_sat_defaults
 from cogvid.weights.files import DTYPES, load_state
@@ -183,9 +182,7 @@ def make_plan(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         settings = resolve_settings(model, task=task, **options)
-        rules = {"previous": settings.previous_timestep, "zero_snr": settings.zero_snr}
-        schedule = make_schedule(model.schedule, settings.num_inference_steps, **rules)
-    schedule = schedule.tail(settings.strength) if task == "video-to-video" else schedule
+        schedule = schedule_of(model, settings)
     scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
     guided = sum(scale is not None for scale in scales)
     size = model.latent_size(settings.height, settings.width, settings.num_frames)

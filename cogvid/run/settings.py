@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, UPSTREAMS, ModelConfig, VAEConfig
 from cogvid.options import check, check_choice, check_int, fill, names, option, options_of, upstream_defaults
+
+if TYPE_CHECKING:
+    from cogvid.sampling.schedule import Schedule
 
 IMAGE_LATENT_SCALES = ("diffusers", "none", "multiply")
 UNCONDITIONAL_TEXTS = ("encode", "zeros")
@@ -140,6 +143,16 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
     return settings
 
 
+def schedule_of(model: ModelConfig, settings: Settings) -> Schedule:
+    """Return the schedule of a run; of a video's, the part that its strength leaves."""
+    from cogvid.sampling.sat_schedule import make_sat_schedule  # here, because it imports torch
+    from cogvid.sampling.schedule import make_schedule
+
+    make = make_sat_schedule if settings.zero_snr == "sat" else make_schedule
+    schedule = make(model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
+    return schedule.tail(settings.strength) if settings.task == "video-to-video" else schedule
+
+
 def task_of(image: object | None, video: object | None) -> str:
     """Return the task that follows from the inputs."""
     if image is not None and video is not None:
@@ -220,13 +233,11 @@ def check_seed(seed: object, videos: int) -> None:
 
 def _check_schedule(model: ModelConfig, settings: Settings) -> None:
     """Raise unless the noise schedule has all steps of the run and the first one is possible."""
-    from cogvid.sampling.schedule import make_schedule  # here, because it imports torch
-
     config = model.schedule
     check_int("num_inference_steps", settings.num_inference_steps, 1, config.num_train_timesteps)
-    schedule = make_schedule(config, settings.num_inference_steps, previous="next", zero_snr=settings.zero_snr)
-    if settings.task == "video-to-video":
-        schedule = schedule.tail(settings.strength)
+    if settings.zero_snr == "diffusers":
+        settings = dataclasses.replace(settings, previous_timestep="next")  # the other one warns, when the run begins
+    schedule = schedule_of(model, settings)
     first = schedule.timesteps[0]
     if config.prediction_type == "epsilon" and schedule.alpha(first) == 0:
         # diffusers divides by zero here and makes a video of NaN.

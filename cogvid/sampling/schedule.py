@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvid.config import PREVIOUS_TIMESTEPS, UPSTREAMS, ScheduleConfig
+from cogvid.config import PREVIOUS_TIMESTEPS, ScheduleConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,33 +73,17 @@ class Schedule:
         return dataclasses.replace(self, timesteps=self.timesteps[-count:], prev_timesteps=self.prev_timesteps[-count:])
 
 
-def make_schedule(
-    config: ScheduleConfig, num_inference_steps: int, *, previous: str = "diffusers", zero_snr: str = "diffusers"
-) -> Schedule:
+def make_schedule(config: ScheduleConfig, num_inference_steps: int, *, previous: str = "diffusers") -> Schedule:
     """Build the noise levels and the steps of a run.
 
     previous: where a step ends. "diffusers" is t - num_train_timesteps // num_inference_steps, which with most counts
     and spacings misses the next timestep (a warning says so). "next" is the next timestep itself, and clean at the end.
-    zero_snr: "diffusers", or "sat": the steps and levels of SAT's `ZeroSNRDDPMDiscretization`. Its denoiser takes the
-    nearest of the levels that are rescaled all together, as those of diffusers are.
     """
     if previous not in PREVIOUS_TIMESTEPS:
         raise ValueError(f"previous: got {previous!r}, want one of {', '.join(PREVIOUS_TIMESTEPS)}")
-    if zero_snr not in UPSTREAMS or (zero_snr == "sat" and not config.rescale_betas_zero_snr):
-        wanted = "one of diffusers, sat" if config.rescale_betas_zero_snr else "diffusers: nothing is rescaled here"
-        raise ValueError(f"zero_snr: got {zero_snr!r}, want {wanted}")
-    steps = timesteps(config, num_inference_steps, zero_snr)
+    levels, steps = alphas_cumprod(config), timesteps(config, num_inference_steps)
     following = (*steps[1:], -1)
     landing = tuple(t - config.num_train_timesteps // num_inference_steps for t in steps)
-    levels, x0_levels = alphas_cumprod(config), None
-    if zero_snr == "sat":
-        if previous == "diffusers" and any(max(a, -1) != b for a, b in zip(landing, following, strict=True)):
-            raise ValueError(
-                f"previous_timestep: got 'diffusers', which with {len(steps)} steps ends beside the levels of "
-                "zero_snr='sat', want 'next'"
-            )
-        every, levels = levels, alphas_cumprod(config, (steps[-1], steps[0]))
-        x0_levels = every[(levels.sqrt()[:, None] - every.sqrt()).abs().argmin(1)]
     if previous == "diffusers":
         _warn_of_misses(config, landing, following)
     return Schedule(
@@ -108,14 +92,12 @@ def make_schedule(
         landing if previous == "diffusers" else following,
         final_alpha=torch.ones_like(levels[0]) if config.set_alpha_to_one else levels[0],
         prediction_type=config.prediction_type,
-        x0_levels=x0_levels,
     )
 
 
-def alphas_cumprod(config: ScheduleConfig, ends: tuple[int, int] = (0, -1)) -> Tensor:
+def alphas_cumprod(config: ScheduleConfig) -> Tensor:
     """Return abar of every level, `[num_train_timesteps]` on the CPU, falling, to 0 if the terminal SNR is zero.
 
-    ends: the level that the rescale keeps and the one that it takes to 0; below the first, no level exceeds 1.
     fp64 for "scaled_linear"; fp32 for other betas, because diffusers has those and all that follows from them in fp32.
 
     Raises:
@@ -135,9 +117,8 @@ def alphas_cumprod(config: ScheduleConfig, ends: tuple[int, int] = (0, -1)) -> T
     alphas = alphas / (config.snr_shift_scale + (1 - config.snr_shift_scale) * alphas)
     if config.rescale_betas_zero_snr:
         # https://arxiv.org/abs/2305.08891, algorithm 1: shift the last level to zero, keep the first
-        root, (low, high) = alphas.sqrt(), ends
-        alphas = ((root - root[high]) * (root[low] / (root[low] - root[high]))) ** 2
-        alphas[:low] = alphas[:low].clamp(max=1)
+        root = alphas.sqrt()
+        alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     if not ((alphas >= 0) & (alphas <= 1)).all():
         raise ValueError(
             "scheduler: got betas and a shift that make a noise level below 0 or above 1, want from 0 to 1"
@@ -145,7 +126,7 @@ def alphas_cumprod(config: ScheduleConfig, ends: tuple[int, int] = (0, -1)) -> T
     return alphas
 
 
-def timesteps(config: ScheduleConfig, num_inference_steps: int, zero_snr: str = "diffusers") -> tuple[int, ...]:
+def timesteps(config: ScheduleConfig, num_inference_steps: int) -> tuple[int, ...]:
     """Return the timestep of each step, descending.
 
     For 62 counts (61, 103, ...) rounding makes the range of "trailing" one too long. diffusers then takes one more
@@ -154,11 +135,7 @@ def timesteps(config: ScheduleConfig, num_inference_steps: int, zero_snr: str = 
     train_steps, count = config.num_train_timesteps, num_inference_steps
     if not 1 <= count <= train_steps:
         raise ValueError(f"num_inference_steps: got {count}, want 1 to {train_steps}")
-    if zero_snr == "sat":
-        if count == 1:
-            raise ValueError("num_inference_steps: got 1, want 2 or more with zero_snr='sat'")
-        steps = [int(t) for t in np.linspace(train_steps - 1, 0, count, endpoint=False)]
-    elif config.timestep_spacing == "leading":
+    if config.timestep_spacing == "leading":
         steps = [i * (train_steps // count) + config.steps_offset for i in reversed(range(count))]
     elif config.timestep_spacing == "linspace":
         steps = [int(t) for t in np.linspace(0, train_steps - 1, count).round()[::-1]]

@@ -23,7 +23,8 @@ from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
 from cogvid.run.latents import initial_latents
 from cogvid.run.pipeline import denoise
-from cogvid.run.settings import resolve_settings
+from cogvid.run.settings import resolve_settings, schedule_of
+from cogvid.sampling.sat_schedule import make_sat_schedule
 from cogvid.sampling.schedule import make_schedule
 from cogvid.weights.checkpoint import with_sat_defaults
 from cogvid.weights.files import load_state
@@ -136,7 +137,7 @@ def trajectory(kind: str, steps: int = sat.STEPS, **options: Any) -> Tensor:
     model, given = with_sat_defaults(tiny(kind)), sat.inputs_of(kind, sat.frames_of(kind))
     task = "image-to-video" if kind.endswith("i2v") else "text-to-video"
     settings = resolve_settings(model, task=task, num_inference_steps=steps, **options)
-    schedule = make_schedule(model.schedule, steps, previous=settings.previous_timestep, zero_snr=settings.zero_snr)
+    schedule = schedule_of(model, settings)
     generator = torch.Generator().manual_seed(sat.SEED)
     size = (1, sat.frames_of(kind), sat.CHANNELS, sat.HEIGHT, sat.WIDTH)
     x = initial_latents(size, generator, torch.device("cpu"), torch.float32)
@@ -185,7 +186,7 @@ def test_steps_that_do_not_divide_1000_land_on_the_next_as_in_sat() -> None:
 @pytest.mark.parametrize("kind", ["2b", "5b"])  # the two SNR shifts
 @pytest.mark.parametrize("count", sat.COUNTS)
 def test_steps_and_levels_are_sats(kind: str, count: int) -> None:
-    schedule = make_schedule(CONFIGS[OFFICIAL[kind]].schedule, count, previous="next", zero_snr="sat")
+    schedule = make_sat_schedule(CONFIGS[OFFICIAL[kind]].schedule, count)
     assert list(schedule.timesteps) == golden(f"{kind}.timesteps.{count}").tolist()
     levels = torch.stack([schedule.alpha(t) for t in schedule.timesteps]).sqrt().float()
     # SAT rounds to float32 first; the noisiest levels are differences of numbers that are larger.
@@ -311,10 +312,10 @@ def test_what_cannot_apply_is_said_in_one_line(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"^num_inference_steps: got 1, want 2 or more with zero_snr='sat'$"):
         pipe("a", image=sat.picture(), num_inference_steps=1)
     plain = dataclasses.replace(tiny("5b").schedule, rescale_betas_zero_snr=False)
-    with pytest.raises(ValueError, match=r"^zero_snr: got 'sat', want diffusers: nothing is rescaled here$"):
-        make_schedule(plain, 10, zero_snr="sat")
+    with pytest.raises(ValueError, match=r"^zero_snr: got 'sat' for a schedule without a .*, want 'diffusers'$"):
+        make_sat_schedule(plain, 10)
     with pytest.raises(ValueError, match=r"^zero_snr: got 'mine', want one of diffusers, sat$"):
-        make_schedule(tiny("5b").schedule, 10, zero_snr="mine")
+        animate(pipe, zero_snr="mine")
     with pytest.raises(ValueError, match=r"^last_norm_eps: got 'mine', want one of diffusers, sat$"):
         cogvid.load(checkpoint, last_norm_eps="mine")
 
