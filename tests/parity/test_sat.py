@@ -18,11 +18,13 @@ from torch import Tensor
 import cogvid
 import convert_sat
 import sat_golden as sat
+from cogvid.cli import main
 from cogvid.config import CONFIGS, ModelConfig, TransformerConfig, VAEConfig
 from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
 from cogvid.run.latents import initial_latents
 from cogvid.run.pipeline import denoise
+from cogvid.run.record import read_record
 from cogvid.run.settings import resolve_settings, schedule_of
 from cogvid.sampling.sat_schedule import make_sat_schedule
 from cogvid.sampling.schedule import make_schedule
@@ -412,3 +414,15 @@ def test_the_newer_codes_matrix_of_patches_is_taken_for_1_0() -> None:
     state, config, name = weights("5b"), tiny("5b").transformer, "mixins.patch_embed.proj.weight"
     made = transformer_from_sat({**state, name: state[name].flatten(1)}, config, "SAT")["patch_embed.proj.weight"]()
     assert torch.equal(made, state[name])
+
+
+def test_the_command_line_takes_defaults_sat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, again = str(tmp_path / "out.mp4"), str(tmp_path / "again.mp4")
+    few = ["--num-inference-steps", "3", "--num-frames", "9", "--seed", "1"]
+    assert main(["generate", "a red circle", "--defaults", "sat", *few, "-o", out]) == 0
+    record = read_record(out)
+    assert (record["zero_snr"], record["unconditional_text"], record["last_norm_eps"]) == ("sat", "zeros", "sat")
+    assert main(["replay", out, "-o", again]) == 0
+    assert Path(out).read_bytes() == Path(again).read_bytes()
+    assert main(["plan", "--model", "zai-org/CogVideoX1.5-5B", "--defaults", "sat", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text_tokens"] == 224
