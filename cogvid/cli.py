@@ -127,7 +127,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
             f"for others name one, such as --model {settings.models_for(task)[0]}",
             stacklevel=1,
         )
-    placement = _placement(arguments, subject.model.dtype)
+    placement = _placement(arguments, subject.model)
     planned = _plan(arguments, subject, placement, num_frames=job.settings.num_frames)
     refuse_hopeless(planned)
     checkpoint = subject.checkpoint
@@ -195,7 +195,7 @@ def _planned(arguments: argparse.Namespace) -> Plan:
     if arguments.video is not None:
         changed["num_frames"] = frames_to_use(range(count_frames(arguments.video)), arguments.num_frames)
     with warnings.catch_warnings(record=True) as caught:
-        placement = _placement(arguments, subject.model.dtype)
+        placement = _placement(arguments, subject.model)
     notes = tuple(str(warning.message) for warning in caught)
     found = _plan(arguments, subject, placement, notes=notes, **changed)
     if arguments.output is not None:
@@ -218,10 +218,11 @@ def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement,
     return make_plan(subject, task=task, machine=machine, dtype=placement.dtype, ops=ops, **{**options, **changed})
 
 
-def _placement(arguments: argparse.Namespace, stored: str) -> Placement:
+def _placement(arguments: argparse.Namespace, model: ModelConfig) -> Placement:
     from cogvid.weights.placement import resolve_placement
 
-    return resolve_placement(**{name: getattr(arguments, name) for name in LOAD_OPTIONS})(stored)
+    place = resolve_placement(**{name: getattr(arguments, name) for name in LOAD_OPTIONS})
+    return place(model.dtype, model.follows)
 
 
 def replay(arguments: argparse.Namespace) -> None:
@@ -381,7 +382,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--defaults",
         default="recommended",
         metavar="WHOSE",
-        help="defaults of the options: recommended (by the model's authors) or diffusers",
+        help="defaults of the options: recommended (by the model's authors), diffusers, or sat (the authors' code)",
     )
     for name, option in {**settings.OPTIONS, **LOAD_OPTIONS}.items():
         kind, how = option.metadata["kind"], {"default": option.default, "help": option.metadata["help"]}

@@ -27,6 +27,7 @@ Grid = tuple[int, int, int]  # (frames, height, width) of the video tokens, in p
 HEAD_DIM_SPLIT = (4, 6, 6)  # sixteenths of head_dim for time, height and width in the 3-D tables: 16, 24 and 24 of 64
 LEARNED_POSITIONS = ("sincos", "slice")  # what 5B-I2V may add at another frame count; see `Transformer.forward`
 PREVIOUS_TIMESTEPS = ("diffusers", "next")  # where a step ends; see `schedule.make_schedule`
+UPSTREAMS = ("diffusers", "sat")  # the two codes that run these models; sat is the authors' own
 TASKS: dict[str, tuple[str, ...]] = {  # what each task conditions the model on, beside the text
     "text-to-video": (),
     "image-to-video": ("image",),
@@ -237,6 +238,7 @@ class ModelConfig:
     dynamic_guidance: with dpm, vary the guidance by default. With ddim it varies only if the call asks for it.
     max_sequence_length: text tokens; None is the transformer's `max_text_seq_length`.
     recommended: the same model with its authors' defaults; None if this one has them.
+    resize: how images are fitted. follows: of `UPSTREAMS`, whose choice is the default where the two differ.
     """
 
     name: str
@@ -258,6 +260,8 @@ class ModelConfig:
     dynamic_guidance: bool = True
     max_sequence_length: int | None = None
     recommended: ModelConfig | None = None
+    resize: str = "stretch"
+    follows: str = "diffusers"
 
     @property
     def text_length(self) -> int:

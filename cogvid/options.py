@@ -29,15 +29,18 @@ def option(
     high: float | None = None,
     parse: Callable[[Any], Any] | None = None,
     many: str | None = None,
+    upstream: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make the field of an option.
 
     kind: int, float, str or bool, on the command line. help: one line. model: the field of `ModelConfig` that None
     stands for. choices: of a string. above: a number must be greater. low, high: the least and the greatest number.
     parse: for a value with a grammar of its own; it checks what was given and returns what is kept. The other checks
-    are then not made. many: of a list, which the command line takes one by one: what it calls one of them.
+    are then not made. many: of a list, which the command line takes one by one: what it calls one of them. upstream:
+    what None stands for, by the `follows` of `ModelConfig`.
     """
     metadata = {"kind": kind, "help": help, "model": model, "choices": choices, "parse": parse, "many": many}
+    metadata["upstream"] = upstream
     return dataclasses.field(default=default, metadata={**metadata, "above": above, "low": low, "high": high})
 
 
@@ -85,6 +88,11 @@ def fill(options: Options, given: Mapping[str, Any], defaults: Mapping[str, Any]
         raise TypeError(f"{unknown[0]}: got an unknown option, want one of {', '.join(options)}")
     values = {name: given.get(name, field.default) for name, field in options.items()}
     return {name: (defaults or {}).get(name) if value is None else value for name, value in values.items()}
+
+
+def upstream_defaults(options: Options, follows: str) -> dict[str, Any]:
+    """Return what None stands for in the options whose default depends on the code that is followed."""
+    return {name: of[follows] for name, field in options.items() if (of := field.metadata["upstream"])}
 
 
 def check(options: Options, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,13 @@ _EXAMPLE = re.compile(r"^(\*\*[^*\n]+\*\*) \(\d* lines\)(.*?```python\n(.*?)```)
 _CORE = re.compile(r"[\d,]+ lines(?= in all)")
 # What a reader must know: what each run goes through. The options below are read by those who want them.
 CORE = ("config.py", "ops.py", "models/*.py", "sampling/*.py", "run/pipeline.py")
-NOT_CORE = ("models/tiling.py", "models/quantize.py", "sampling/cache.py")
+NOT_CORE = (
+    "models/cut_positions.py",
+    "models/tiling.py",
+    "models/quantize.py",
+    "sampling/cache.py",
+    "sampling/sat_schedule.py",
+)
 
 
 def core() -> list[Path]:

@@ -74,7 +74,7 @@ class Transformer(nn.Module):
         self.patch_proj = nn.Linear(config.in_channels * patch_volume, width, bias=patch_bias)
         self.text_proj = nn.Linear(config.text_embed_dim, width)
         if config.use_learned_positional_embeddings:
-            self.register_buffer("pos_embedding", self._initial_pos_embedding())
+            self.register_buffer("pos_embedding", self.initial_pos_embedding())
         self.time_embed = SinusoidMLP(width, config.time_embed_dim)
         if config.ofs_embed_dim is not None:
             self.ofs_embed = SinusoidMLP(config.ofs_embed_dim, config.ofs_embed_dim)
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
             device=device,
         )
 
-    def _initial_pos_embedding(self) -> Tensor:
+    def initial_pos_embedding(self) -> Tensor:
         text_len, grid = self.config.max_text_seq_length, self.config.trained_grid
         table = torch.zeros(1, text_len + math.prod(grid), self.config.hidden_size)
         if not table.is_meta:  # it has no values there, and arithmetic on meta takes seconds to import

@@ -66,11 +66,12 @@ class VAE(nn.Module):
             if isinstance(module, NormSiLU):
                 module.ops = ops
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
+    def encode(self, x: Tensor, *, whole: bool = False) -> DiagonalGaussian:
         """Encode pixels to the distribution of their latents.
 
         Args:
             x: `[B, 3, F, H, W]` in [-1, 1]; H and W multiples of 8.
+            whole: take all frames at once, as the authors' own code does for 8N + 1 of them, and not in chunks.
 
         Returns:
             Distribution over `[B, 16, T, H / 8, W / 8]`; T is (F + 3) // 4 for F = 8N and F = 8N + 1.
@@ -82,7 +83,7 @@ class VAE(nn.Module):
         cache = ConvCache()
         chunks = [
             self.encoder(c.contiguous(memory_format=LAYOUT), cache)
-            for c in x.split(chunk_sizes(x.shape[2], PIXEL_CHUNK), dim=2)
+            for c in x.split(chunk_sizes(x.shape[2], x.shape[2] if whole else PIXEL_CHUNK), dim=2)
         ]
         return DiagonalGaussian(torch.cat(chunks, dim=2))
 

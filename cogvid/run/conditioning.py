@@ -56,10 +56,10 @@ def encode_image(vae: VAE, image: Any, settings: Settings, inputs: Inputs, frame
 
 
 def posterior_samples(
-    vae: VAE, pixels: list[Tensor], generator: Generators, count: int, placement: Placement
+    vae: VAE, pixels: list[Tensor], generator: Generators, count: int, placement: Placement, *, whole: bool = False
 ) -> Tensor:
     """Encode each `[1, 3, F, H, W]` once; draw `[count, C, T, h, w]`, in order, the same number from each."""
-    posteriors = [vae.encode(each.to(placement.device, placement.dtype)) for each in pixels]
+    posteriors = [vae.encode(each.to(placement.device, placement.dtype), whole=whole) for each in pixels]
     generators = [generator] * count if isinstance(generator, Generator) else generator
     return torch.cat([posteriors[i * len(pixels) // count].sample(generators[i]) for i in range(count)])
 

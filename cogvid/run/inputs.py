@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 
 from cogvid.config import ModelConfig
@@ -51,12 +52,15 @@ def check_inputs(
     model: ModelConfig,
     prompt: str | Sequence[str] | None,
     prompt_embeds: Tensor | None,
-    negative: tuple[str | Sequence[str], Tensor | None] | None,
+    negative: tuple[str | Sequence[str], Tensor | None, str] | None,
     num_videos_per_prompt: int,
     seed: int | None,
     generator: Generators | None,
 ) -> Inputs:
-    """Check the arguments of these names. negative: the negative prompt and its embeddings; None without guidance."""
+    """Check the arguments of these names.
+
+    negative: the negative prompt, its embeddings and `unconditional_text`; None without guidance.
+    """
     check_int("num_videos_per_prompt", num_videos_per_prompt, 1)
     prompts = _prompts(prompt, prompt_embeds, model)
     negatives = None if negative is None else _negatives(*negative, prompts, model)
@@ -83,9 +87,15 @@ def _prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, model: M
 
 
 def _negatives(
-    prompt: str | Sequence[str], embeds: Tensor | None, prompts: list[str] | Tensor, model: ModelConfig
+    prompt: str | Sequence[str], embeds: Tensor | None, text: str, prompts: list[str] | Tensor, model: ModelConfig
 ) -> list[str] | Tensor:
     count = len(prompts)
+    if text == "zeros":
+        if prompt or embeds is not None:
+            name = "negative_prompt" if embeds is None else "negative_prompt_embeds"
+            raise ValueError(f"{name}: got one with unconditional_text='zeros', want none")
+        length = prompts.shape[1] if isinstance(prompts, Tensor) else model.text_length
+        return torch.zeros(count, length, model.transformer.text_embed_dim)
     if embeds is not None:
         if prompt:
             raise ValueError("negative_prompt, negative_prompt_embeds: got both, want one of them")

@@ -30,7 +30,8 @@ def noised_video(
     """
     pixels = prepare_video(video[: settings.num_frames], settings.height, settings.width, settings.resize)
     draws = 1 if isinstance(inputs.generator, Generator) else inputs.batch
-    z = vae.config.scaling_factor * posterior_samples(vae, [pixels], inputs.generator, draws, placement)
+    whole = settings.vae_encode == "whole"
+    z = vae.config.scaling_factor * posterior_samples(vae, [pixels], inputs.generator, draws, placement, whole=whole)
     z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2).expand(inputs.batch, -1, -1, -1, -1)
     b, c, t, h, w = z.shape
     noise = initial_latents((b, t, c, h, w), inputs.generator, z.device, z.dtype)

@@ -33,8 +33,8 @@ def load(
     """Load a model: a shipped pack, a directory in the official layout, or a hub id, which is fetched.
 
     Args:
-        defaults: of a call's options: "recommended" by the model's authors, or those of "diffusers", so that a call
-            ported from there gives the same video.
+        defaults: of a call's options: "recommended" by the model's authors; those of "diffusers", so that a call
+            ported from there gives the same video; or "sat", what the authors' own code does where the two differ.
         revision: branch, tag or commit of a hub id. local_files_only: take a hub id from the local cache.
         variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16"; a part that
             lacks it is loaded from its plain files, with a warning. It does not choose the dtype.
@@ -51,7 +51,9 @@ def load(
         variant=variant,
         hash_weights=hash_weights,
     )
-    return load_checkpoint(checkpoint, place(checkpoint.model.dtype), local_files_only)
+    return load_checkpoint(
+        checkpoint, place(checkpoint.model.dtype, checkpoint.model.follows), local_files_only=local_files_only
+    )
 
 
 def load_checkpoint(checkpoint: Checkpoint, placement: Placement, local_files_only: bool = False) -> Pipeline:

@@ -32,12 +32,12 @@ from cogvid.run.latents import initial_latents, noised_video
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
 from cogvid.run.saved_run import SavedRun
-from cogvid.run.settings import OPTIONS, Settings, outside_training, resolve_settings, task_of
+from cogvid.run.settings import OPTIONS, Settings, outside_training, resolve_settings, schedule_of, task_of
 from cogvid.run.stages import stage
 from cogvid.run.steps import after_each_step
 from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.samplers import Generators, OnStep, State, sample
-from cogvid.sampling.schedule import Schedule, make_schedule
+from cogvid.sampling.schedule import Schedule
 from cogvid.weights.checkpoint import Checkpoint
 from cogvid.weights.lora import Loras
 from cogvid.weights.lora_option import Lora
@@ -165,14 +165,12 @@ class Pipeline:
             self.model,
             prompt,
             prompt_embeds,
-            (negative_prompt, negative_prompt_embeds) if settings.guided else None,
+            (negative_prompt, negative_prompt_embeds, settings.unconditional_text) if settings.guided else None,
             num_videos_per_prompt,
             seed,
             generator,
         )
-        schedule = make_schedule(self.model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
-        if video is not None:
-            schedule = schedule.tail(settings.strength)
+        schedule = schedule_of(self.model, settings)
 
         image, video = resized(image, video, settings)
 

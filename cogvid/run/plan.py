@@ -23,11 +23,10 @@ from cogvid.models.vae import CONV_ELEMENTS
 from cogvid.run import costs
 from cogvid.run.costs import Kernels
 from cogvid.run.machine import Machine
-from cogvid.run.settings import Settings, outside_training, resolve_settings
+from cogvid.run.settings import Settings, outside_training, resolve_settings, schedule_of
 from cogvid.sampling.guidance import guidance_schedule
-from cogvid.sampling.schedule import make_schedule
 from cogvid.weights import placement
-from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
+from cogvid.weights.checkpoint import Checkpoint, read_checkpoint, with_sat_defaults
 from cogvid.weights.files import DTYPES, load_state
 from cogvid.weights.hub import WEIGHTS
 from cogvid.weights.text_config import T5_XXL, TextConfig, read_text_config
@@ -146,6 +145,8 @@ def survey(source: str, *, fetch: bool = False, **origin: Any) -> Subject:
     except ValueError:
         if origin.get("variant") or origin.get("defaults") == "diffusers":
             official = None  # of other files, or of a file, that only the repository has
+        if official is not None and origin.get("defaults") == "sat":
+            official = with_sat_defaults(official)
         if official is not None and not origin.get("local_files_only"):
             return Subject(official, T5_XXL, OFFICIAL[official.name], None)
         if not (fetch and remote):
@@ -181,8 +182,7 @@ def make_plan(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         settings = resolve_settings(model, task=task, **options)
-        schedule = make_schedule(model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
-    schedule = schedule.tail(settings.strength) if task == "video-to-video" else schedule
+        schedule = schedule_of(model, settings)
     scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
     guided = sum(scale is not None for scale in scales)
     size = model.latent_size(settings.height, settings.width, settings.num_frames)

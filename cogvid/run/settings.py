@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, ModelConfig, VAEConfig
-from cogvid.options import check, check_choice, check_int, fill, names, option, options_of
+from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, UPSTREAMS, ModelConfig, VAEConfig
+from cogvid.options import check, check_choice, check_int, fill, names, option, options_of, upstream_defaults
+
+if TYPE_CHECKING:
+    from cogvid.sampling.schedule import Schedule
 
 IMAGE_LATENT_SCALES = ("diffusers", "none", "multiply")
+UNCONDITIONAL_TEXTS = ("encode", "zeros")
+VAE_ENCODES = ("chunks", "whole")
 MAX_SIDE, MAX_FRAMES = 2**24, 2**20  # far beyond any memory; larger numbers have no place in a tensor's size
 MAX_SCALE = 1e6
 
@@ -52,26 +57,55 @@ class Settings:
         0.8, float, "of video-to-video: share of the steps that run; more steps start from more noise", above=0, high=1
     )
     resize: str = option(
-        "stretch",
+        None,
         str,
-        "fit the image or video by stretch, crop or pad",
+        "fit the image or video by stretch, crop or pad; stretch if not given",
+        model="resize",
         choices=names("cogvid.media.image", "RESIZE_MODES"),
     )
     image_latent_scale: str = option(
-        "diffusers",
+        None,
         str,
         "factor of 1.5 image latents, where upstream contradicts itself: diffusers (1 / scaling_factor), none (1) or "
-        "multiply (scaling_factor)",
+        "multiply (scaling_factor); diffusers if not given",
         choices=IMAGE_LATENT_SCALES,
+        upstream={"diffusers": "diffusers", "sat": "none"},
     )
     previous_timestep: str = option(
-        "diffusers",
+        None,
         str,
-        "where a step ends: diffusers (t - 1000 // steps) or next (the next timestep)",
+        "where a step ends: diffusers (t - 1000 // steps) or next (the next timestep); diffusers if not given",
         choices=PREVIOUS_TIMESTEPS,
+        upstream={"diffusers": "diffusers", "sat": "next"},
     )
     learned_positions: str = option(
-        "sincos", str, "what 5B-I2V adds at other frame counts than 49: sincos or slice", choices=LEARNED_POSITIONS
+        None,
+        str,
+        "what 5B-I2V adds at other frame counts than 49: sincos or slice; sincos if not given",
+        choices=LEARNED_POSITIONS,
+        upstream={"diffusers": "sincos", "sat": "slice"},
+    )
+    zero_snr: str = option(
+        None,
+        str,
+        "noise levels: diffusers (all 1000 are rescaled to end at zero SNR, then the steps' are taken) or sat (those "
+        "of sat's steps are rescaled); diffusers if not given",
+        choices=UPSTREAMS,
+        upstream={"diffusers": "diffusers", "sat": "sat"},
+    )
+    unconditional_text: str = option(
+        None,
+        str,
+        "text of the unconditional branch: encode (the negative prompt) or zeros; encode if not given",
+        choices=UNCONDITIONAL_TEXTS,
+        upstream={"diffusers": "encode", "sat": "zeros"},
+    )
+    vae_encode: str = option(
+        None,
+        str,
+        "how the VAE encodes a video: chunks (of 8 frames) or whole; chunks if not given",
+        choices=VAE_ENCODES,
+        upstream={"diffusers": "chunks", "sat": "whole"},
     )
 
     @property
@@ -97,7 +131,7 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
     """
     check_task(model, task)
     defaults = {name: getattr(model, of) for name, field in OPTIONS.items() if (of := field.metadata["model"])}
-    values = fill(OPTIONS, options, defaults)
+    values = fill(OPTIONS, options, {**defaults, **upstream_defaults(OPTIONS, model.follows)})
     rule = values["use_dynamic_cfg"]
     if rule is None:
         rule = model.dynamic_guidance and values["scheduler"] == "dpm"
@@ -107,6 +141,16 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
     check_frames(model.vae, settings.num_frames)
     _check_schedule(model, settings)
     return settings
+
+
+def schedule_of(model: ModelConfig, settings: Settings) -> Schedule:
+    """Return the schedule of a run; of a video's, the part that its strength leaves."""
+    from cogvid.sampling.sat_schedule import make_sat_schedule  # here, because it imports torch
+    from cogvid.sampling.schedule import make_schedule
+
+    make = make_sat_schedule if settings.zero_snr == "sat" else make_schedule
+    schedule = make(model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
+    return schedule.tail(settings.strength) if settings.task == "video-to-video" else schedule
 
 
 def task_of(image: object | None, video: object | None) -> str:
@@ -189,13 +233,11 @@ def check_seed(seed: object, videos: int) -> None:
 
 def _check_schedule(model: ModelConfig, settings: Settings) -> None:
     """Raise unless the noise schedule has all steps of the run and the first one is possible."""
-    from cogvid.sampling.schedule import make_schedule  # here, because it imports torch
-
     config = model.schedule
     check_int("num_inference_steps", settings.num_inference_steps, 1, config.num_train_timesteps)
-    schedule = make_schedule(config, settings.num_inference_steps, previous="next")
-    if settings.task == "video-to-video":
-        schedule = schedule.tail(settings.strength)
+    if settings.zero_snr == "diffusers":
+        settings = dataclasses.replace(settings, previous_timestep="next")  # the other one warns, when the run begins
+    schedule = schedule_of(model, settings)
     first = schedule.timesteps[0]
     if config.prediction_type == "epsilon" and schedule.alpha(first) == 0:
         # diffusers divides by zero here and makes a video of NaN.

@@ -29,7 +29,7 @@ class Schedule:
 
     alphas_cumprod: see `alphas_cumprod`. timesteps: where each step begins, descending.
     prev_timesteps: where each step ends; negative means `final_alpha`. final_alpha: abar there, 1 for clean latents.
-    prediction_type: "epsilon", "sample" or "v_prediction".
+    prediction_type: "epsilon", "sample" or "v_prediction". x0_levels: abar of `predicted_x0`, where it is not the same.
     """
 
     alphas_cumprod: Tensor
@@ -37,6 +37,7 @@ class Schedule:
     prev_timesteps: tuple[int, ...]
     final_alpha: Tensor
     prediction_type: str
+    x0_levels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -52,7 +53,8 @@ class Schedule:
 
     def predicted_x0(self, prediction: Tensor, x: Tensor, timestep: int) -> Tensor:
         """Return the clean latents that follow from the network's prediction for `x` at a timestep."""
-        alpha, prediction = self.alpha(timestep), prediction.to(x.dtype)
+        alpha = self.alpha(timestep) if self.x0_levels is None else self.x0_levels[timestep]
+        prediction = prediction.to(x.dtype)
         if self.prediction_type == "sample":
             return prediction
         if self.prediction_type == "epsilon":

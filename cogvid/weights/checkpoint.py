@@ -38,7 +38,7 @@ from cogvid.weights.identity import weights_identity
 from cogvid.weights.names import map_transformer_state_dict, map_vae_state_dict
 from cogvid.weights.text_config import read_text_config
 
-DEFAULTS = ("recommended", "diffusers")
+DEFAULTS = ("recommended", "diffusers", "sat")
 
 PIPELINES: dict[str, tuple[str, ...]] = {  # class in model_index.json -> what its transformer is conditioned on
     "CogVideoXPipeline": (),
@@ -126,6 +126,8 @@ def read_checkpoint(
     model = _read_model(directory, PIPELINES[index["_class_name"]], variant)
     if defaults == "diffusers":
         model = _with_diffusers_defaults(model, index)
+    if defaults == "sat":
+        model = with_sat_defaults(model)
     variants = component_variants(directory, variant)
     return Checkpoint(directory, model, variants, os.fspath(source), revision, variant, defaults, hash_weights)
 
@@ -199,6 +201,26 @@ def _with_diffusers_defaults(model: ModelConfig, index: dict[str, Any]) -> Model
         dynamic_guidance=False,
         max_sequence_length=226,
         recommended=model,
+    )
+
+
+def with_sat_defaults(model: ModelConfig) -> ModelConfig:
+    """Give a model what the authors' own code does: its `sat/configs` and `sat/sample_video.py`.
+
+    These are dpm with 50 steps and dynamic guidance of 6; 224 text tokens in 1.5; in 1.0 an image that is cropped; and,
+    by `follows`, each option that names its choice. Sizes are those that the authors recommend.
+    """
+    old = model.transformer.patch_size_t is None
+    return dataclasses.replace(
+        model,
+        num_inference_steps=50,
+        guidance_scale=6.0,
+        sampler="dpm",
+        dynamic_guidance=True,
+        max_sequence_length=model.max_sequence_length if old else 224,
+        resize="crop" if old else "stretch",
+        recommended=model,
+        follows="sat",
     )
 
 

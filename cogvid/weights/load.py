@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cogvid.config import TransformerConfig, VAEConfig
+from cogvid.config import ScheduleConfig, TransformerConfig, VAEConfig
+from cogvid.models.cut_positions import CutPositions
 from cogvid.models.text import TextEncoder, Tokenizer, use_ops
 from cogvid.models.transformer import Block, Transformer
 from cogvid.models.vae import VAE
@@ -29,6 +30,7 @@ from cogvid.weights.names import map_state, on_meta, unmap_state_dict
 from cogvid.weights.placement import Placement, resolve_placement
 from cogvid.weights.text_config import read_text_config, read_tokenizer_config
 
+SAT_LAST_NORM_EPS = 1e-6  # of `FinalLayerMixin` in SAT; diffusers takes the config's norm_eps
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 Module = TypeVar("Module", Transformer, VAE)
@@ -42,6 +44,8 @@ def load_transformer(
     ops: str | Ops = "auto",
     variant: str | None = None,
     qk_norm: str = "layer",
+    last_norm_eps: str = "diffusers",
+    position_tables: str = "diffusers",
 ) -> Transformer:
     """Load the transformer of a checkpoint, or the one in its own directory.
 
@@ -52,6 +56,7 @@ def load_transformer(
         ops: "auto", "torch", "triton" or an `Ops`.
         variant: which of several sets of weights to load, by the infix of its files' names, such as "fp16".
         qk_norm: "layer", or "rms": see `make_transformer`.
+        last_norm_eps, position_tables: "diffusers" or "sat": see `LoadOptions`.
 
     Raises:
         ValueError: the files are missing, broken or not this model's; an argument is not one of the above.
@@ -59,7 +64,8 @@ def load_transformer(
     directory = component_directory(source, "transformer", variant)
     config = read_config(directory, "transformer", TransformerConfig)
     state = load_state(directory, variant=variant)
-    return make_transformer(config, state, _place(state, directory, device, dtype, ops, qk_norm), directory)
+    own = {"qk_norm": qk_norm, "last_norm_eps": last_norm_eps, "position_tables": position_tables}
+    return make_transformer(config, state, _place(state, directory, device, dtype, ops, **own), directory)
 
 
 def load_vae(
@@ -105,14 +111,17 @@ def make_transformer(
     in fp32, before they are rounded to the dtype. The Q and K norms are then RMSNorm: the same function, one pass less
     over a row. bf16 and fp16 round the centred weights anew, so results differ in the last bits.
     """
+    cut = placement.position_tables == "sat" and config.patch_size_t is None
     with on_meta(source), _WithoutInit():
-        module = Transformer(config, placement.ops)
+        module = (CutPositions if cut else Transformer)(config, placement.ops)
     mapped = map_state(state, module, source)
     if placement.qk_norm == "rms":
         for key in mapped:
             if ".q_proj." in key or ".k_proj." in key:
                 mapped[key] = centre_heads(mapped[key].float(), config.num_attention_heads)
     module = _fill(module, mapped, placement)
+    if placement.last_norm_eps == "sat":
+        module.norm_out.eps = SAT_LAST_NORM_EPS
     for block in module.blocks:
         assert isinstance(block, Block)
         block.centred = placement.qk_norm == "rms"
@@ -168,10 +177,10 @@ def _place(
     device: str | torch.device,
     dtype: str | torch.dtype | None,
     ops: str | Ops,
-    qk_norm: str = "layer",
+    **options: str,
 ) -> Placement:
     """Resolve the placement of a part that is loaded alone, whose own dtype is the default."""
-    place = resolve_placement(device=device, dtype=dtype, ops=ops, qk_norm=qk_norm)
+    place = resolve_placement(device=device, dtype=dtype, ops=ops, **options)
     return place(str(stored_dtype(state, source)).removeprefix("torch."))
 
 
@@ -198,27 +207,29 @@ def save_transformer(module: Transformer, directory: str | Path, dtype: torch.dt
 
     dtype: of the file; None keeps the module's.
     """
-    config = module.config.to_dict()
-    del config["qk_norm_eps"]  # a constant in upstream's code
-    _save(module, "transformer", config, Path(directory), dtype)
+    _save(module, "transformer", Path(directory), dtype)
 
 
 def save_vae(module: VAE, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and the safetensors that `AutoencoderKLCogVideoX.from_pretrained` reads."""
-    blocks = len(module.config.block_out_channels)
-    types = {"down_block_types": ["CogVideoXDownBlock3D"] * blocks, "up_block_types": ["CogVideoXUpBlock3D"] * blocks}
-    _save(module, "vae", {**module.config.to_dict(), **types}, Path(directory), dtype)
+    _save(module, "vae", Path(directory), dtype)
 
 
-def _save(
-    module: Transformer | VAE,
-    component: str,
-    config: dict[str, Any],
-    directory: Path,
-    dtype: torch.dtype | None,
-) -> None:
+def config_json(component: str, config: TransformerConfig | VAEConfig | ScheduleConfig) -> str:
+    """Return the text of a component's config as upstream writes it."""
+    values = config.to_dict()
+    if isinstance(config, TransformerConfig):
+        del values["qk_norm_eps"]  # a constant in upstream's code
+    if isinstance(config, VAEConfig):
+        blocks = len(config.block_out_channels)
+        values["down_block_types"] = ["CogVideoXDownBlock3D"] * blocks
+        values["up_block_types"] = ["CogVideoXUpBlock3D"] * blocks
+    return json.dumps({"_class_name": CLASSES[component][0], **FIXED.get(component, {}), **values}, indent=2) + "\n"
+
+
+def _save(module: Transformer | VAE, component: str, directory: Path, dtype: torch.dtype | None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: x.to("cpu", dtype).contiguous() for name, x in unmap_state_dict(module).items()}
     write_whole(directory / f"{BASENAME}.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    text = json.dumps({"_class_name": CLASSES[component][0], **FIXED[component], **config}, indent=2) + "\n"
+    text = config_json(component, module.config)
     write_whole(directory / "config.json", lambda path: path.write_text(text))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cogvid.config import UPSTREAMS
 from cogvid.options import option, options_of
 from cogvid.weights.lora_option import parse_loras
 
@@ -39,6 +40,21 @@ class LoadOptions:
         "an adapter: a file, a directory or a hub id, and its scale, 1 if not given; may be repeated",
         parse=parse_loras,
         many="PATH[:SCALE]",
+    )
+    last_norm_eps: str = option(
+        None,
+        str,
+        "eps of the transformer's last norm: diffusers (the config's, 1e-5) or sat (1e-6); diffusers if not given",
+        choices=UPSTREAMS,
+        upstream={"diffusers": "diffusers", "sat": "sat"},
+    )
+    position_tables: str = option(
+        None,
+        str,
+        "positions of 1.0 models at other sizes than the trained one: diffusers (made for the size) or sat (cut from "
+        "the trained size's); diffusers if not given",
+        choices=UPSTREAMS,
+        upstream={"diffusers": "diffusers", "sat": "sat"},
     )
 
 

@@ -113,7 +113,7 @@ def map_vae_state_dict(state: Mapping[str, Tensor], config: VAEConfig) -> dict[s
 def unmap_state_dict(module: Transformer | VAE) -> dict[str, Tensor]:
     """Return the module's state dict under upstream's names and shapes: the inverse of the two functions above."""
     state = module.state_dict()
-    return {name: state[key].reshape(shape) for key, (name, shape) in _upstream(module).items()}
+    return {name: state[key].reshape(shape) for key, (name, shape) in upstream_names(module).items()}
 
 
 @functools.cache
@@ -123,17 +123,17 @@ def upstream_linears(config: TransformerConfig) -> dict[str, tuple[str, tuple[in
         module = Transformer(config)
     names = {ours: theirs for theirs, ours in TRANSFORMER_NAMES.items()}
     return {
-        _rename(name, names): (name, (linear.out_features, linear.in_features))
+        rename(name, names): (name, (linear.out_features, linear.in_features))
         for name, linear in module.named_modules()
         if isinstance(linear, nn.Linear)
     }
 
 
-def _upstream(module: Transformer | VAE) -> dict[str, tuple[str, tuple[int, ...]]]:
+def upstream_names(module: Transformer | VAE) -> dict[str, tuple[str, tuple[int, ...]]]:
     """For each key of the module's state dict, its upstream name and the shape it has there."""
     table = TRANSFORMER_NAMES if isinstance(module, Transformer) else VAE_NAMES
     names = {ours: theirs for theirs, ours in table.items()}
-    expected = {key: (_rename(key, names), tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
+    expected = {key: (rename(key, names), tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
     if isinstance(module, Transformer) and module.config.patch_size_t is None:
         # Upstream's 1.0 has a convolution here, whose flattened kernel is the matrix of the same patches.
         config, (name, shape) = module.config, expected["patch_proj.weight"]
@@ -141,7 +141,7 @@ def _upstream(module: Transformer | VAE) -> dict[str, tuple[str, tuple[int, ...]
     return expected
 
 
-def _rename(key: str, names: Mapping[str, str]) -> str:
+def rename(key: str, names: Mapping[str, str]) -> str:
     """Rename the key of a parameter; `names` has modules, with `{}` for the numbers of layers."""
     module, dot, kind = key.rpartition(".")
     if kind not in ("weight", "bias"):
@@ -153,15 +153,15 @@ def _rename(key: str, names: Mapping[str, str]) -> str:
 
 def map_state(state: Mapping[str, Tensor], module: Transformer | VAE, source: str | Path) -> dict[str, Tensor]:
     """Rename `state` for `module`; nothing is copied."""
-    expected = _upstream(module)
-    _check_names(state, dict(expected.values()), source)
+    expected = upstream_names(module)
+    check_names(state, dict(expected.values()), source)
     mapped = {key: state[name] for key, (name, _) in expected.items()}
     if isinstance(module, Transformer):
         mapped["patch_proj.weight"] = mapped["patch_proj.weight"].flatten(1)
     return mapped
 
 
-def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str | Path) -> None:
+def check_names(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str | Path) -> None:
     """Raise one line that lists what is missing, unexpected or of the wrong shape, with the nearest names."""
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]

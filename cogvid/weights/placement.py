@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cogvid.ops import Ops
-from cogvid.options import check, fill
+from cogvid.options import check, fill, upstream_defaults
 from cogvid.weights.files import DTYPES
 from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.lora_option import Lora
@@ -33,6 +33,8 @@ class Placement:
     qk_norm: str = "layer"
     compile: bool = False
     lora: tuple[Lora, ...] = ()
+    last_norm_eps: str = "diffusers"
+    position_tables: str = "diffusers"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, ready for JSON."""
@@ -41,22 +43,25 @@ class Placement:
         return {name: plain.get(name, getattr(self, name)) for name in LOAD_OPTIONS}
 
 
-def resolve_placement(**options: Any) -> Callable[[str], Placement]:
+def resolve_placement(**options: Any) -> Callable[..., Placement]:
     """Check the options of a load, before anything is read or fetched. options: the fields of `LoadOptions`.
 
-    Returns what makes the placement of a model once the name of its recommended dtype is known.
+    Returns what makes the placement of a model once the name of its recommended dtype is known, and whose code its
+    defaults follow: the arguments are `dtype` and `follows` of `ModelConfig`.
 
     Raises:
         TypeError: an unknown option.
         ValueError, ImportError: an illegal value; what it asks for is not here.
     """
-    values = check(LOAD_OPTIONS, fill(LOAD_OPTIONS, options))
+    values = check(LOAD_OPTIONS, fill(LOAD_OPTIONS, options, upstream_defaults(LOAD_OPTIONS, "diffusers")))
     dtype = values.pop("dtype")
     values["device"] = device = resolve_device(values["device"])
     values["ops"], values["ops_name"] = resolve_ops(values["ops"], device)
 
-    def place(recommended: str) -> Placement:
-        return Placement(dtype=resolve_dtype(dtype, device, stored=DTYPES[recommended]), **values)
+    def place(recommended: str, follows: str = "diffusers") -> Placement:
+        followed = upstream_defaults(LOAD_OPTIONS, follows)
+        followed = {name: value for name, value in followed.items() if options.get(name) is None}
+        return Placement(dtype=resolve_dtype(dtype, device, stored=DTYPES[recommended]), **{**values, **followed})
 
     return place
 

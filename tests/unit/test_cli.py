@@ -289,7 +289,7 @@ def test_the_defaults_of_diffusers_are_one_option(t2v: Path, out: Path, refused:
     }  # fmt: skip
     assert {name: made[name] for name in expected} == expected
     line = refused("generate", "x", *options, "--defaults", "theirs")
-    assert line == "cogvid: error: defaults: got 'theirs', want one of recommended, diffusers"
+    assert line == "cogvid: error: defaults: got 'theirs', want one of recommended, diffusers, sat"
 
 
 def _bomb() -> bytes:

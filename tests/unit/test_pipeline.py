@@ -79,7 +79,7 @@ def test_the_defaults_of_diffusers_in_settings(i2v: cogvid.Pipeline, monkeypatch
     # What was trained stays what it was.
     assert outside_training(model, 64, 96, 49) == ["49 frames (recommended: 9; 8N + 1 up to 9)"]
     monkeypatch.setattr("cogvid.weights.hub._fetch", None)
-    with pytest.raises(ValueError, match=r"^defaults: got 'none', want one of recommended, diffusers$"):
+    with pytest.raises(ValueError, match=r"^defaults: got 'none', want one of recommended, diffusers, sat$"):
         cogvid.load("zai-org/CogVideoX-2b", device="cpu", defaults="none")
 
 

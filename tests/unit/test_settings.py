@@ -97,7 +97,7 @@ def test_an_unknown_option_is_named(pipe: cogvid.Pipeline) -> None:
         ({"strength": 2}, "strength: got 2, want more than 0 and at most 1"),
         ({"strength": True}, "strength: got True, want more than 0 and at most 1"),
         ({"scheduler": 3}, "scheduler: got 3, want one of dpm, ddim"),
-        ({"resize": None}, "resize: got None, want one of stretch, crop, pad"),
+        ({"resize": 3}, "resize: got 3, want one of stretch, crop, pad"),
         ({"use_dynamic_cfg": 1}, "use_dynamic_cfg: got 1, want one of constant, diffusers, cosine"),
         ({"image_latent_scale": "half"}, "image_latent_scale: got 'half', want one of diffusers, none, multiply"),
     ],
