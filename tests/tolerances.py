@@ -61,3 +61,4 @@ VAE_STAGE_FP32 = 1e-6  # rel rms of one stage; norm statistics summed in another
 VAE_BF16 = 1.05  # pooled errors against fp64, ours over diffusers'; norms round once here (measured 0.89)
 VAE_GRADIENTS_FP32 = 2e-5  # rel rms of each gradient, encode and decode in one; small ones cancel (measured 7.4e-6)
 VAE_BATCH_FP32 = 3e-6  # rel rms; convolutions block other batches otherwise (measured 1.1e-6)
+STEP_CACHE_LATENTS = 2e-5  # rel rms

@@ -148,7 +148,8 @@ def _loading(job: BatchJob) -> dict[str, Any]:
 
 
 def _go_together(first: BatchJob, other: BatchJob) -> bool:
-    return first.shape == other.shape and first.values.get("video") is None
+    # A step cache may decide for a whole batch what is skipped.
+    return first.shape == other.shape and not (first.values.get("video") or first.values.get("step_cache"))
 
 
 def _prepare(pipe: Pipeline, job: BatchJob, manifest: Manifest) -> Job:

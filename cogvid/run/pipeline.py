@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cogvid.models.text import TextEncoder
-from cogvid.models.transformer import StepCache, Transformer
+from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
-from cogvid.ops import Branch, Ops
+from cogvid.ops import Branch, Ops, StepCache
 from cogvid.options import check_choice, takes_options
 from cogvid.run.conditioning import CONDITION_ENCODERS, resized
 from cogvid.run.inputs import Inputs, check_inputs, frames_to_use
@@ -34,7 +34,7 @@ from cogvid.run.saved_run import SavedRun
 from cogvid.run.settings import OPTIONS, Settings, outside_training, resolve_settings, task_of
 from cogvid.run.stages import stage
 from cogvid.run.steps import after_each_step
-from cogvid.sampling.guidance import guidance_schedule
+from cogvid.sampling.cache import make_step_cache
 from cogvid.sampling.samplers import Generators, OnStep, State, sample
 from cogvid.sampling.schedule import Schedule, make_schedule
 from cogvid.weights.checkpoint import Checkpoint
@@ -102,7 +102,6 @@ class Pipeline:
         negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
-        step_cache: StepCache | None = None,
         saved_run: SavedRun | None = None,
         progress: bool = True,
         **options: Any,
@@ -123,7 +122,6 @@ class Pipeline:
             callback_on_step_end: called with (pipeline, step index, timestep, tensors). The tensors, fp32
                 `[B, T, C, h, w]`, are "latents" and "x0", the clean latents that the network predicted.
                 It may return a dictionary, whose latents replace the present ones.
-            step_cache: wraps the block loop of the transformer; make one for each call.
             saved_run: where to save the run as it goes, and to go on from what is saved there.
             progress: show a bar on stderr.
             options: the fields of `Settings`.
@@ -170,20 +168,22 @@ class Pipeline:
             schedule,
             image=image,
             video=video,
-            step_cache=step_cache,
             given=[name for name, value in given.items() if value is not None],
             **inputs.record(),
         )
         first = {"latents": x, "prompt_embeds": embeds, "image": conditioning}
-        run: dict[str, Any] = {"generator": inputs.generator, "step_cache": step_cache}
+        cache = make_step_cache(options.get("step_cache"), self.model, schedule)
+        run: dict[str, Any] = {"generator": inputs.generator, "step_cache": cache}
         if saved_run is not None:
-            run["start"], x, run["state"], first = saved_run.begin(record, inputs.generator, step_cache, first)
+            run["start"], x, run["state"], first = saved_run.begin(record, inputs.generator, cache, first)
         done, embeds, conditioning = run.get("start", 0), first["prompt_embeds"], first["image"]
         with tqdm(total=len(schedule), initial=done, desc="denoise", unit="step", disable=not progress) as bar:
             run["on_step"] = after_each_step(self, bar, first, callback_on_step_end, saved_run)
             x = denoise(self.transformer, x, embeds, schedule, settings, conditioning=conditioning, **run)
+        skipped = getattr(cache, "skipped", None)
+        del cache, run  # what a step cache keeps may be large
         decoded = decode_output(self.vae, x, padding, output_type)
-        return Output(frames=decoded, seed=record["seed"], fps=self.model.fps, provenance=record)
+        return Output(decoded, seed=record["seed"], fps=self.model.fps, provenance=record, skipped_steps=skipped)
 
     def _condition(self, given: dict[str, Any], settings: Settings, inputs: Inputs, frames: int) -> Tensor | None:
         """Return what the model takes beside noise and text, `[B, C, frames, h, w]`, in the order of its config."""
@@ -252,7 +252,7 @@ def denoise(
         x,
         schedule,
         sampler=settings.scheduler,
-        scales=guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg),
+        scales=settings.guidance(schedule),
         generator=generator,
         dtype=transformer.dtype,
         on_step=on_step,

@@ -7,7 +7,7 @@ unconditional branch there. `GUIDANCE` holds the rules by name; add your own to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,24 +44,54 @@ def cosine(guidance_scale: float, index: int, schedule: Schedule) -> float:
     return _swing(guidance_scale, index / len(schedule))
 
 
-GUIDANCE: dict[str, Guidance] = {"constant": constant, "diffusers": diffusers, "cosine": cosine}
+def falling(guidance_scale: float, index: int, schedule: Schedule) -> float:
+    """Take the curve of `diffusers` with the step index as t, p = (steps - index) / steps: it falls smoothly to 1.
+
+    So guidance is strong in the early, noisy steps, which is how dynamic guidance is commonly described.
+    """
+    return _swing(guidance_scale, (len(schedule) - index) / len(schedule))
 
 
-def guidance_schedule(guidance_scale: float, schedule: Schedule, rule: str = "constant") -> list[float | None]:
-    """Return the scale of each step by the rule of this name; None at all steps if `guidance_scale` is 1 or less.
+GUIDANCE: dict[str, Guidance] = {"constant": constant, "diffusers": diffusers, "cosine": cosine, "falling": falling}
+
+
+def guidance_schedule(
+    guidance_scale: float | None,
+    schedule: Schedule,
+    rule: str | Sequence[float | None] = "constant",
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> list[float | None]:
+    """Return the scale of each step, or None where the unconditional branch is not run.
+
+    Args:
+        guidance_scale: for a rule by name; at 1 and below no step is guided.
+        rule: a name in `GUIDANCE`, or the scale of each step.
+        interval: a pair (low, high) of shares of the steps: step i of n is guided where low <= i / n < high.
 
     Raises:
-        ValueError: an unknown name, or a rule that gives something else than a finite number or None.
+        ValueError: an unknown name, or a rule that gives something else than a finite number or None; a list that is
+            longer or shorter than the steps; an interval without a step.
     """
-    if rule not in GUIDANCE:
+    steps, (low, high) = range(len(schedule)), interval
+    if not isinstance(rule, str):
+        scales = list(rule)
+        if len(scales) != len(steps):
+            raise ValueError(f"use_dynamic_cfg: got {len(scales)} scales, want {len(steps)}, one for each step")
+    elif rule not in GUIDANCE:
         raise ValueError(f"use_dynamic_cfg: got {rule!r}, want one of {', '.join(GUIDANCE)}")
-    if guidance_scale <= 1:
-        return [None] * len(schedule)
-    scales = [GUIDANCE[rule](guidance_scale, index, schedule) for index in range(len(schedule))]
+    elif guidance_scale is None or guidance_scale <= 1:
+        return [None] * len(steps)
+    else:
+        scales = [GUIDANCE[rule](guidance_scale, index, schedule) for index in steps]
     for index, scale in enumerate(scales):
         if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
             raise ValueError(f"use_dynamic_cfg: got {scale!r} from {rule!r} at step {index}, want a number or None")
-    return scales
+    inside = [low <= index / len(steps) < high for index in steps]
+    if not any(inside):
+        raise ValueError(
+            f"guidance_interval: got {low:g}-{high:g}, in which none of {len(steps)} steps begins, want a wider one"
+        )
+    return [scale if within else None for scale, within in zip(scales, inside, strict=True)]
 
 
 def _swing(guidance_scale: float, progress: float) -> float:
