@@ -97,9 +97,14 @@ def distances(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize(
     ("variant", "scheduler", "guidance", "threshold"),
-    [("5b", "dpm", GUIDED, 0.1), ("2b", "ddim", PLAIN, 0.1), ("1.5-5b-i2v", "dpm", PLAIN, 0.1), ("5b-i2v", "ddim", GUIDED, 0.1)],
+    [
+        ("5b", "dpm", GUIDED, 1.05),
+        ("2b", "ddim", PLAIN, 0.75),
+        ("1.5-5b-i2v", "dpm", PLAIN, 0.6),
+        ("5b-i2v", "ddim", GUIDED, 0.8),
+    ],
     ids=["5b", "2b", "1.5-5b-i2v", "5b-i2v"],
-)  # fmt: skip
+)
 def test_first_block_cache(
     tmp_path: Path,
     distances: list[float],
@@ -111,11 +116,10 @@ def test_first_block_cache(
     reference, ours = make_pair(variant, tmp_path)
     options = SIZE | guidance | ({"image": picture(50, 70)} if variant.endswith("i2v") else {})
     actual, skipped, said = run_ours(ours, scheduler, **options, step_cache=f"first-block={threshold}")
-    print(variant, distances, skipped)
     uncached, *_ = run_ours(ours, scheduler, **options)
     apply_first_block_cache(reference.transformer, FirstBlockCacheConfig(threshold=threshold))
     expected, theirs = run_reference(reference, scheduler, **options)
-    assert min(abs(distance - threshold) for distance in distances) > 1e-3 * threshold  # far from a tie
+    assert min(abs(distance - threshold) for distance in distances) > 0.03 * threshold  # no tie
     assert skipped == theirs == said
     assert 2 <= len(skipped) <= 7
     assert rel_rms(actual, expected) <= tolerances.STEP_CACHE_LATENTS
