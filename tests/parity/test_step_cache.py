@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, nn, tensor
 
 import cogvid
 from cogvid.sampling import cache
@@ -149,6 +148,48 @@ def test_pyramid_attention_broadcast(
     assert skipped
     assert rel_rms(actual, expected) <= tolerances.STEP_CACHE_LATENTS
     assert rel_rms(actual, uncached) > 100 * tolerances.STEP_CACHE_LATENTS
+
+
+IDENTITY = "1/0"
+OF_15_I2V = "1.22842302e02/-1.04088754e02/2.62981677e01/-3.06009921e-01/3.71213220e-02"
+# What the authors' own file makes of the same pipelines: TeaCache4CogVideoX1.5/teacache_sample_video.py of
+# https://github.com/ali-vilab/TeaCache, commit 7c10efc, its `teacache_forward` put in place of the transformer's in the
+# pipeline of `run_reference`, with its attributes set as its `main` does. The steps that it skips, and six latents.
+AUTHORS = [
+    (
+        "5b", "dpm", GUIDED, 1.0, IDENTITY, [1, 3, 5, 8],
+        [2.206514835, -0.192825183, -0.059945777, 2.579667330, 2.395777225, 0.139639765],
+    ),
+    (
+        "1.5-5b-i2v", "ddim", PLAIN, 3.0, OF_15_I2V, [1, 3, 4, 7],
+        [-3.264453173, 0.067242488, -1.276491404, 2.038770199, 0.542212248, 0.444079220],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variant", "scheduler", "guidance", "threshold", "coefficients", "skips", "latents"),
+    AUTHORS,
+    ids=["5b", "1.5-5b-i2v"],
+)
+def test_teacache_is_that_of_its_authors(
+    tmp_path: Path,
+    variant: str,
+    scheduler: str,
+    guidance: dict[str, Any],
+    threshold: float,
+    coefficients: str,
+    skips: list[int],
+    latents: list[float],
+) -> None:
+    _, ours = make_pair(variant, tmp_path)
+    options = SIZE | guidance | ({"image": picture(50, 70)} if variant.endswith("i2v") else {})
+    for factor in (0.98, 1.02, 1.0):  # no tie
+        named = f"teacache={factor * threshold}:coefficients={coefficients}"
+        actual, skipped, said = run_ours(ours, scheduler, **options, step_cache=named)
+        assert skipped == said == skips
+    picked = actual.flatten()[:: actual.numel() // 6][:6]
+    assert rel_rms(picked, tensor(latents)) <= tolerances.STEP_CACHE_LATENTS
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
