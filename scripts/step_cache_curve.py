@@ -37,7 +37,7 @@ PAGE = Path(__file__).parents[1] / "cogvid" / "sampling" / "README.md"
 PLOT = Path(__file__).parent / "step_caches.png"
 BATCH, ROUNDS = 2, 5
 TEACACHE = "teacache={}:coefficients=1/0"  # no polynomial was fitted for the packs: the distance is taken as it is
-RUNS: dict[str, list[dict[str, str]]] = {
+RUNS: dict[str, list[dict[str, Any]]] = {
     "none": [{}],
     "first-block": [{"step_cache": f"first-block={value}"} for value in (0.05, 0.1, 0.2, 0.3)],
     "teacache": [{"step_cache": TEACACHE.format(value)} for value in (0.2, 0.3, 0.5, 0.8)],
@@ -51,7 +51,7 @@ class Row:
     """What was measured of one way to run. work: FLOPs of the blocks. seconds: of denoising, in each round."""
 
     kind: str
-    options: dict[str, str]
+    options: dict[str, Any]
     work: float = 0.0
     skipped: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -86,7 +86,8 @@ def measure(pack: str, samples: int, steps: int) -> list[Row]:
     pipe = cogvid.load(pack, device="cpu")
     work = Work(pipe.transformer)
     generator, rng = torch.Generator().manual_seed(1234), random.Random(1234)
-    scenes = sample_scenes(samples, generator, held_out=True, **({"two": 0.0} if pipe.model.conditions else {}))
+    options: dict[str, Any] = {"two": 0.0} if pipe.model.conditions else {}
+    scenes = sample_scenes(samples, generator, held_out=True, **options)
     truth = to_uint8(render(scenes, pipe.model.num_frames, pipe.model.height))
     prompts = [prompt_for(scenes, i, rng) for i in range(samples)]
     rows = [Row(kind, options) for kind, listed in RUNS.items() for options in listed]

@@ -49,7 +49,7 @@ def run_batch(jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch
 
     Args:
         batch_size: the most videos that are sampled together. Jobs are sampled together if they differ only in prompt,
-            seed and image; the result differs from that of single ones by rounding.
+            seed and image, and have no step cache; the result differs from that of single ones by rounding.
     """
     check_int("batch_size", batch_size, 1)
     manifest, begun = Manifest(directory), time.time()

@@ -102,10 +102,25 @@ class Settings:
         return self.guidance_scale is not None and self.guidance_scale > 1
 
     def guidance(self, schedule: Schedule) -> list[float | None]:
-        """Return the guidance scale of each step; None where the unconditional branch is not run."""
+        """Return the guidance scale of each step; None where the unconditional branch is not run.
+
+        Step i of n is inside `guidance_interval` where low <= i / n < high.
+
+        Raises:
+            ValueError: there are more or fewer scales than steps; no step is inside the interval.
+        """
         from cogvid.sampling.guidance import guidance_schedule  # here, because it imports torch
 
-        return guidance_schedule(self.guidance_scale, schedule, self.use_dynamic_cfg, self.guidance_interval)
+        rule, (low, high), count = self.use_dynamic_cfg, self.guidance_interval, len(schedule)
+        scales = list(rule) if isinstance(rule, tuple) else guidance_schedule(self.guidance_scale or 0, schedule, rule)
+        if len(scales) != count:
+            raise ValueError(f"use_dynamic_cfg: got {len(scales)} scales, want {count}, one for each step")
+        inside = [low <= index / count < high for index in range(count)]
+        if not any(inside):
+            raise ValueError(
+                f"guidance_interval: got {low:g}-{high:g}, in which none of {count} steps begins, want a wider one"
+            )
+        return [scale if within else None for scale, within in zip(scales, inside, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings ready for JSON."""

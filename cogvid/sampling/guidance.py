@@ -7,7 +7,7 @@ unconditional branch there. `GUIDANCE` holds the rules by name; add your own to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,43 +55,21 @@ def falling(guidance_scale: float, index: int, schedule: Schedule) -> float:
 GUIDANCE: dict[str, Guidance] = {"constant": constant, "diffusers": diffusers, "cosine": cosine, "falling": falling}
 
 
-def guidance_schedule(
-    guidance_scale: float | None,
-    schedule: Schedule,
-    rule: str | Sequence[float | None] = "constant",
-    interval: tuple[float, float] = (0.0, 1.0),
-) -> list[float | None]:
-    """Return the scale of each step, or None where the unconditional branch is not run.
-
-    Args:
-        guidance_scale: for a rule by name; at 1 and below no step is guided.
-        rule: a name in `GUIDANCE`, or the scale of each step.
-        interval: a pair (low, high) of shares of the steps: step i of n is guided where low <= i / n < high.
+def guidance_schedule(guidance_scale: float, schedule: Schedule, rule: str = "constant") -> list[float | None]:
+    """Return the scale of each step by the rule of this name; None at all steps if `guidance_scale` is 1 or less.
 
     Raises:
-        ValueError: an unknown name, or a rule that gives something else than a finite number or None; a list that is
-            longer or shorter than the steps; an interval without a step.
+        ValueError: an unknown name, or a rule that gives something else than a finite number or None.
     """
-    steps, (low, high) = range(len(schedule)), interval
-    if not isinstance(rule, str):
-        scales = list(rule)
-        if len(scales) != len(steps):
-            raise ValueError(f"use_dynamic_cfg: got {len(scales)} scales, want {len(steps)}, one for each step")
-    elif rule not in GUIDANCE:
+    if rule not in GUIDANCE:
         raise ValueError(f"use_dynamic_cfg: got {rule!r}, want one of {', '.join(GUIDANCE)}")
-    elif guidance_scale is None or guidance_scale <= 1:
-        return [None] * len(steps)
-    else:
-        scales = [GUIDANCE[rule](guidance_scale, index, schedule) for index in steps]
+    if guidance_scale <= 1:
+        return [None] * len(schedule)
+    scales = [GUIDANCE[rule](guidance_scale, index, schedule) for index in range(len(schedule))]
     for index, scale in enumerate(scales):
         if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
             raise ValueError(f"use_dynamic_cfg: got {scale!r} from {rule!r} at step {index}, want a number or None")
-    inside = [low <= index / len(steps) < high for index in steps]
-    if not any(inside):
-        raise ValueError(
-            f"guidance_interval: got {low:g}-{high:g}, in which none of {len(steps)} steps begins, want a wider one"
-        )
-    return [scale if within else None for scale, within in zip(scales, inside, strict=True)]
+    return scales
 
 
 def _swing(guidance_scale: float, progress: float) -> float:
