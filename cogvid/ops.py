@@ -96,6 +96,7 @@ class StepCache(Protocol):
     """Wrap the block loop, or attention in each block, to skip what can be predicted; make one per generation.
 
     state: what is carried from step to step, as tensors and plain values that can be saved and put back.
+    skipped, if there is one: the steps, from 0, in which something was skipped; the run reports it.
     """
 
     state: dict[str, Any]
