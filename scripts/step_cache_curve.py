@@ -1,10 +1,10 @@
 """Measure what step caches and guidance intervals save and what they cost, and write a table and a plot.
 
-    python scripts/step_cache_curve.py --samples 40 --write
+    OMP_NUM_THREADS=1 python scripts/step_cache_curve.py --samples 40 --write
 
 Each pack makes the same videos, two at a time, from the same noise, without and with each cache. Work is the FLOPs of
-the transformer's blocks, counted from the calls of blocks and of attention. Time is that of denoising the first two
-videos, the least of several rounds in which all runs take turns. Both are shares of those without a cache. PSNR and
+the transformer's blocks, counted from the calls of blocks and of attention. Time is the processor time of
+sampling the first two videos, the least of several rounds in which all runs take turns; use one thread. Both are shares of those without a cache. PSNR and
 SSIM are to the videos without a cache; the other columns are what `eval_tiny.py` sees in the pixels. `--write` replaces
 the table in cogvid/sampling/README.md and the plot beside this file; the table is printed in any case.
 """
@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 import cogvid
 from cogvid.run.compare import psnr, ssim
 from cogvid.run.machine import cpu_name
-from cogvid.run.stages import Stage, listen
 from eval_tiny import judge, judge_words, to_uint8
 from tiny_world import prompt_for, render, sample_scenes
 
@@ -48,7 +48,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 
 @dataclass
 class Row:
-    """What was measured of one way to run. work: FLOPs of the blocks. seconds: of denoising, in each round."""
+    """What was measured of one way to run. work: FLOPs of the blocks. seconds: of the processor, in each round."""
 
     kind: str
     options: dict[str, Any]
@@ -92,20 +92,20 @@ def measure(pack: str, samples: int, steps: int) -> list[Row]:
     prompts = [prompt_for(scenes, i, rng) for i in range(samples)]
     rows = [Row(kind, options) for kind, listed in RUNS.items() for options in listed]
 
-    def run(row: Row, begin: int, output_type: str) -> tuple[cogvid.Output, float]:
-        some, stages = slice(begin, begin + BATCH), list[Stage]()
+    def run(row: Row, begin: int, output_type: str) -> cogvid.Output:
+        some = slice(begin, begin + BATCH)
         options: dict[str, Any] = {"seed": begin, "num_inference_steps": steps, "output_type": output_type}
-        with listen(stages.append):
-            out = pipe(prompts[some], **options, progress=False, **_images(pipe, truth[some]), **row.options)
-        return out, next(stage.seconds for stage in stages if stage.name == "denoise")
+        return pipe(prompts[some], **options, progress=False, **_images(pipe, truth[some]), **row.options)
 
     for _ in range(ROUNDS):
         for row in rows:
-            row.seconds.append(run(row, 0, "latent")[1])
+            begun = time.process_time()
+            run(row, 0, "latent")
+            row.seconds.append(time.process_time() - begun)
     for begin in range(0, samples, BATCH):
         for row in rows:
             work.flops = 0
-            out, _ = run(row, begin, "uint8")
+            out = run(row, begin, "uint8")
             row.work += work.flops
             row.skipped.append(len(out.skipped_steps or []))
             row.videos += list(out.frames)
@@ -124,7 +124,7 @@ def _images(pipe: Any, truth: Tensor) -> dict[str, Any]:
 
 
 def table(rows: list[Row], steps: int) -> tuple[list[str], list[tuple[str, float, float]]]:
-    """Return the table's lines, and (kind, share of time, PSNR) of each row for the plot."""
+    """Return the table's lines, and (kind, share of work, PSNR) of each row for the plot."""
     first = rows[0]
     wanted = ("motion", "colour", "shape", "end IoU", "first frame dB")
     meters = [name for name in wanted if any(name in each for each in first.judged)]
@@ -135,24 +135,24 @@ def table(rows: list[Row], steps: int) -> tuple[list[str], list[tuple[str, float
     points = []
     for row in rows:
         work = row.work / first.work
-        time = min(row.seconds) / min(first.seconds)
+        seconds = min(row.seconds) / min(first.seconds)
         frames = [pair for a, b in zip(row.videos, first.videos, strict=True) for pair in zip(a, b, strict=True)]
         likeness = ["", ""]
         if row is not first:
             decibels = statistics.fmean(min(psnr(x, y, 255) or 99.0, 99.0) for x, y in frames)
             likeness = [f"{decibels:.1f}", f"{statistics.fmean(ssim(x, y) for x, y in frames):.3f}"]
-            points.append((row.kind, time, decibels))
+            points.append((row.kind, work, decibels))
         means = [statistics.fmean(each[name] for each in row.judged if name in each) for name in meters]
         shown = [f"{mean:.1f}" if "dB" in name else f"{mean:.2f}" for name, mean in zip(meters, means, strict=True)]
         skips = f"{statistics.fmean(row.skipped):.1f}" if "step_cache" in row.options else ""
         name = f"`{row.name}`" if row.kind != "guidance interval" else f"`guidance_interval={row.name}`"
-        cells = [name if row is not first else "none", skips, f"{work:.2f}", f"{time:.2f}", *likeness, *shown]
+        cells = [name if row is not first else "none", skips, f"{work:.2f}", f"{seconds:.2f}", *likeness, *shown]
         lines.append("| " + " | ".join(cells) + " |")
     return lines, points
 
 
 def plot(found: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
-    """Draw PSNR against time, a panel for each pack and a line for each kind."""
+    """Draw PSNR against work, a panel for each pack and a line for each kind."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -161,10 +161,10 @@ def plot(found: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.8), sharey=True, squeeze=False)
     for axis, (pack, points) in zip(axes[0], found.items(), strict=True):
         for kind in RUNS:
-            line = sorted((time, decibels) for each, time, decibels in points if each == kind)
+            line = sorted((work, decibels) for each, work, decibels in points if each == kind)
             if line:
                 axis.plot(*zip(*line, strict=True), marker="o", label=kind)
-        axis.set(title=pack, xlabel="time of denoising, without a cache = 1")
+        axis.set(title=pack, xlabel="FLOPs of the blocks, without a cache = 1")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("PSNR to the run without, dB")
     axes[0][0].legend()
