@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python scripts/step_cache_curve.py --samples 40 --write
 
 Each pack makes the same videos, two at a time, from the same noise, without and with each cache. Work is the FLOPs of
-the transformer's blocks, counted from the calls of blocks and of attention. Time is the processor time of
-sampling the first two videos, the least of several rounds in which all runs take turns; use one thread. Both are shares of those without a cache. PSNR and
-SSIM are to the videos without a cache; the other columns are what `eval_tiny.py` sees in the pixels. `--write` replaces
-the table in cogvid/sampling/README.md and the plot beside this file; the table is printed in any case.
+the transformer's blocks, counted from the calls of blocks and of attention. Time is the processor time of sampling
+the first two videos, the least of several rounds in which all runs take turns; use one thread. Both are shares of
+those without a cache. PSNR and SSIM are to the videos without a cache; the other columns are what `eval_tiny.py` sees
+in the pixels. `--write` replaces the table in cogvid/sampling/README.md and the plot beside this file; the table is
+printed in any case.
 """
 
 from __future__ import annotations
