@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cogvid.run.pipeline import Pipeline as Pipeline
     from cogvid.run.record import read_record as read_record
     from cogvid.run.saved_run import SavedRun as SavedRun
+    from cogvid.sampling.cache import STEP_CACHES as STEP_CACHES
     from cogvid.sampling.guidance import GUIDANCE as GUIDANCE
     from cogvid.sampling.samplers import SAMPLERS as SAMPLERS
     from cogvid.weights.load import load_transformer as load_transformer
@@ -36,6 +37,7 @@ _HOME = {
     "Output": "run.output",
     "Pipeline": "run.pipeline",
     "SAMPLERS": "sampling.samplers",
+    "STEP_CACHES": "sampling.cache",
     "SavedRun": "run.saved_run",
     "VideoWriter": "media.video",
     "export_to_video": "media.video",

@@ -149,6 +149,8 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
         raise out_of_memory(planned, subject, placement.ops_name, error) from error
     if out.seed is not None:
         _say(f"seed {out.seed}", sys.stderr)
+    if out.skipped_steps is not None:
+        _say(f"{job.settings.step_cache} skipped work in {len(out.skipped_steps)} steps", sys.stderr)
     _say(arguments.output, sys.stdout)
 
 

@@ -19,7 +19,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class BlockContext:
     layer: index of the block. step: index of the sampler's step; None outside a run.
     branch: the rows of the batch. "cond" and "uncond" have the prompt or the negative prompt; in "both" the first half
         is unconditional and the second half conditional.
+    emb: `temb` before its silu. around_attention: runs attention in each block; see `AroundAttention`.
     """
 
     temb: Tensor
@@ -65,6 +66,8 @@ class BlockContext:
     layer: int = 0
     step: int | None = None
     branch: Branch = "cond"
+    emb: Tensor | None = None
+    around_attention: AroundAttention = lambda x, context, attention: attention(x, context)
 
     def at(self, layer: int) -> BlockContext:
         """Return the context of another block."""
@@ -82,6 +85,30 @@ class BlockContext:
             text_len=min(max(self.text_len - start, 0), stop - start),
             shard=Shard(held.start + start, held.start + stop, held.total),
         )
+
+
+# (x, context, attention) -> attention(x, context), or a prediction of it: from the normed tokens `[B, N, D]`, through
+# the projections of Q, K and V and attention, to the output projection `[B, N, D]`.
+AroundAttention = Callable[[Tensor, BlockContext, Callable[[Tensor, BlockContext], Tensor]], Tensor]
+
+
+class StepCache(Protocol):
+    """Wrap the block loop, or attention in each block, to skip what can be predicted; make one per generation.
+
+    state: what is carried from step to step, as tensors and plain values that can be saved and put back.
+    skipped, if there is one: the steps, from 0, in which something was skipped; the run reports it.
+    """
+
+    state: dict[str, Any]
+
+    def run(self, x: Tensor, context: BlockContext, blocks: Callable[..., Tensor]) -> Tensor:
+        """Return the output of all blocks for x, or a prediction of it.
+
+        x: `[B, N, D]`, the embedded text and video.
+        blocks: `blocks(x, start=0, stop=None, **told)` runs the blocks start..stop-1 and returns `[B, N, D]`. told:
+            fields of the context to change, such as `around_attention`.
+        """
+        ...
 
 
 class AttentionOp(Protocol):

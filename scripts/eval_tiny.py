@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=200, help="videos per row of the table, at least 1")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, help="the pack's recommendation by default")
-    parser.add_argument("--use-dynamic-cfg", metavar="RULE", help="constant, diffusers or cosine")
+    parser.add_argument("--use-dynamic-cfg", metavar="RULE", help="constant, diffusers, cosine or falling")
     parser.add_argument("--scheduler", choices=("dpm", "ddim"))
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
     parser.add_argument("--seed", type=int, default=0)

@@ -24,9 +24,9 @@ Parameters (upstream's names for them are in weights.py):
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -35,26 +35,9 @@ from torch.nn import functional as F
 
 from cogvid.config import HEAD_DIM_SPLIT, LEARNED_POSITIONS, Grid, TransformerConfig
 from cogvid.models.rope import Positions, index_positions, resize_crop_positions, rotary_table, sincos_table
-from cogvid.ops import BlockContext, Branch, Ops, Rope, Shard, can_fuse, modulate, rotate
+from cogvid.ops import BlockContext, Branch, Ops, Rope, Shard, StepCache, can_fuse, modulate, rotate
 
 OFS = 2.0  # the only value CogVideoX1.5-5B-I2V was trained with
-
-
-class StepCache(Protocol):
-    """Wrap the block loop, to skip blocks whose output can be predicted; make one per generation.
-
-    state: what is carried from step to step, as tensors and plain values that can be saved and put back.
-    """
-
-    state: dict[str, Any]
-
-    def run(self, x: Tensor, context: BlockContext, blocks: Callable[..., Tensor]) -> Tensor:
-        """Return the output of all blocks for x, or a prediction of it.
-
-        x: `[B, N, D]`, the embedded text and video.
-        blocks: `blocks(x, start=0, stop=None)` runs the blocks start..stop-1 and returns `[B, N, D]`.
-        """
-        ...
 
 
 class Transformer(nn.Module):
@@ -147,11 +130,12 @@ class Transformer(nn.Module):
             x = x + self.pos_embedding[:, : x.shape[1]].to(x.dtype)
 
         text_len, shard = prompt_embeds.shape[1], Shard(0, x.shape[1], x.shape[1])
-        temb = self._embed_time(timestep, latents.dtype)
-        context = BlockContext(temb, rope, text_len, grid, shard, step=step, branch=branch)
+        emb = self._embed_time(timestep, latents.dtype)
+        temb = F.silu(emb)
+        context = BlockContext(temb, rope, text_len, grid, shard, step=step, branch=branch, emb=emb)
 
-        def blocks(x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-            return self.run_blocks(x, context, start, stop)
+        def blocks(x: Tensor, start: int = 0, stop: int | None = None, **told: Any) -> Tensor:
+            return self.run_blocks(x, dataclasses.replace(context, **told), start, stop)
 
         x = blocks(x) if step_cache is None else step_cache.run(x, context, blocks)
 
@@ -180,11 +164,11 @@ class Transformer(nn.Module):
         return torch.cat([text, video], dim=1)
 
     def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed the timesteps and the constant ofs: `[B, time_embed_dim]`, after the SiLU, which all its users need."""
-        temb = self.time_embed(timestep, dtype)
+        """Embed the timesteps and the constant ofs: `[B, time_embed_dim]`."""
+        emb = self.time_embed(timestep, dtype)
         if self.config.ofs_embed_dim is not None:
-            temb = temb + self.ofs_embed(timestep.new_full((1,), OFS, dtype=torch.float32), dtype)
-        return F.silu(temb)
+            emb = emb + self.ofs_embed(timestep.new_full((1,), OFS, dtype=torch.float32), dtype)
+        return emb
 
     def _tables(self, grid: Grid, latents: Tensor, learned: bool) -> tuple[Tensor | None, Rope | None]:
         """Return the sin-cos table to add and the rotary table, keeping them until the grid, dtype or device changes.
@@ -300,10 +284,7 @@ class Block(nn.Module):
 
         shift, scale, gate = _modulation(self.modulation1, context.temb)
         y = _norm_modulate(ops, self.norm1, x, shift, scale, text_len=text_len)
-        # Each is a view [B, N, heads, head_dim] of what its linear returned.
-        q, k, v = (proj(y).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self._norm_rotate(q, k, context)
-        y = self.out(ops.attention(q, k, v, context))
+        y = context.around_attention(y, context, self._attend)
 
         shift, scale, mlp_gate = _modulation(self.modulation2, context.temb)
         if can_fuse(norm := self.norm2, nn.LayerNorm):
@@ -318,6 +299,13 @@ class Block(nn.Module):
         else:
             y = F.gelu(linear(y), approximate="tanh")
         return ops.gate_residual(x, self.mlp_out(y), mlp_gate, text_len=text_len)
+
+    def _attend(self, x: Tensor, context: BlockContext) -> Tensor:
+        """Return what attention makes of the normed tokens, `[B, N, D]`, with the projections before and after it."""
+        # Each is a view [B, N, heads, head_dim] of what its linear returned.
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self._norm_rotate(q, k, context)
+        return self.out(self.ops.attention(q, k, v, context))
 
     def _norm_rotate(self, q: Tensor, k: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
         q_norm, k_norm = self.q_norm, self.k_norm

@@ -34,7 +34,7 @@ def run_batch(jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch
 
     Args:
         batch_size: the most videos that are sampled together. Jobs are sampled together if they differ only in prompt,
-            seed and image; the result differs from that of single ones by rounding.
+            seed and image, and have no step cache; the result differs from that of single ones by rounding.
     """
     check_int("batch_size", batch_size, 1)
     manifest, begun = Manifest(directory), time.time()
@@ -134,7 +134,8 @@ def _loading(job: BatchJob) -> dict[str, Any]:
 
 
 def _go_together(first: BatchJob, other: BatchJob) -> bool:
-    return first.shape == other.shape and first.values.get("video") is None
+    # A step cache may decide for a whole batch what is skipped.
+    return first.shape == other.shape and not (first.values.get("video") or first.values.get("step_cache"))
 
 
 def _prepare(pipe: Pipeline, job: BatchJob, manifest: Manifest) -> Job:

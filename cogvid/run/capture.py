@@ -28,9 +28,9 @@ from torch import Tensor
 from cogvid.media.download import shown
 from cogvid.media.whole_file import try_lock
 from cogvid.ops import AttentionOp, BlockContext, Shard
-from cogvid.run.settings import Settings, check_int
+from cogvid.options import check_int
+from cogvid.run.settings import Settings, schedule_of
 from cogvid.run.side_files import check_new_directory
-from cogvid.sampling.schedule import make_schedule
 
 if TYPE_CHECKING:
     from cogvid.run.pipeline import Pipeline
@@ -85,10 +85,7 @@ def capture_attention(
 
 def captured_steps(pipe: Pipeline, settings: Settings) -> list[int]:
     """Return the first, middle and last step of a run."""
-    schedule = make_schedule(pipe.model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
-    if settings.task == "video-to-video":
-        schedule = schedule.tail(settings.strength)
-    return first_middle_last(len(schedule))
+    return first_middle_last(len(schedule_of(pipe.model, settings)))
 
 
 class _Recorder:

@@ -6,13 +6,14 @@ A function takes (VAE, the call's argument, settings, inputs, latent frames, pla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from cogvid.config import VAEConfig
+from cogvid.config import ModelConfig, VAEConfig
 from cogvid.media.image import prepare_image, resize_image, resize_video
 from cogvid.models.vae import VAE
 from cogvid.run.inputs import Inputs
@@ -35,6 +36,23 @@ def resized(image: Any, video: Any, settings: Settings) -> tuple[list[Image] | N
     if image is not None:
         image = [resize_image(each, *size) for each in (image if isinstance(image, (list, tuple)) else [image])]
     return image, None if video is None else resize_video(video[: settings.num_frames], *size)
+
+
+def encode_conditions(
+    vae: VAE,
+    model: ModelConfig,
+    given: Mapping[str, Any],
+    settings: Settings,
+    inputs: Inputs,
+    frames: int,
+    placement: Placement,
+) -> Tensor | None:
+    """Return what a model takes beside noise and text, `[B, C, frames, h, w]`, in the order of its config."""
+    parts = [
+        CONDITION_ENCODERS[each.name](vae, given[each.name], settings, inputs, frames, placement)
+        for each in model.conditions
+    ]
+    return torch.cat(parts, dim=1) if parts else None
 
 
 @stage("image")

@@ -82,25 +82,26 @@ def transformer_activations(
 ) -> int:
     """Return the most that one call keeps at a time.
 
-    One unit is a `[rows, N, D]`. Five of them are there through a block: the embedded input, the input of the block,
-    and Q, K and V. Beside them there are, at one of three moments,
+    One unit is a `[rows, N, D]`. Two of them are there through a block: the embedded input and the input of the block.
+    Beside them there are, at one of three moments,
 
-    - in the norm of K: the input of the projections, the normed Q, and K in fp32 before and after (after alone where
-      it was fp32 before; one of the dtype where a kernel does it);
+    - in the norm of K: Q, K and V, the input of the projections, the normed Q, and K in fp32 before and after (after
+      alone where it was fp32 before; one of the dtype where a kernel does it);
     - in the MLP: the residual, its input, and its hidden layer, which has 4 units, and is there twice where the GELU
       is an operation of its own;
     - in the last residual: the first residual, the hidden layer, the MLP's result and the sum, in two parts that are
       then joined, but for a kernel.
 
-    The table of positions is kept too: cos and sin of each video token, or a row of D.
+    The inputs and the table of positions are kept too: cos and sin of each video token, or a row of D.
     """
     width, video = config.hidden_size, tokens(config, latents)
     unit = rows * (length + video) * width * itemsize
     wide = 1 if kernels.fused_norms else FLOAT32 / itemsize * (1 if itemsize == FLOAT32 else 2)
-    norm, mlp, last = 2 + wide, 2 + (4 if kernels.fused_gelu else 8), 6 + (1 if kernels.fused_norms else 2)
+    norm, mlp, last = 5 + wide, 2 + (4 if kernels.fused_gelu else 8), 6 + (1 if kernels.fused_norms else 2)
     tables = video * config.attention_head_dim * FLOAT32 if config.use_rotary_positional_embeddings else 0
     tables += video * width * itemsize if config.adds_positions else 0
-    return int(unit * (5 + max(norm, mlp, last))) + tables
+    tables += rows * (length * config.text_embed_dim + config.in_channels * math.prod(latents)) * itemsize
+    return int(unit * (2 + max(norm, mlp, last))) + tables
 
 
 @dataclass(frozen=True)

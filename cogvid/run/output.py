@@ -32,13 +32,14 @@ class Output:
     1.5 models included; "stream" one iterator per video of uint8 `[f, H, W, 3]` on the CPU, decoded on demand.
     seed: that of the first video, or None if the caller gave generators; `provenance["seeds"]` lists them all.
     fps: frames per second that the model was trained at. provenance: the record of the run, ready for JSON: see
-    `make_record`.
+    `make_record`. skipped_steps: in which a step cache skipped something, from 0; None without one that tells.
     """
 
     frames: Any
     seed: int | None
     fps: int
     provenance: dict[str, Any]
+    skipped_steps: list[int] | None = None
 
     def save(self, path: str | os.PathLike[str], video: int | None = None) -> str:
         """Write a video as MP4, GIF, WebP or PNG, by the ending of the path, at the model's fps; return the path.

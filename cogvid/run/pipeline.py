@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cogvid.models.text import TextEncoder
-from cogvid.models.transformer import StepCache, Transformer
+from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
-from cogvid.ops import Branch, Ops
+from cogvid.ops import Branch, Ops, StepCache
 from cogvid.options import check_choice, takes_options
-from cogvid.run.conditioning import CONDITION_ENCODERS, resized
-from cogvid.run.inputs import Inputs, check_inputs, frames_to_use
+from cogvid.run.conditioning import encode_conditions, resized
+from cogvid.run.inputs import check_inputs, frames_to_use
 from cogvid.run.latents import initial_latents, noised_video
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
@@ -35,18 +34,17 @@ from cogvid.run.saved_run import SavedRun
 from cogvid.run.settings import OPTIONS, Settings, outside_training, resolve_settings, schedule_of, task_of
 from cogvid.run.stages import stage
 from cogvid.run.steps import after_each_step
-from cogvid.sampling.guidance import guidance_schedule
+from cogvid.sampling.cache import make_step_cache
 from cogvid.sampling.samplers import Generators, OnStep, State, sample
 from cogvid.sampling.schedule import Schedule
 from cogvid.weights.checkpoint import Checkpoint
-from cogvid.weights.lora import Loras
-from cogvid.weights.lora_option import Lora
+from cogvid.weights.lora import TakesLoras
 from cogvid.weights.placement import Placement, resolve_ops
 
 Callback = Callable[["Pipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-class Pipeline:
+class Pipeline(TakesLoras):
     """Generate videos with one loaded model; `cogvid.load` makes it.
 
     checkpoint: what was loaded. placement: where and how its parts run.
@@ -67,7 +65,7 @@ class Pipeline:
         self.transformer = transformer
         self.vae = vae
         self.text_encoder = text_encoder
-        self.loras = Loras(transformer)
+        super().__init__(transformer)
 
     @property
     def device(self) -> torch.device:
@@ -89,29 +87,6 @@ class Pipeline:
             part.set_ops(bundle)
         self.placement = dataclasses.replace(self.placement, ops=bundle, ops_name=name)
 
-    def load_lora(self, source: str | PathLike[str], scale: float = 1.0, name: str | None = None) -> None:
-        """Add a LoRA adapter to the transformer; `weights.lora_file` has the formats.
-
-        source: a file, a directory, or a hub id, with or without a file of it ("owner/name/style.safetensors").
-        scale: what the adapter's own scale is multiplied by. name: for the methods below; the file's by default.
-        """
-        self._use_loras(self.loras.load(source, scale, name))
-
-    def set_lora_scale(self, name: str, scale: float) -> None:
-        """Give an adapter another scale, fused or not."""
-        self._use_loras(self.loras.scale(name, scale))
-
-    def fuse_lora(self) -> None:
-        """Put all adapters into the weights: as fast as without, for a copy of the weights that they change."""
-        self._use_loras(self.loras.fuse())
-
-    def unload_lora(self, name: str | None = None) -> None:
-        """Take one adapter out, or all of them; without any, the weights are the very tensors that were loaded."""
-        self._use_loras(self.loras.unload(name))
-
-    def _use_loras(self, loras: tuple[Lora, ...]) -> None:
-        self.placement = dataclasses.replace(self.placement, lora=loras)
-
     @torch.no_grad()
     @takes_options(OPTIONS, "options: the fields of `Settings`.")
     def __call__(
@@ -129,7 +104,6 @@ class Pipeline:
         negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
-        step_cache: StepCache | None = None,
         saved_run: SavedRun | None = None,
         progress: bool = True,
         **options: Any,
@@ -150,7 +124,6 @@ class Pipeline:
             callback_on_step_end: called with (pipeline, step index, timestep, tensors). The tensors, fp32
                 `[B, T, C, h, w]`, are "latents" and "x0", the clean latents that the network predicted.
                 It may return a dictionary, whose latents replace the present ones.
-            step_cache: wraps the block loop of the transformer; make one for each call.
             saved_run: where to save the run as it goes, and to go on from what is saved there.
             progress: show a bar on stderr.
             options: the fields of `Settings`.
@@ -176,7 +149,9 @@ class Pipeline:
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order changes the video.
         frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
-        conditioning = self._condition({"image": image}, settings, inputs, frames)
+        conditioning = encode_conditions(
+            self.vae, self.model, {"image": image}, settings, inputs, frames, self.placement
+        )
         padding = self.model.padding(settings.num_frames)
         if video is not None and latents is None:
             x = noised_video(self.vae, video, settings, inputs, schedule, padding, self.placement)
@@ -195,28 +170,22 @@ class Pipeline:
             schedule,
             image=image,
             video=video,
-            step_cache=step_cache,
             given=[name for name, value in given.items() if value is not None],
             **inputs.record(),
         )
         first = {"latents": x, "prompt_embeds": embeds, "image": conditioning}
-        run: dict[str, Any] = {"generator": inputs.generator, "step_cache": step_cache}
+        cache = make_step_cache(options.get("step_cache"), self.model, schedule)
+        run: dict[str, Any] = {"generator": inputs.generator, "step_cache": cache}
         if saved_run is not None:
-            run["start"], x, run["state"], first = saved_run.begin(record, inputs.generator, step_cache, first)
+            run["start"], x, run["state"], first = saved_run.begin(record, inputs.generator, cache, first)
         done, embeds, conditioning = run.get("start", 0), first["prompt_embeds"], first["image"]
         with tqdm(total=len(schedule), initial=done, desc="denoise", unit="step", disable=not progress) as bar:
             run["on_step"] = after_each_step(self, bar, first, callback_on_step_end, saved_run)
             x = denoise(self.transformer, x, embeds, schedule, settings, conditioning=conditioning, **run)
+        skipped = getattr(cache, "skipped", None)
+        del cache, run  # what a step cache keeps may be large
         decoded = decode_output(self.vae, x, padding, output_type)
-        return Output(frames=decoded, seed=record["seed"], fps=self.model.fps, provenance=record)
-
-    def _condition(self, given: dict[str, Any], settings: Settings, inputs: Inputs, frames: int) -> Tensor | None:
-        """Return what the model takes beside noise and text, `[B, C, frames, h, w]`, in the order of its config."""
-        parts = [
-            CONDITION_ENCODERS[each.name](self.vae, given[each.name], settings, inputs, frames, self.placement)
-            for each in self.model.conditions
-        ]
-        return torch.cat(parts, dim=1) if parts else None
+        return Output(decoded, seed=record["seed"], fps=self.model.fps, provenance=record, skipped_steps=skipped)
 
 
 @stage("text")
@@ -277,7 +246,7 @@ def denoise(
         x,
         schedule,
         sampler=settings.scheduler,
-        scales=guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg),
+        scales=settings.guidance(schedule),
         generator=generator,
         dtype=transformer.dtype,
         on_step=on_step,

@@ -24,7 +24,7 @@ from cogvid.run import costs
 from cogvid.run.costs import Kernels
 from cogvid.run.machine import Machine
 from cogvid.run.settings import Settings, outside_training, resolve_settings, schedule_of
-from cogvid.sampling.guidance import guidance_schedule
+from cogvid.sampling.cache import kept_units
 from cogvid.weights import placement
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint, with_sat_defaults
 from cogvid.weights.files import DTYPES, load_state
@@ -183,8 +183,7 @@ def make_plan(
         warnings.simplefilter("always")
         settings = resolve_settings(model, task=task, **options)
         schedule = schedule_of(model, settings)
-    scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
-    guided = sum(scale is not None for scale in scales)
+    guided = sum(scale is not None for scale in settings.guidance(schedule))
     size = model.latent_size(settings.height, settings.width, settings.num_frames)
     own = estimate_memory(
         subject, settings, machine.device, str(dtype).removeprefix("torch."), ops, rows=2 if guided else 1
@@ -215,6 +214,8 @@ def _remarks(subject: Subject, settings: Settings, own: Memory, machine: Machine
     model = subject.model
     if reasons := outside_training(model, settings.height, settings.width, settings.num_frames):
         yield f"{model.name} was not trained for {' and '.join(reasons)}"
+    if settings.step_cache is not None:
+        yield f"step_cache: the FLOPs are those without {settings.step_cache}, which skips a part of them"
     if subject.checkpoint is None:
         yield f"{model.repo} is not here: its config and sizes are those that weights.md lists"
     if fits is not None:
@@ -266,6 +267,9 @@ def estimate_memory(
         "denoise": costs.transformer_activations(model.transformer, rows, model.text_length, size, itemsize, kernels),
         "decode": costs.vae_decode(model.vae, latents, itemsize, kernels).activations,
     }
+    units = kept_units(settings.step_cache, model.transformer.num_layers)
+    kept_tokens = rows * (model.text_length + costs.tokens(model.transformer, size))
+    activations["denoise"] += units * kept_tokens * model.transformer.hidden_size * itemsize
     clip = 3 * settings.height * settings.width * encoded * 5 if encoded > 1 else 0  # uint8, and fp32 until encoded
     read = {"text": "text_encoder", "encode": "vae_encoder", "denoise": "transformer", "decode": "vae_decoder"}
     held = sum(copied.values()) + (PROCESS if on_cpu else 0)
@@ -411,9 +415,8 @@ def table(plan: Plan) -> list[tuple[str, str]]:
     settings, flops = plan.settings, plan.flops
     frames, height, width = plan.size
     step = flops["guided_step" if plan.guided_steps else "step"]
-    guidance = (
-        f"guidance {settings.guidance_scale:g} in {plan.guided_steps} of them" if plan.guided_steps else "no guidance"
-    )
+    scale = "by a list" if settings.guidance_scale is None else f"{settings.guidance_scale:g}"
+    guidance = f"guidance {scale} in {plan.guided_steps} of them" if plan.guided_steps else "no guidance"
     rows = [
         ("legal", f"yes: {plan.model}, {settings.task}"),
         (

@@ -23,7 +23,6 @@ from cogvid.media.image import load_image
 from cogvid.media.video import read_covers, read_metadata
 from cogvid.run.machine import cpu_name
 from cogvid.run.settings import Settings
-from cogvid.sampling.guidance import guidance_schedule
 from cogvid.sampling.schedule import Schedule
 from cogvid.weights.checkpoint import Checkpoint
 from cogvid.weights.load_options import LOAD_OPTIONS
@@ -44,21 +43,18 @@ def make_record(
     *,
     image: Sequence[Image] | None,
     video: np.ndarray | None,
-    step_cache: object | None,
     **inputs: Any,
 ) -> dict[str, Any]:
     """Return the record of a run.
 
     The arguments have the call's names. image, video: as `conditioning.resized` returns them; the record has SHA-256
-    of their pixels, `[H, W, 3]` and `[F, H, W, 3]` uint8 in C order. step_cache: its class is recorded.
+    of their pixels, `[H, W, 3]` and `[F, H, W, 3]` uint8 in C order.
     inputs: the rest of what the call was given.
     """
-    scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
     return {
         **inputs,
         "image": None if image is None else [pixel_hash(np.asarray(each)) for each in image],
         "video": None if video is None else pixel_hash(video),
-        "step_cache": None if step_cache is None else f"{type(step_cache).__module__}.{type(step_cache).__qualname__}",
         "source": checkpoint.directory.name if checkpoint.source_kind == "directory" else checkpoint.source,
         "source_kind": checkpoint.source_kind,
         "revision": checkpoint.revision,
@@ -67,7 +63,7 @@ def make_record(
         "max_sequence_length": checkpoint.model.text_length,
         **settings.to_dict(),
         "timesteps": list(schedule.timesteps),
-        "guidance_schedule": scales if settings.guided else None,
+        "guidance_schedule": settings.guidance(schedule) if settings.guided else None,
         "fps": checkpoint.model.fps,
         "noise": None,
         **environment(checkpoint, placement),

@@ -7,11 +7,15 @@ obeys it. This file imports no torch, so that `cogvid --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cogvid.config import CONFIGS, LEARNED_POSITIONS, PREVIOUS_TIMESTEPS, TASKS, UPSTREAMS, ModelConfig, VAEConfig
 from cogvid.options import check, check_choice, check_int, fill, names, option, options_of, upstream_defaults
+
+if TYPE_CHECKING:
+    from cogvid.sampling.schedule import Schedule
 
 if TYPE_CHECKING:
     from cogvid.sampling.schedule import Schedule
@@ -35,20 +39,29 @@ class Settings:
     width: int = option(None, int, "pixels, a multiple of 16", model="width", low=1, high=MAX_SIDE)
     num_frames: int = option(None, int, "pixel frames, 8N or 8N + 1", model="num_frames", low=1, high=MAX_FRAMES)
     num_inference_steps: int = option(None, int, "denoising steps, 1 to 1000", model="num_inference_steps")
-    guidance_scale: float = option(
+    guidance_scale: float | None = option(
         None,
         float,
-        "how much the prompt counts; no guidance at 1 and below",
+        "how much the prompt counts; no guidance at 1 and below; None in a run with a list of scales",
         model="guidance_scale",
         low=0,
         high=MAX_SCALE,
     )
-    use_dynamic_cfg: str = option(
+    use_dynamic_cfg: str | tuple[float | None, ...] = option(
         None,
         str,
-        "guidance rule: constant, diffusers (its dynamic guidance) or cosine; in Python also False for constant and "
-        "True for diffusers; by default diffusers with dpm, and constant with ddim or with the defaults of diffusers",
-        choices=names("cogvid.sampling.guidance", "GUIDANCE"),
+        "guidance rule: constant, diffusers (its dynamic guidance), cosine (rising) or falling; or the scale of each "
+        "step, such as 6,6,5,- with - where only the prompt is run, in Python a list with None; in Python also False "
+        "for constant and True for diffusers; by default diffusers with dpm, and constant with ddim or with the "
+        "defaults of diffusers",
+        parse=lambda value: _guidance_rule(value),
+    )
+    guidance_interval: tuple[float, float] = option(
+        "0-1",
+        str,
+        "shares of the steps between which there is guidance, such as 0.1-0.8, in Python also a pair; outside it only "
+        "the prompt is run",
+        parse=lambda value: _interval(value),
     )
     scheduler: str = option(
         None, str, "sampler: dpm or ddim", model="sampler", choices=names("cogvid.sampling.samplers", "SAMPLERS")
@@ -107,14 +120,46 @@ class Settings:
         choices=VAE_ENCODES,
         upstream={"diffusers": "chunks", "sat": "whole"},
     )
+    step_cache: str | None = option(
+        None,
+        str,
+        "skip work that is like that of the step before, which changes the video: first-block=0.08, teacache=0.1 or "
+        "pyramid=2; a larger number skips more; in Python also an object, made for this call",
+        parse=lambda value: _step_cache(value),
+    )
 
     @property
     def guided(self) -> bool:
-        """True when the unconditional branch may run. This depends on `guidance_scale`, not on the rule."""
-        return self.guidance_scale > 1
+        """True when the unconditional branch may run. This depends on `guidance_scale`, or on a list of scales."""
+        if isinstance(self.use_dynamic_cfg, tuple):
+            return self.use_dynamic_cfg.count(None) < len(self.use_dynamic_cfg)
+        return self.guidance_scale is not None and self.guidance_scale > 1
+
+    def guidance(self, schedule: Schedule) -> list[float | None]:
+        """Return the guidance scale of each step; None where the unconditional branch is not run.
+
+        Step i of n is inside `guidance_interval` where low <= i / n < high.
+
+        Raises:
+            ValueError: there are more or fewer scales than steps; no step is inside the interval.
+        """
+        from cogvid.sampling.guidance import guidance_schedule  # here, because it imports torch
+
+        rule, (low, high), count = self.use_dynamic_cfg, self.guidance_interval, len(schedule)
+        scales = list(rule) if isinstance(rule, tuple) else guidance_schedule(self.guidance_scale or 0, schedule, rule)
+        if len(scales) != count:
+            raise ValueError(f"use_dynamic_cfg: got {len(scales)} scales, want {count}, one for each step")
+        inside = [low <= index / count < high for index in range(count)]
+        if not any(inside):
+            raise ValueError(
+                f"guidance_interval: got {low:g}-{high:g}, in which none of {count} steps begins, want a wider one"
+            )
+        return [scale if within else None for scale, within in zip(scales, inside, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return the settings ready for JSON."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 OPTIONS = options_of(Settings)
@@ -137,6 +182,10 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
         rule = model.dynamic_guidance and values["scheduler"] == "dpm"
     values["use_dynamic_cfg"] = {True: "diffusers", False: "constant"}[rule] if isinstance(rule, bool) else rule
     settings = Settings(task=task, **check(OPTIONS, values))
+    if isinstance(settings.use_dynamic_cfg, tuple):
+        if (scale := options.get("guidance_scale")) is not None:
+            raise ValueError(f"guidance_scale, use_dynamic_cfg: got {scale:g} and a list of scales, want one of them")
+        settings = dataclasses.replace(settings, guidance_scale=None)
     check_size(model, settings.height, settings.width)
     check_frames(model.vae, settings.num_frames)
     _check_schedule(model, settings)
@@ -245,3 +294,54 @@ def _check_schedule(model: ModelConfig, settings: Settings) -> None:
             f"prediction_type: got 'epsilon' with a first step at timestep {first}, where the signal is zero and "
             "cannot be told from the noise, want 'v_prediction' or 'sample', or rescale_betas_zero_snr false"
         )
+    settings.guidance(schedule)
+    if settings.step_cache is not None and "=" in settings.step_cache:
+        from cogvid.sampling.cache import make_step_cache
+
+        make_step_cache(settings.step_cache, model, schedule)
+
+
+def _guidance_rule(value: Any) -> str | tuple[float | None, ...]:
+    """Read a name in `GUIDANCE`, or a scale for each step: a list, or text with commas."""
+    from cogvid.sampling.guidance import GUIDANCE
+
+    if isinstance(value, str) and value in GUIDANCE:
+        return value
+    listed = value.split(",") if isinstance(value, str) and set(value) <= set("0123456789.,+-e ") else value
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise ValueError(
+            f"use_dynamic_cfg: got {value!r:.60}, want one of {', '.join(GUIDANCE)}, or the scale of each step"
+        )
+    return tuple(_scale(each) for each in listed)
+
+
+def _scale(value: Any) -> float | None:
+    scale = None if value is None or value == "-" else _float(value)
+    if scale is not None and not 0 <= scale <= MAX_SCALE:
+        raise ValueError(f"use_dynamic_cfg: got {value!r:.60} in a list, want numbers from 0 to {MAX_SCALE:g}, or -")
+    return scale
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    """Read a pair of shares, or text with a hyphen."""
+    pair = value.split("-") if isinstance(value, str) else value
+    low, high = (_float(each) for each in pair) if isinstance(pair, (list, tuple)) and len(pair) == 2 else (1.0, 0.0)
+    if not 0 <= low < high <= 1:
+        raise ValueError(
+            f"guidance_interval: got {value!r:.60}, want LOW-HIGH, two shares of the steps such as 0.1-0.8"
+        )
+    return low, high
+
+
+def _float(value: Any) -> float:
+    """Return a number, NaN if it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _step_cache(value: Any) -> str | None:
+    from cogvid.sampling.cache import step_cache_name
+
+    return step_cache_name(value)

@@ -44,7 +44,15 @@ def cosine(guidance_scale: float, index: int, schedule: Schedule) -> float:
     return _swing(guidance_scale, index / len(schedule))
 
 
-GUIDANCE: dict[str, Guidance] = {"constant": constant, "diffusers": diffusers, "cosine": cosine}
+def falling(guidance_scale: float, index: int, schedule: Schedule) -> float:
+    """Take the curve of `diffusers` with the step index as t, p = (steps - index) / steps: it falls smoothly to 1.
+
+    So guidance is strong in the early, noisy steps, which is how dynamic guidance is commonly described.
+    """
+    return _swing(guidance_scale, (len(schedule) - index) / len(schedule))
+
+
+GUIDANCE: dict[str, Guidance] = {"constant": constant, "diffusers": diffusers, "cosine": cosine, "falling": falling}
 
 
 def guidance_schedule(guidance_scale: float, schedule: Schedule, rule: str = "constant") -> list[float | None]:

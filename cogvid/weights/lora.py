@@ -17,6 +17,7 @@ from cogvid.ops import can_fuse
 from cogvid.weights.load import centre_heads
 from cogvid.weights.lora_file import Adapter, Update, read_lora
 from cogvid.weights.lora_option import Lora, check_names, check_scale, make_lora
+from cogvid.weights.placement import Placement
 
 
 class LowRank(nn.Module):
@@ -157,3 +158,35 @@ class Loras:
                 added = centre_heads(added, block.num_heads)  # so that RMSNorm stays right
             weight = nn.Parameter((weight + added).to(weight.dtype), requires_grad=weight.requires_grad)
         return weight, beside
+
+
+class TakesLoras:
+    """The methods of a pipeline that change its adapters; its placement tells of them."""
+
+    placement: Placement
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.loras = Loras(transformer)
+
+    def load_lora(self, source: str | os.PathLike[str], scale: float = 1.0, name: str | None = None) -> None:
+        """Add a LoRA adapter to the transformer; `weights.lora_file` has the formats.
+
+        source: a file, a directory, or a hub id, with or without a file of it ("owner/name/style.safetensors").
+        scale: what the adapter's own scale is multiplied by. name: for the methods below; the file's by default.
+        """
+        self._use_loras(self.loras.load(source, scale, name))
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Give an adapter another scale, fused or not."""
+        self._use_loras(self.loras.scale(name, scale))
+
+    def fuse_lora(self) -> None:
+        """Put all adapters into the weights: as fast as without, for a copy of the weights that they change."""
+        self._use_loras(self.loras.fuse())
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take one adapter out, or all of them; without any, the weights are the very tensors that were loaded."""
+        self._use_loras(self.loras.unload(name))
+
+    def _use_loras(self, loras: tuple[Lora, ...]) -> None:
+        self.placement = dataclasses.replace(self.placement, lora=loras)

@@ -172,7 +172,7 @@ def test_the_sizes_of_official_weights_are_those_of_the_modules_and_of_the_page(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"])
 def test_the_activations_of_a_step_are_those_that_live(name: str, dtype: torch.dtype) -> None:
-    """To 1 %: what is left out is small, such as the modulation, the latents and the statistics of norms."""
+    """To 1 %: what is left out is small, such as the modulation and the statistics of norms."""
     config = dataclasses.replace(CONFIGS[name].transformer, num_layers=2)
     latents, length = (4, 60, 90), config.max_text_seq_length
     with torch.device("meta"):
