@@ -6,7 +6,7 @@ Each pack makes the same videos, two at a time, from the same noise, without and
 the transformer's blocks, counted from the calls of blocks and of attention. Time is the processor time of sampling
 the first two videos, the least of several rounds in which all runs take turns; use one thread. Both are shares of
 those without a cache. PSNR and SSIM are to the videos without a cache; the other columns are what `eval_tiny.py` sees
-in the pixels. `--write` replaces the table in cogvid/sampling/README.md and the plot beside this file; the table is
+in the pixels. `--write` replaces the table in scripts/STEP_CACHES.md and the plot beside this file; the table is
 printed in any case.
 """
 
@@ -34,7 +34,7 @@ from cogvid.run.machine import cpu_name
 from eval_tiny import judge, judge_words, to_uint8
 from tiny_world import prompt_for, render, sample_scenes
 
-PAGE = Path(__file__).parents[1] / "cogvid" / "sampling" / "README.md"
+PAGE = Path(__file__).parent / "STEP_CACHES.md"
 PLOT = Path(__file__).parent / "step_caches.png"
 BATCH, ROUNDS = 2, 5
 TEACACHE = "teacache={}:coefficients=1/0"  # no polynomial was fitted for the packs: the distance is taken as it is
