@@ -22,6 +22,7 @@ STEPS = (
     {"models", "sampling"},
     {"weights"},
     {"run"},
+    {"arguments"},
     {"cli"},
     {"__main__"},
 )
@@ -44,6 +45,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "json_config": (set(), set()),
     "versions": (set(), set()),
     "cli": (set(), set()),
+    "arguments": (set(), set()),
     "ops": (TENSORS, {"cogvid_kernels"}),
     "media.download": (set(), set()),
     "media.image": (TENSORS, {"PIL"}),
