@@ -9,9 +9,11 @@ from typing import Any, NoReturn
 
 import cogvid
 from cogvid.run import settings
+from cogvid.run.enhance import DEFAULT_LLM, KEY
 from cogvid.weights.load_options import LOAD_OPTIONS
 
 UNSET = object()
+_LLM = f"language model behind the URL; {DEFAULT_LLM} if not given. Its key is in the environment: {KEY}"
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
@@ -34,6 +36,7 @@ def make_parser(
     _add_run_options(make)
     _add_saving_options(make)
     _add_record_options(make)
+    _add_enhance_options(make)
     many = commands.add_parser("batch", help="make many videos")
     _add_batch_options(many)
     _add_run_options(many)
@@ -44,6 +47,7 @@ def make_parser(
     _add_run_options(count)
     _add_replay(commands)
     _add_compare(commands)
+    _add_enhance(commands)
 
     look = commands.add_parser("inspect", help="say what a checkpoint or an MP4 is")
     _add_checkpoint_options(look, "checkpoint", help="or an MP4 of cogvid")
@@ -93,6 +97,7 @@ def _add_batch_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUES",
         help="each job with each of these values, such as seed=1..8 guidance_scale=2,6",
     )
+    parser.add_argument("--enhance", metavar="URL", help="not of a batch: a job's prompt would change from run to run")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="the most videos to sample at once")
 
 
@@ -152,6 +157,20 @@ def _add_compare(commands: Any) -> None:
         help="LPIPS of each frame too; the first time it downloads the weights of AlexNet, 233 MiB; extra: metrics",
     )
     pair.add_argument("--side-by-side", metavar="MP4|PNG", help="a file for A, B and 8 times their difference")
+
+
+def _add_enhance_options(make: argparse.ArgumentParser) -> None:
+    make.set_defaults(enhanced=None)
+    make.add_argument("--enhance", metavar="URL", help="run with the long form of PROMPT, as `cogvid enhance` gives it")
+    make.add_argument("--llm", metavar="NAME", help=_LLM)
+
+
+def _add_enhance(commands: Any) -> None:
+    longer = commands.add_parser("enhance", help="print the long form of a prompt, by a language model")
+    longer.add_argument("prompt", type=_as_text, metavar="PROMPT", help="the short one; may be empty with --image")
+    longer.add_argument("--url", metavar="URL", help="base URL of an OpenAI-compatible server; else OPENAI_BASE_URL's")
+    longer.add_argument("--llm", metavar="NAME", help=_LLM)
+    longer.add_argument("--image", metavar="PATH|URL", help="first frame, which the language model sees")
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str) -> None:

@@ -1,6 +1,7 @@
 """The `cogvid` command: `generate` makes an MP4, `plan` says what one would cost, `batch` makes many.
 
-`replay` makes a video again, `compare` says how far two are apart, `inspect` says what a checkpoint or a video is.
+`replay` makes a video again, `compare` says how far two are apart, `inspect` says what a checkpoint or a video is,
+`enhance` makes a long prompt of a short one.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
 the machine (no memory, no disk) or of the program, each with one line on stderr; 3 if jobs of a batch failed; 128 + n
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from cogvid.arguments import UNSET, make_parser
 from cogvid.run import settings
+from cogvid.run.enhance import chat_address
 from cogvid.run.signals import StopOnSignals
 from cogvid.weights.load_options import LOAD_OPTIONS
 
@@ -135,6 +137,8 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
         job = _job(arguments, checkpoint.model, saved) if checkpoint.model != subject.model else job
     if arguments.record_paths and checkpoint.source_kind == "directory":
         job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
+    if arguments.enhance is not None or arguments.enhanced is not None:
+        job = _enhanced(arguments, job, saved)
     if saved is not None:
         resume.keep(saved, vars(arguments), job)
     try:
@@ -148,6 +152,18 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     if out.seed is not None:
         _say(f"seed {out.seed}", sys.stderr)
     _say(arguments.output, sys.stdout)
+
+
+def _enhanced(arguments: argparse.Namespace, job: Job, saved: SavedRun | None) -> Job:
+    from cogvid.run.enhance import enhance_job
+    from cogvid.run.stages import stage
+
+    if saved is not None and not saved.is_empty and arguments.enhanced is None:
+        raise ValueError(f"enhance: got a URL, want none as in the run saved in {saved.directory}")
+    with stage("enhance"):
+        job = enhance_job(job, arguments.enhance, arguments.llm, arguments.enhanced)
+    _say(f"prompt {job.inputs['prompt']}", sys.stderr)
+    return job
 
 
 def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | None) -> Job:
@@ -236,9 +252,20 @@ def replay(arguments: argparse.Namespace) -> None:
     _say(arguments.output, sys.stdout)
 
 
+def enhance(arguments: argparse.Namespace) -> None:
+    """Print the long form of a prompt, as the models were trained on, that a language model makes of a short one."""
+    from cogvid.run.enhance import DEFAULT_LLM, enhance
+
+    print(enhance(arguments.prompt, arguments.url, llm=arguments.llm or DEFAULT_LLM, image=arguments.image))
+
+
 def _check_given(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None or arguments.output is None:
         raise ValueError("PROMPT, -o/--output: got one or none of them, want both, or the --resume DIR of a saved run")
+    if arguments.enhance is not None:
+        chat_address(arguments.enhance)
+    elif arguments.llm is not None and arguments.enhanced is None:
+        raise ValueError(f"llm: got {arguments.llm!r:.60} without --enhance, want both or neither")
 
 
 def batch(arguments: argparse.Namespace) -> int:
@@ -247,6 +274,8 @@ def batch(arguments: argparse.Namespace) -> int:
 
     sources = {"JOBS": arguments.jobs, "--prompt": arguments.prompt, "--prompt-file": arguments.prompt_file}
     named = [name for name, value in sources.items() if value is not None]
+    if arguments.enhance is not None:
+        raise ValueError("enhance: got it for a batch, want the long prompts in JOBS, as `cogvid enhance` prints them")
     if len(named) != 1:
         raise ValueError(f"{', '.join(sources)}: got {' and '.join(named) or 'none'}, want one of them")
     if arguments.jobs is not None:
@@ -337,7 +366,7 @@ def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
-    commands = (generate, batch, plan, replay, compare, inspect)
+    commands = (generate, batch, plan, replay, compare, enhance, inspect)
     return make_parser({command.__name__: command for command in commands}, unset)
 
 
