@@ -366,8 +366,8 @@ def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
-    commands = (generate, batch, plan, replay, compare, enhance, inspect)
-    return make_parser({command.__name__: command for command in commands}, unset)
+    runs = {"generate": generate, "batch": batch, "plan": plan, "replay": replay, "compare": compare}
+    return make_parser({**runs, "enhance": enhance, "inspect": inspect}, unset)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
