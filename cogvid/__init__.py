@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cogvid.media.video import read_video as read_video
     from cogvid.ops import BlockContext as BlockContext
     from cogvid.ops import Ops as Ops
+    from cogvid.run.enhance import enhance as enhance
     from cogvid.run.load import load as load
     from cogvid.run.output import Output as Output
     from cogvid.run.pipeline import Pipeline as Pipeline
@@ -40,6 +41,7 @@ _HOME = {
     "STEP_CACHES": "sampling.cache",
     "SavedRun": "run.saved_run",
     "VideoWriter": "media.video",
+    "enhance": "run.enhance",
     "export_to_video": "media.video",
     "load": "run.load",
     "load_image": "media.image",

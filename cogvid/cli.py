@@ -1,6 +1,7 @@
 """The `cogvid` command: `generate` makes an MP4, `plan` says what one would cost, `batch` makes many.
 
-`replay` makes a video again, `compare` says how far two are apart, `inspect` says what a checkpoint or a video is.
+`replay` makes a video again, `compare` says how far two are apart, `inspect` says what a checkpoint or a video is,
+`enhance` makes a long prompt of a short one.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
 the machine (no memory, no disk) or of the program, each with one line on stderr; 3 if jobs of a batch failed; 128 + n
@@ -22,10 +23,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import cogvid
+from cogvid.arguments import UNSET, make_parser
 from cogvid.run import settings
+from cogvid.run.enhance import chat_address
 from cogvid.run.signals import StopOnSignals
 from cogvid.weights.load_options import LOAD_OPTIONS
 
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from cogvid.weights.placement import Placement
 
 USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
-_UNSET = object()
-_METAVARS = {int: "N", float: "X", str: "NAME"}
 MACHINE_ERRNOS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
     errno.EPIPE, errno.EBADF,
@@ -137,6 +137,8 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
         job = _job(arguments, checkpoint.model, saved) if checkpoint.model != subject.model else job
     if arguments.record_paths and checkpoint.source_kind == "directory":
         job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
+    if arguments.enhance is not None or arguments.enhanced is not None:
+        job = _enhanced(arguments, job, saved)
     if saved is not None:
         resume.keep(saved, vars(arguments), job)
     try:
@@ -152,6 +154,18 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     if out.skipped_steps is not None:
         _say(f"{job.settings.step_cache} skipped work in {len(out.skipped_steps)} steps", sys.stderr)
     _say(arguments.output, sys.stdout)
+
+
+def _enhanced(arguments: argparse.Namespace, job: Job, saved: SavedRun | None) -> Job:
+    from cogvid.run.enhance import enhance_job
+    from cogvid.run.stages import stage
+
+    if saved is not None and not saved.is_empty and arguments.enhanced is None:
+        raise ValueError(f"enhance: got a URL, want none as in the run saved in {saved.directory}")
+    with stage("enhance"):
+        job = enhance_job(job, arguments.enhance, arguments.llm, arguments.enhanced)
+    _say(f"prompt {job.inputs['prompt']}", sys.stderr)
+    return job
 
 
 def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | None) -> Job:
@@ -240,9 +254,20 @@ def replay(arguments: argparse.Namespace) -> None:
     _say(arguments.output, sys.stdout)
 
 
+def enhance(arguments: argparse.Namespace) -> None:
+    """Print the long form of a prompt, as the models were trained on, that a language model makes of a short one."""
+    from cogvid.run.enhance import DEFAULT_LLM, enhance
+
+    print(enhance(arguments.prompt, arguments.url, llm=arguments.llm or DEFAULT_LLM, image=arguments.image))
+
+
 def _check_given(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None or arguments.output is None:
         raise ValueError("PROMPT, -o/--output: got one or none of them, want both, or the --resume DIR of a saved run")
+    if arguments.enhance is not None:
+        chat_address(arguments.enhance)
+    elif arguments.llm is not None and arguments.enhanced is None:
+        raise ValueError(f"llm: got {arguments.llm!r:.60} without --enhance, want both or neither")
 
 
 def batch(arguments: argparse.Namespace) -> int:
@@ -251,6 +276,8 @@ def batch(arguments: argparse.Namespace) -> int:
 
     sources = {"JOBS": arguments.jobs, "--prompt": arguments.prompt, "--prompt-file": arguments.prompt_file}
     named = [name for name, value in sources.items() if value is not None]
+    if arguments.enhance is not None:
+        raise ValueError("enhance: got it for a batch, want the long prompts in JOBS, as `cogvid enhance` prints them")
     if len(named) != 1:
         raise ValueError(f"{', '.join(sources)}: got {' and '.join(named) or 'none'}, want one of them")
     if arguments.jobs is not None:
@@ -337,183 +364,12 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
 def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that the command line names; the others have their defaults."""
     bare = vars(_parser(unset=vars(arguments)).parse_args(argv))
-    return {name: value for name, value in bare.items() if value is not _UNSET}
+    return {name: value for name, value in bare.items() if value is not UNSET}
 
 
 def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """Make the parser. unset: options of `generate` and `batch` that get no default."""
-    parser = _Parser(prog="cogvid", description="CogVideoX: an image and a prompt in, a video out.")
-    parser.add_argument("--version", action="version", version=f"cogvid {cogvid.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    make = commands.add_parser("generate", help="make a video", description=generate.__doc__)
-    make.set_defaults(run=generate)
-    make.add_argument("prompt", nargs="?", type=_as_text, metavar="PROMPT", help="what happens in the video")
-    make.add_argument("-o", "--output", metavar="MP4", help="file to write, completely or not at all")
-    _add_run_options(make)
-    _add_saving_options(make)
-    _add_record_options(make)
-    many = commands.add_parser("batch", help="make many videos", description=batch.__doc__)
-    many.set_defaults(run=batch)
-    _add_batch_options(many)
-    _add_run_options(many)
-    for each in (make, many):
-        each.set_defaults(**dict.fromkeys(unset, _UNSET))
-    count = commands.add_parser("plan", help="say what a video would cost", description=plan.__doc__)
-    count.set_defaults(run=plan)
-    count.add_argument("prompt", nargs="?", metavar="PROMPT", help="as for generate; it costs the same whatever it is")
-    count.add_argument("--json", action="store_true", help="print one JSON object instead of a table, legal or not")
-    count.add_argument("-o", "--output", metavar="MP4", help="as for generate; checked, and not written")
-    _add_run_options(count)
-    _add_replay(commands)
-    _add_compare(commands)
-
-    look = commands.add_parser("inspect", help="say what a checkpoint or an MP4 is", description=inspect.__doc__)
-    look.set_defaults(run=inspect)
-    _add_checkpoint_options(look, "checkpoint", help="or an MP4 of cogvid")
-    look.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint_options(parser, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
-    parser.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
-    parser.add_argument("--video", metavar="PATH", help="a video to start from")
-    parser.add_argument("--negative-prompt", type=_as_text, default="", metavar="TEXT", help="what to steer away from")
-    parser.add_argument(
-        "--defaults",
-        default="recommended",
-        metavar="WHOSE",
-        help="defaults of the options: recommended (by the model's authors), diffusers, or sat (the authors' code)",
-    )
-    for name, option in {**settings.OPTIONS, **LOAD_OPTIONS}.items():
-        kind, how = option.metadata["kind"], {"default": option.default, "help": option.metadata["help"]}
-        if kind is bool:
-            parser.add_argument(_flag(name), action="store_true", **how)
-        elif kind is list:
-            parser.add_argument(_flag(name), action=_Append, metavar=option.metadata["many"], **how)
-        else:
-            parser.add_argument(_flag(name), type=kind, metavar=_METAVARS[kind], **how)
-    parser.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
-    parser.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
-    parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
-
-
-def _add_batch_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("jobs", nargs="?", metavar="JOBS", help="JSONL: a job a line, with any option of generate")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="where the videos and the manifest go")
-    parser.add_argument("--prompt", type=_as_text, metavar="TEXT", help="the prompt, instead of JOBS")
-    parser.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, instead of JOBS")
-    parser.add_argument(
-        "--sweep",
-        nargs="+",
-        type=_as_text,
-        default=[],
-        metavar="NAME=VALUES",
-        help="each job with each of these values, such as seed=1..8 guidance_scale=2,6",
-    )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="the most videos to sample at once")
-
-
-def _add_saving_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="DIR", help="save the run there as it goes, whole or not at all")
-    parser.add_argument("--every", type=int, metavar="N", help="steps between two saves; 1 if not given")
-    parser.add_argument(
-        "--resume",
-        metavar="DIR",
-        help="go on with the run saved there, and save it there; PROMPT and all options are those it was begun with",
-    )
-
-
-def _add_record_options(make: argparse.ArgumentParser) -> None:
-    make.add_argument("--hash-weights", action="store_true", help="record a SHA-256 of all weights, which reads them")
-    make.add_argument("--no-embed", action="store_true", help="record the image's hash alone, not the image")
-    make.add_argument("--record-paths", action="store_true", help="record the absolute path of a --model directory")
-    make.add_argument("--sidecar", metavar="JSON", help="a file for the record, seconds and peak memory")
-    safetensors = "SAFETENSORS"
-    make.add_argument("--save-trajectory", metavar=safetensors, help="a file for latents and predictions of each step")
-    make.add_argument("--save-noise", metavar=safetensors, help="a file for all noise that is drawn")
-    make.add_argument("--noise", metavar=safetensors, help="draw the noise of a file of --save-noise, not of a seed")
-    make.add_argument(
-        "--capture", metavar="DIR", help="write q, k, v of the first, middle and last layer at three such steps there"
-    )
-
-
-def _add_replay(commands: Any) -> None:
-    again = commands.add_parser("replay", help="make a video again from its record", description=replay.__doc__)
-    again.set_defaults(run=replay)
-    again.add_argument("path", metavar="MP4", help="a video made by cogvid")
-    again.add_argument("-o", "--output", required=True, metavar="MP4", help="the file to write")
-    again.add_argument("--model", metavar="MODEL", help="where the weights are, if not where the record says")
-    again.add_argument("--local-files-only", action="store_true", help="do not use the network")
-    again.add_argument("--image", metavar="PATH|URL", help="the image, if the video does not hold it")
-    again.add_argument("--video", metavar="PATH", help="the video that it was started from")
-    again.add_argument("--noise", metavar="SAFETENSORS", help="the noise that it was made of")
-    again.add_argument("--lora", action="append", metavar="PATH", help="where an adapter is, in the record's order")
-    for name in ("device", "dtype", "ops"):
-        again.add_argument(f"--{name}", metavar="NAME", help="in place of the recorded one")
-
-
-def _add_compare(commands: Any) -> None:
-    pair = commands.add_parser("compare", help="two videos, or two trajectories", description=compare.__doc__)
-    pair.set_defaults(run=compare)
-    pair.add_argument("first", metavar="A", help="an MP4, or a file of --save-trajectory")
-    pair.add_argument("second", metavar="B", help="what to compare with it")
-    pair.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    pair.add_argument(
-        "--trace",
-        action="store_true",
-        help="of two videos that differ in device, dtype or ops: run both, and name the first module that departs",
-    )
-    pair.add_argument("--model", metavar="MODEL", help="for --trace, where the weights are, if the record does not say")
-    pair.add_argument("--local-files-only", action="store_true", help="do not use the network")
-    pair.add_argument(
-        "--lpips",
-        action="store_true",
-        help="LPIPS of each frame too; the first time it downloads the weights of AlexNet, 233 MiB; extra: metrics",
-    )
-    pair.add_argument("--side-by-side", metavar="MP4|PNG", help="a file for A, B and 8 times their difference")
-
-
-def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str) -> None:
-    parser.add_argument(
-        name, help=f"a directory, a hub id, or a shipped model; {help}", metavar=name.strip("-").upper()
-    )
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    parser.add_argument("--local-files-only", action="store_true", help="do not use the network")
-    parser.add_argument("--variant", metavar="NAME", help="which weights, where there are several sets, such as fp16")
-
-
-class _Append(argparse.Action):
-    """Add a value to a list, whatever the default is; argparse's own action copies the default."""
-
-    def __call__(self, _parser: Any, namespace: argparse.Namespace, value: Any, _option: Any = None) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(before if isinstance(before, list) else []), value])
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is raised instead of printed over several lines; sub-commands inherit this."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-        self.add_argument(
-            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def _as_text(argument: str) -> str:
-    """Read an argument that the locale's encoding could not as UTF-8, such as any in the C locale beyond ASCII."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-    return argument
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    runs = {"generate": generate, "batch": batch, "plan": plan, "replay": replay, "compare": compare}
+    return make_parser({**runs, "enhance": enhance, "inspect": inspect}, unset)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

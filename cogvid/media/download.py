@@ -1,4 +1,4 @@
-"""Download a picture from an http or https URL, within a time limit and a size limit.
+"""Download a picture from an http or https URL, or post to one, within a time limit and a size limit.
 
 No message shows the secrets of a URL: `shown` and `one_line` leave out its userinfo, its query and its fragment.
 """
@@ -16,8 +16,10 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+_T = TypeVar("_T")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _URL_START = re.compile(r"[^/?#@]*:/+")  # whatever may be meant for a scheme; `Path` makes "http:/" of "http://"
 _HOST = re.compile(r"([^:@]*|\[[^\]]*\])(:\d*)?")
@@ -25,7 +27,7 @@ _URL_IN_TEXT = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]+://[^\s'\"<>]+")  
 
 
 class Refused(Exception):
-    """The picture is not accepted. The message continues "image: got NAME, which"."""
+    """What came is not accepted. The message continues "NAME: got URL, which"."""
 
 
 def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int, allow_private: bool = True) -> bytes:
@@ -41,34 +43,69 @@ def download(url: str, *, timeout: float, max_bytes: int, max_redirects: int, al
     Raises:
         ValueError: no picture was received within these limits.
     """
+
+    def fetch(deadline: float, sockets: list[socket.socket]) -> bytes:
+        return _fetch(url, deadline, sockets, max_bytes, max_redirects, allow_private)
+
+    return _in_time("image", "picture", url, timeout, fetch)
+
+
+def post(
+    name: str, url: str, body: bytes, headers: Mapping[str, str], *, timeout: float, max_bytes: int
+) -> tuple[int, Mapping[str, str], bytes]:
+    """Post to a URL within `timeout` seconds, whatever the server does; follow no redirect.
+
+    So the headers reach the host of the URL alone, or the proxy that the environment names for it.
+
+    Args:
+        name: what messages call the URL.
+        url, timeout, max_bytes: as for `download`.
+    Returns:
+        The status, the headers and the body of the reply; the body is empty where the status is not 200.
+    Raises:
+        ValueError: no reply was received within these limits.
+    """
+
+    def send(deadline: float, sockets: list[socket.socket]) -> tuple[int, Mapping[str, str], bytes]:
+        request = urllib.request.Request(checked_url(url), body, {"User-Agent": "cogvid", **headers}, method="POST")
+        opener = _opener(deadline, sockets, allow_private=True)
+        with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+            reply = _read_body(response, max_bytes, "reply") if response.status == 200 else b""
+            return response.status, response.headers, reply
+
+    return _in_time(name, "reply", url, timeout, send)
+
+
+def _in_time(name: str, what: str, url: str, timeout: float, work: Callable[[float, list[socket.socket]], _T]) -> _T:
+    """Return what `work` does by a deadline with sockets that it lists, or raise a ValueError. what: it should get."""
     # The timeout of a socket restarts with each byte, and a name look-up has no timeout. So a thread does the work, and
     # the caller stops waiting at the deadline. Closing the sockets then ends the thread.
     deadline = time.monotonic() + timeout
     sockets: list[socket.socket] = []
-    result: list[bytes | BaseException] = []
+    done: list[_T] = []
+    failed: list[BaseException] = []
 
-    def work() -> None:
+    def run() -> None:
         try:
-            result.append(_fetch(url, deadline, sockets, max_bytes, max_redirects, allow_private))
+            done.append(work(deadline, sockets))
         except BaseException as error:  # the caller raises it
-            result.append(error)
+            failed.append(error)
 
-    thread = threading.Thread(target=work, daemon=True, name="cogvid-download")
+    thread = threading.Thread(target=run, daemon=True, name="cogvid-download")
     thread.start()
     try:
         thread.join(timeout)
     finally:
-        finished = bool(result)
+        outcome = done[:] or failed[:] or [TimeoutError()]
         for sock in list(sockets):
             with contextlib.suppress(OSError):  # it was closed already
                 sock.shutdown(socket.SHUT_RDWR)
-    outcome = result[0] if finished else TimeoutError()
-    if isinstance(outcome, bytes):
-        return outcome
-    raise ValueError(f"image: got {shown(url)}, which {_reason(outcome, timeout)}")
+    if isinstance(outcome[0], BaseException):
+        raise ValueError(f"{name}: got {shown(url)}, which {_reason(outcome[0], timeout, what)}")
+    return outcome[0]
 
 
-def _reason(error: BaseException | str, timeout: float) -> str:
+def _reason(error: BaseException | str, timeout: float, what: str) -> str:
     """Say what went wrong, without the words of a library or a server that may repeat the URL."""
     if isinstance(error, urllib.error.URLError):
         error = error.reason
@@ -77,11 +114,11 @@ def _reason(error: BaseException | str, timeout: float) -> str:
     if isinstance(error, Refused):
         return str(error)
     if isinstance(error, OSError):
-        return f"cannot be fetched ({one_line(error)}), want a picture that can be downloaded"
+        return f"cannot be fetched ({one_line(error)}), want a {what} that can be downloaded"
     if isinstance(error, (http.client.InvalidURL, ValueError, str)):
         return "is not a valid URL or has an invalid proxy set for it, want valid ones"
     if isinstance(error, http.client.IncompleteRead):
-        return "broke off, want a whole picture"
+        return f"broke off, want a whole {what}"
     if isinstance(error, http.client.HTTPException):
         return "was answered with something that is not HTTP, want an http or https server"
     raise error
@@ -92,22 +129,30 @@ def _fetch(
 ) -> bytes:
     opener = _opener(deadline, sockets, allow_private)
     for _ in range(max_redirects + 1):
-        request = urllib.request.Request(_escaped(url), headers={"User-Agent": "cogvid", "Accept": "image/*"})
+        request = urllib.request.Request(checked_url(url), headers={"User-Agent": "cogvid", "Accept": "image/*"})
         with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
             location = response.headers.get("Location")
             if response.status in _REDIRECTS and location:
                 url = urllib.parse.urljoin(url, location)
                 continue
-            return _read_body(response, max_bytes)
+            _check_is_picture(response)
+            return _read_body(response, max_bytes, "picture")
     raise Refused(f"redirects more than {max_redirects} times, want at most that many redirects")
 
 
-def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+def status_line(status: int) -> str:
+    """Return a status with the standard's words for it, not the server's."""
+    return f"{status} {http.client.responses.get(status, '')}".strip()
+
+
+def _check_is_picture(response: http.client.HTTPResponse) -> None:
     if response.status != 200:
-        status = f"{response.status} {http.client.responses.get(response.status, '')}".strip()
-        raise Refused(f"was answered with status {status}, want 200")
+        raise Refused(f"was answered with status {status_line(response.status)}, want 200")
     if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
         raise Refused("is an HTML page, want the address of the picture itself")
+
+
+def _read_body(response: http.client.HTTPResponse, max_bytes: int, what: str) -> bytes:
     announced = response.length  # None where the server does not say
     if announced is not None and announced > max_bytes:
         raise Refused(f"has {announced} bytes, want at most {max_bytes}")
@@ -117,9 +162,9 @@ def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise Refused(f"has more than {max_bytes} bytes, want at most that many")
     if announced is not None and len(body) < announced:
-        raise Refused(f"broke off after {len(body)} of {announced} bytes, want a whole picture")
+        raise Refused(f"broke off after {len(body)} of {announced} bytes, want a whole {what}")
     if not body:
-        raise Refused("is empty, want a picture")
+        raise Refused(f"is empty, want a {what}")
     return bytes(body)
 
 
@@ -190,7 +235,7 @@ def is_public(address: str) -> bool:
     return all(v4 is None or is_public(str(v4)) for v4 in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())))
 
 
-def _escaped(url: str) -> str:
+def checked_url(url: str) -> str:
     """Check a URL, drop its fragment and encode the characters that a request line does not allow."""
     try:
         parts = urllib.parse.urlsplit(url)

@@ -37,7 +37,8 @@ class Job:
 
     inputs: arguments of `Pipeline.__call__`. settings: the options, resolved. fps: of the file. noise: what it draws,
     if not from the seed. files: what else to write. origin: what the record says of where the weights are from, in
-    place of what the pipeline knows of it.
+    place of what the pipeline knows of it. enhanced: what the prompt was made of, see `enhance_job`: the
+    short `prompt`, the `llm` and its `host`. The record has it, and it decides nothing more.
     """
 
     output: str
@@ -47,6 +48,7 @@ class Job:
     noise: Noise | None = None
     files: SideFiles = NO_FILES
     origin: Mapping[str, Any] = field(default_factory=dict)
+    enhanced: Mapping[str, str] | None = None
 
 
 def prepare(
@@ -133,6 +135,8 @@ def record_of(job: Job, provenance: Mapping[str, Any]) -> dict[str, Any]:
     record = {**provenance, **job.origin, "fps": job.fps}
     if job.noise is not None:
         record |= {"noise": noise_hash(job.noise), "seed": None, "seeds": None}
+    if job.enhanced is not None:
+        record["enhanced"] = dict(job.enhanced)
     return record
 
 

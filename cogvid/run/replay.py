@@ -39,7 +39,7 @@ _KINDS = {
     "prompt": (list, NoneType), "negative_prompt": (list, NoneType), "given": list, "weights": dict, "machine": dict,
     "versions": dict, "image": (list, NoneType), "video": (str, NoneType), "noise": (str, NoneType),
     "revision": (str, NoneType), "variant": (str, NoneType), "step_cache": (str, NoneType), "seed": (int, NoneType),
-    "fps": (int, float), "lora": list,
+    "fps": (int, float), "lora": list, "enhanced": (dict, NoneType),
 }  # fmt: skip
 
 
@@ -106,7 +106,8 @@ def check_replayable(record: dict[str, Any], path: str | os.PathLike[str], *, to
     name = shown(os.fspath(path))
     missing = [field for field in _NEEDED if field not in record]
     wrong = [field for field in _STRINGS if field not in missing and not isinstance(record[field], str)]
-    wrong += [field for field, kinds in _KINDS.items() if field not in missing and not isinstance(record[field], kinds)]
+    known = {field: kinds for field, kinds in _KINDS.items() if field not in missing}
+    wrong += [field for field, kinds in known.items() if not isinstance(record.get(field), kinds)]
     wrong += [field for field in _NEEDED if isinstance(record.get(field), str) and len(record[field]) > _LONGEST]
     texts = [n for n in ("prompt", "negative_prompt", "image") if n not in (*missing, *wrong)]
     wrong += [n for n in texts if not all(isinstance(each, str) for each in record[n] or [])]
@@ -209,7 +210,7 @@ def _jobs(
             **{name: record[name] for name in OPTIONS},
         )
         _check_hashes(record, job, index)
-        jobs.append(job)
+        jobs.append(dataclasses.replace(job, enhanced=record.get("enhanced")))
     return jobs
 
 

@@ -16,8 +16,10 @@ from cogvid.media.video import read_video
 from cogvid.run.generate import Job
 from cogvid.run.saved_run import SavedRun
 
-# What says where a run is saved or what is shown of it, and what may be another when it goes on.
-NOT_OF_THE_RUN = ("command", "checkpoint", "resume", "every", "image", "video", "verbose", "traceback", "sidecar")
+# What says where a run is saved or what is shown of it, and what may be another when it goes on. A URL to enhance the
+# prompt may have secrets; the run goes on with the prompt that it gave.
+NOT_OF_THE_RUN = ("command", "checkpoint", "resume", "every", "image", "video", "verbose", "traceback", "sidecar",
+                  "enhance")  # fmt: skip
 MAY_CHANGE = ("output", "device", "ops", "local_files_only")
 _PICTURES = ("image", "video")
 
@@ -71,12 +73,14 @@ def keep(saved: SavedRun, arguments: Mapping[str, Any], job: Job) -> None:
     """Save a run's arguments, with the pictures that they name, unless they are saved already."""
     if not saved.is_empty:
         return
-    plain = {
+    plain: dict[str, Any] = {
         name: value
         for name, value in arguments.items()
         if name not in NOT_OF_THE_RUN and (value is None or isinstance(value, (bool, int, float, str, list)))
     }
     plain["output"] = os.path.abspath(job.output)
+    if job.enhanced is not None:
+        plain["enhanced"] = {**job.enhanced, "text": job.inputs["prompt"]}
     image, video = job.inputs["image"], job.inputs["video"]
     pixels = None if image is None else torch.from_numpy(np.array(image))
     saved.save_inputs({**plain, "image": pixels, "video": video})

@@ -35,7 +35,7 @@ from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.placement import resolve_placement
 
 TOLERANCE = 4
-_MAY_DIFFER = {*ENVIRONMENT, "guidance_schedule"} - {"model", "weights", "qk_norm"}
+_MAY_DIFFER = {*ENVIRONMENT, "guidance_schedule", "enhanced"} - {"model", "weights", "qk_norm"}
 _FUSED = ("norm1", "norm2", "norm_out", "q_norm", "k_norm", "mlp_in")  # a hook on these would change what runs
 
 

@@ -1,7 +1,7 @@
 """What several test modules use."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from cogvid import cli
 from cogvid.weights.hub import PACKS
 from tests.checkpoints import write_checkpoint
+from tests.llm_server import LLMServer, serve_llm
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +36,14 @@ def failed(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return errors[0].removeprefix("cogvid: error: ")
 
     return run
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[LLMServer]:
+    """A language model's server, named by OPENAI_BASE_URL."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # a proxy could not reach this machine
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serve_llm() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base())
+        yield server

@@ -22,6 +22,7 @@ STEPS = (
     {"models", "sampling"},
     {"weights"},
     {"run"},
+    {"arguments"},
     {"cli"},
     {"__main__"},
 )
@@ -44,6 +45,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "json_config": (set(), set()),
     "versions": (set(), set()),
     "cli": (set(), set()),
+    "arguments": (set(), set()),
     "ops": (TENSORS, {"cogvid_kernels"}),
     "media.download": (set(), set()),
     "media.image": (TENSORS, {"PIL"}),
@@ -65,6 +67,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.noise": (TENSORS | {"safetensors"}, set()),
     "run.trajectory": (TENSORS | {"safetensors"}, set()),
     "run.pipeline": (TENSORS | {"tqdm"}, set()),
+    "run.enhance": (set(), set()),
     "run.batch": (TENSORS | {"tqdm"}, set()),
     "run.jobs": (set(), set()),
     "run.manifest": (set(), set()),
@@ -234,9 +237,9 @@ def test_help_imports_no_torch() -> None:
     code = """
 import sys
 from cogvid.cli import main
-for argv in (["--help"], ["generate", "--help"], ["inspect", "--help"], ["batch", "--help"], ["--version"]):
+for argv in ("--help", "generate --help", "inspect --help", "batch --help", "enhance --help", "--version"):
     try:
-        main(argv)
+        main(argv.split())
     except SystemExit as exit:
         assert exit.code == 0
 assert main(["generate", "x", "--no-such-option"]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ import cogvid
 from cogvid.cli import main
 from cogvid.ops import BlockContext, Ops, Shard
 from file_table import counted, statements
+from tests.llm_server import LLMServer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -78,16 +80,17 @@ def out_mp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("feature", "line"), FEATURES, ids=[feature for feature, _ in FEATURES])
 def test_the_line_of_a_feature_runs(
-    feature: str, line: str, out_mp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    feature: str, line: str, out_mp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: LLMServer
 ) -> None:
-    """With two steps, which are enough to run all that it names."""
+    """With two steps, which are enough to run all that it names, and with a server in OPENAI_BASE_URL."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     shutil.copy(out_mp4, tmp_path / "out.mp4")
     if line.startswith("cogvid "):
-        arguments = shlex.split(line)[1:]
+        arguments = shlex.split(os.path.expandvars(line))[1:]
         steps = ["--num-inference-steps", "2"] if arguments[0] == "generate" and "--resume" not in arguments else []
         assert main([*arguments, *steps]) == 0, feature
+        assert len(llm.paths) == line.count("enhance ")
         return
     if line.startswith("python "):
         subprocess.run([sys.executable, *shlex.split(line)[1:]], check=True)
@@ -99,19 +102,22 @@ def test_the_line_of_a_feature_runs(
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("bash") if re.search("^cogvid ", block, re.MULTILINE)])
-def test_the_commands_are_understood(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of a block run one after the other."""
+def test_the_commands_are_understood(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: LLMServer
+) -> None:
+    """The commands of a block run one after the other, with a server in OPENAI_BASE_URL."""
     monkeypatch.chdir(ROOT)
     for line in block.splitlines():
         if not line.startswith("cogvid "):
             continue
-        words = shlex.split(line.split("#")[0])
+        words = shlex.split(os.path.expandvars(line.split("#")[0]))
         pairs = itertools.pairwise(words)
         arguments = [str(tmp_path / a) if before == "-o" or a.endswith(".mp4") else a for before, a in pairs]
         if any("/CogVideoX" in a for a in arguments):  # official weights: refused before a byte is fetched, but parsed
             assert main([*arguments, "--local-files-only", "--guidance-scale", "nan"]) == 2
         else:
             assert main(arguments) == 0
+    assert len(llm.paths) == len(re.findall("^cogvid .*enhance ", block, re.MULTILINE))
 
 
 def test_the_links_lead_somewhere() -> None:
