@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
 _UNSET = object()
+_INPUTS = ("image", "video", "video_start", "video_fps")
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 MACHINE_ERRNOS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
@@ -136,7 +137,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
         checkpoint = read_checkpoint(source, **origin)
         job = _job(arguments, checkpoint.model, saved) if checkpoint.model != subject.model else job
     if arguments.record_paths and checkpoint.source_kind == "directory":
-        job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
+        job = dataclasses.replace(job, origin={**job.origin, "source": str(checkpoint.directory)})
     if saved is not None:
         resume.keep(saved, vars(arguments), job)
     try:
@@ -156,7 +157,7 @@ def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | No
     from cogvid.run.generate import prepare
     from cogvid.run.side_files import SideFiles
 
-    given = {name: getattr(arguments, name) for name in ("image", "video", "seed", "fps", *settings.OPTIONS)}
+    given = {name: getattr(arguments, name) for name in (*_INPUTS, "seed", "fps", *settings.OPTIONS)}
     given["negative_prompt"], prompt = _as_text(arguments.negative_prompt), _as_text(arguments.prompt)
     side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise")}
     files = SideFiles(embed=not arguments.no_embed, **side)
@@ -192,7 +193,8 @@ def _planned(arguments: argparse.Namespace) -> Plan:
     subject = survey(source, defaults=arguments.defaults, **_origin(arguments))
     changed = {}
     if arguments.video is not None:
-        changed["num_frames"] = frames_to_use(range(count_frames(arguments.video)), arguments.num_frames)
+        count = count_frames(arguments.video, start=arguments.video_start, fps=arguments.video_fps)
+        changed["num_frames"] = frames_to_use(range(count), arguments.num_frames)
     with warnings.catch_warnings(record=True) as caught:
         placement = _placement(arguments, subject.model.dtype)
     notes = tuple(str(warning.message) for warning in caught)
@@ -373,6 +375,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_options(parser, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
     parser.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
     parser.add_argument("--video", metavar="PATH", help="a video to start from")
+    parser.add_argument("--video-start", type=float, metavar="SECONDS", help="the time of its first frame that is used")
+    parser.add_argument("--video-fps", type=float, metavar="X", help="frames a second that are used; all if not given")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument(
         "--defaults",

@@ -34,8 +34,8 @@ class Job:
     """One video file to make. `prepare` checks it.
 
     inputs: arguments of `Pipeline.__call__`. settings: the options, resolved. fps: of the file. noise: what it draws,
-    if not from the seed. files: what else to write. origin: what the record says of where the weights are from, in
-    place of what the pipeline knows of it.
+    if not from the seed. files: what else to write. origin: what the record says of where the video and the weights
+    are from, in place of what the pipeline knows of it.
     """
 
     output: str
@@ -54,6 +54,8 @@ def prepare(
     *,
     image: Any = None,
     video: str | os.PathLike[str] | Tensor | None = None,
+    video_start: float | None = None,
+    video_fps: float | None = None,
     negative_prompt: str = "",
     seed: int | None = None,
     fps: float | None = None,
@@ -64,7 +66,8 @@ def prepare(
 
     Args:
         output: `.mp4` file to write. image: what `load_image` takes. video: a video to start from, its path or its
-            frames `[F, H, W, 3]` uint8.
+            frames `[F, H, W, 3]` uint8. video_start, video_fps: which frames of a path are taken, as `start` and `fps`
+            of `read_video`; frames that are given were chosen before.
         fps: frames per second of the file; None is the model's.
         files: what to write beside the video.
         options: the fields of `Settings`.
@@ -72,17 +75,18 @@ def prepare(
     Raises:
         ValueError, OSError: an input or an option that cannot be used, or an output that cannot be written.
     """
-    task, frames = task_of(image, video), None
+    task = task_of(image, video)
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         check_text(name, text)
+    chosen = _chosen(video, video_start, video_fps)
     if video is not None:
         # Counted and checked first, then only the frames that are used are decoded.
-        count = range(len(video) if isinstance(video, Tensor) else count_frames(video))
+        count = range(len(video) if isinstance(video, Tensor) else count_frames(video, **chosen))
         options["num_frames"] = frames_to_use(count, options.get("num_frames"))
     settings = resolve_settings(model, task=task, **options)
     if video is not None:
-        frames = video if isinstance(video, Tensor) else read_video(video, settings.num_frames)[0]
-        frames_to_use(frames, settings.num_frames)  # there may be fewer than were counted
+        video = video if isinstance(video, Tensor) else read_video(video, settings.num_frames, **chosen)[0]
+        frames_to_use(video, settings.num_frames)  # there may be fewer than were counted
     if seed is not None:
         check_seed(seed, 1)
         if files.noise is not None:
@@ -96,12 +100,22 @@ def prepare(
     inputs = {
         "prompt": prompt,
         "image": None if image is None else load_image(image),
-        "video": frames,
+        "video": video,
         "negative_prompt": negative_prompt,
         "seed": seed,
         **options,
     }
-    return Job(output, inputs, settings, fps, noise, files)
+    origin = {} if video is None else {f"video_{name}": value for name, value in chosen.items()}
+    return Job(output, inputs, settings, fps, noise, files, origin)
+
+
+def _chosen(video: object, start: float | None, fps: float | None) -> dict[str, float | None]:
+    """Return which frames of a video are taken, as `read_video` takes it."""
+    chosen = {"start": start, "fps": fps}
+    for name, value in chosen.items():
+        if video is None and value is not None:
+            raise ValueError(f"video_{name}: got {value} without a video, want it with one")
+    return chosen
 
 
 def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:

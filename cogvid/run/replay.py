@@ -34,7 +34,7 @@ _KINDS = {
     "prompt": (list, NoneType), "negative_prompt": (list, NoneType), "given": list, "weights": dict, "machine": dict,
     "versions": dict, "image": (list, NoneType), "video": (str, NoneType), "noise": (str, NoneType),
     "revision": (str, NoneType), "variant": (str, NoneType), "step_cache": (str, NoneType), "seed": (int, NoneType),
-    "fps": (int, float),
+    "fps": (int, float), "video_start": (int, float, NoneType), "video_fps": (int, float, NoneType),
 }  # fmt: skip
 
 
@@ -76,6 +76,8 @@ def replay(
         output,
         image=_image(record, image, stored),
         video=_by_hash("video", record, video),
+        video_start=record.get("video_start"),
+        video_fps=record.get("video_fps"),
         negative_prompt=(record["negative_prompt"] or [""])[0],
         seed=record["seed"],
         fps=record["fps"],
@@ -90,7 +92,8 @@ def replay(
     for line in differences({name: record[name] for name in ENVIRONMENT}, here):
         say(line)
     if here["weights"].get("headers") == record["weights"].get("headers"):  # the same weights, wherever they lie
-        job = dataclasses.replace(job, origin={name: record[name] for name in ("source", "source_kind", "revision")})
+        origin = {name: record[name] for name in ("source", "source_kind", "revision")}
+        job = dataclasses.replace(job, origin={**job.origin, **origin})
     out = run(load_checkpoint(checkpoint, placement), job)
     say(_outcome(path, output))
     return out
@@ -101,7 +104,7 @@ def check_replayable(record: dict[str, Any], path: str | os.PathLike[str]) -> No
     name = shown(os.fspath(path))
     missing = [field for field in _NEEDED if field not in record]
     wrong = [field for field in _STRINGS if field not in missing and not isinstance(record[field], str)]
-    wrong += [field for field, kinds in _KINDS.items() if field not in missing and not isinstance(record[field], kinds)]
+    wrong += [field for field, kinds in _KINDS.items() if field in record and not isinstance(record[field], kinds)]
     texts = [n for n in ("prompt", "negative_prompt") if n not in (*missing, *wrong)]
     wrong += [n for n in texts if not all(isinstance(each, str) for each in record[n] or [])]
     for faults in (missing, wrong):

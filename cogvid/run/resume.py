@@ -58,7 +58,7 @@ def restore(saved: SavedRun, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in kept or name in MAY_CHANGE:
             continue
         if name in _PICTURES:
-            if not _same_pictures(name, value, kept[name]):
+            if not _same_pictures(name, value, kept[name], kept.get("video_start"), kept.get("video_fps")):
                 raise ValueError(f"{name}: got others than those of the run saved in {saved.directory}, want the same")
         elif value != kept[name]:
             raise ValueError(f"{name}: got {value!r}, want {kept[name]!r} as in the run saved in {saved.directory}")
@@ -82,12 +82,12 @@ def keep(saved: SavedRun, arguments: Mapping[str, Any], job: Job) -> None:
     saved.save_inputs({**plain, "image": pixels, "video": video})
 
 
-def _same_pictures(name: str, path: str, kept: Tensor | None) -> bool:
+def _same_pictures(name: str, path: str, kept: Tensor | None, start: float | None, fps: float | None) -> bool:
     if kept is None:
         return False
     if name == "image":
         return torch.equal(torch.from_numpy(np.array(load_image(path))), kept)
-    return torch.equal(read_video(path, len(kept))[0], kept)
+    return torch.equal(read_video(path, len(kept), start=start, fps=fps)[0], kept)
 
 
 def _picture(pixels: Tensor) -> Any:

@@ -48,6 +48,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "media.download": (set(), set()),
     "media.image": (TENSORS, {"PIL"}),
     "media.video": (TENSORS, {"av", "PIL"}),
+    "media.frame_times": (TENSORS, {"av"}),
     "media.pictures": (TENSORS, {"PIL"}),
     "media.whole_file": (set(), set()),
     "media.tokenizer": (TENSORS, {"sentencepiece"}),
