@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
 _UNSET = object()
-_INPUTS = ("image", "video", "video_start", "video_fps")
+_PICTURES = ("image", "last_image", "video", "mask", "control_video")
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 MACHINE_ERRNOS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
@@ -110,14 +110,14 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     from cogvid.run import resume
-    from cogvid.run.generate import DEFAULT_MODELS, run
+    from cogvid.run.generate import default_model, run
     from cogvid.run.load import load_checkpoint
     from cogvid.run.plan import out_of_memory, refuse_hopeless, survey
     from cogvid.run.stages import stage
     from cogvid.weights.checkpoint import read_checkpoint
 
-    task = settings.task_of(arguments.image, arguments.video)
-    source = arguments.model or DEFAULT_MODELS[task]
+    task = _task(arguments)
+    source = arguments.model or default_model(task)
     origin = {"defaults": arguments.defaults, "hash_weights": arguments.hash_weights, **_origin(arguments)}
     subject = survey(source, fetch=True, **origin)
     job = _job(arguments, subject.model, saved)
@@ -157,7 +157,8 @@ def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | No
     from cogvid.run.generate import prepare
     from cogvid.run.side_files import SideFiles
 
-    given = {name: getattr(arguments, name) for name in (*_INPUTS, "seed", "fps", *settings.OPTIONS)}
+    given = {name: getattr(arguments, name) for name in ("seed", "fps", *settings.OPTIONS)}
+    given |= {name: getattr(arguments, name) for name in (*_PICTURES, "video_start", "video_fps")}
     given["negative_prompt"], prompt = _as_text(arguments.negative_prompt), _as_text(arguments.prompt)
     side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise")}
     files = SideFiles(embed=not arguments.no_embed, **side)
@@ -183,22 +184,19 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def _planned(arguments: argparse.Namespace) -> Plan:
-    from cogvid.media.video import VideoWriter, count_frames
-    from cogvid.run.generate import DEFAULT_MODELS
-    from cogvid.run.inputs import frames_to_use
+    from cogvid.media.video import VideoWriter
+    from cogvid.run.generate import default_model
+    from cogvid.run.given import count_given
     from cogvid.run.plan import survey
 
-    task = settings.task_of(arguments.image, arguments.video)
-    source = arguments.model or DEFAULT_MODELS[task]
+    source = arguments.model or default_model(_task(arguments))
     subject = survey(source, defaults=arguments.defaults, **_origin(arguments))
-    changed = {}
-    if arguments.video is not None:
-        count = count_frames(arguments.video, start=arguments.video_start, fps=arguments.video_fps)
-        changed["num_frames"] = frames_to_use(range(count), arguments.num_frames)
+    chosen = {"start": arguments.video_start, "fps": arguments.video_fps}
+    num_frames = count_given({name: getattr(arguments, name) for name in _PICTURES}, chosen, arguments.num_frames)
     with warnings.catch_warnings(record=True) as caught:
         placement = _placement(arguments, subject.model.dtype)
     notes = tuple(str(warning.message) for warning in caught)
-    found = _plan(arguments, subject, placement, notes=notes, **changed)
+    found = _plan(arguments, subject, placement, notes=notes, num_frames=num_frames)
     if arguments.output is not None:
         VideoWriter(arguments.output, found.settings.height, found.settings.width, found.fps)
     return found
@@ -211,10 +209,14 @@ def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement,
     if arguments.seed is not None:
         settings.check_seed(arguments.seed, 1)
     options = {name: getattr(arguments, name) for name in ("fps", *settings.OPTIONS)}
-    task = settings.task_of(arguments.image, arguments.video)
+    task = _task(arguments)
     machine = look_at(placement.device)
     ops = placement.ops_name
     return make_plan(subject, task=task, machine=machine, dtype=placement.dtype, ops=ops, **{**options, **changed})
+
+
+def _task(arguments: argparse.Namespace) -> str:
+    return settings.task_of(**{name: getattr(arguments, name) for name in _PICTURES})
 
 
 def _placement(arguments: argparse.Namespace, stored: str) -> Placement:
@@ -230,7 +232,7 @@ def replay(arguments: argparse.Namespace) -> None:
     versions.check()
     from cogvid.run import replay
 
-    names = ("model", "image", "video", "noise", "device", "dtype", "ops", "local_files_only")
+    names = ("model", *_PICTURES, "noise", "device", "dtype", "ops", "local_files_only")
     options = {name: getattr(arguments, name) for name in names}
     replay.replay(arguments.path, arguments.output, say=lambda line: _say(line, sys.stderr), **options)
     _say(arguments.output, sys.stdout)
@@ -374,7 +376,10 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_options(parser, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
     parser.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
+    parser.add_argument("--last-image", metavar="PATH|URL", help="last frame, for models that were trained for it")
     parser.add_argument("--video", metavar="PATH", help="a video to start from")
+    parser.add_argument("--mask", metavar="PATH", help="of --video: a picture or video, white where it is made anew")
+    parser.add_argument("--control-video", metavar="PATH", help="for Fun-Control models: poses, edges or depths")
     parser.add_argument("--video-start", type=float, metavar="SECONDS", help="the time of its first frame that is used")
     parser.add_argument("--video-fps", type=float, metavar="X", help="frames a second that are used; all if not given")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
@@ -440,6 +445,8 @@ def _add_replay(commands: Any) -> None:
     again.add_argument("--local-files-only", action="store_true", help="do not use the network")
     again.add_argument("--image", metavar="PATH|URL", help="the image, if the video does not hold it")
     again.add_argument("--video", metavar="PATH", help="the video that it was started from")
+    for name in ("last_image", "mask", "control_video"):
+        again.add_argument(_flag(name), metavar="PATH", help="the one that it was made with")
     again.add_argument("--noise", metavar="SAFETENSORS", help="the noise that it was made of")
     for name in ("device", "dtype", "ops"):
         again.add_argument(f"--{name}", metavar="NAME", help="in place of the recorded one")

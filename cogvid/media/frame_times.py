@@ -128,7 +128,7 @@ def upright(rgb: np.ndarray, frame: VideoFrame, name: str) -> np.ndarray:
     """
     from av.sidedata.sidedata import Type
 
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    data: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # pyright: ignore - the stub knows names alone
     if data is None:
         return rgb
     matrix = np.frombuffer(bytes(data), np.int32)[[0, 1, 3, 4]] / _ONE

@@ -206,9 +206,8 @@ def _measured(path: str | os.PathLike[str], start: float | None, fps: float | No
         stream = _pictures(container, name)
         packets = container.demux(stream)
         if not begin and rate is None:
-            return stream.frames or sum(
-                1 for _ in itertools.islice((p for p in packets if p.size), MAX_FRAMES + 1)
-            ), None
+            count = stream.frames or sum(1 for _ in itertools.islice((p for p in packets if p.size), MAX_FRAMES + 1))
+            return count, None
         extent = measure(stream, packets, begin, rate, name)
     if rate is not None:
         return extent.wanted, extent

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from cogvid.models.text import TextEncoder
 from cogvid.options import check_int
-from cogvid.run.generate import DEFAULT_MODELS, Job, prepare, write_video
+from cogvid.run.generate import Job, default_model, prepare, write_video
+from cogvid.run.given import IMAGES, VIDEOS
 from cogvid.run.jobs import LOADING, BatchJob
 from cogvid.run.load import load
 from cogvid.run.manifest import Manifest
@@ -143,12 +144,14 @@ class _Run:
 
 
 def _loading(job: BatchJob) -> dict[str, Any]:
-    task = task_of(job.values.get("image"), None if job.values.get("image") else job.values.get("video"))
-    return {"model": DEFAULT_MODELS[task], **job.loading}
+    if "model" in job.loading:
+        return job.loading
+    task = task_of(**{name: job.values.get(name) for name in (*IMAGES, *VIDEOS)})
+    return {"model": default_model(task), **job.loading}
 
 
 def _go_together(first: BatchJob, other: BatchJob) -> bool:
-    return first.shape == other.shape and first.values.get("video") is None
+    return first.shape == other.shape and not any(first.values.get(name) for name in VIDEOS)
 
 
 def _prepare(pipe: Pipeline, job: BatchJob, manifest: Manifest) -> Job:

@@ -25,8 +25,9 @@ from cogvid.models.transformer import StepCache, Transformer
 from cogvid.models.vae import VAE
 from cogvid.ops import Branch, Ops
 from cogvid.options import check_choice, takes_options
-from cogvid.run.conditioning import CONDITION_ENCODERS, resized
-from cogvid.run.inputs import Inputs, check_inputs, frames_to_use
+from cogvid.run.conditioning import CONDITION_ENCODERS
+from cogvid.run.given import Given, as_lists, frames_of, resized
+from cogvid.run.inputs import Inputs, check_inputs
 from cogvid.run.latents import initial_latents, noised_video
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
@@ -92,7 +93,10 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         image: Any = None,
+        last_image: Any = None,
         video: Any = None,
+        mask: Any = None,
+        control_video: Any = None,
         negative_prompt: str | Sequence[str] = "",
         num_videos_per_prompt: int = 1,
         seed: int | None = None,
@@ -112,7 +116,9 @@ class Pipeline:
         Args:
             prompt: one or several; each gives `num_videos_per_prompt` videos, next to each other in the batch.
             image: the first frame, anything that `load_image` takes, or a list with one per prompt.
-            video: PIL images or uint8 `[F, H, W, 3]`, shared by all prompts; the first `num_frames` frames are used.
+            last_image: the last frame, as `image`, for models that were trained for it.
+            video: PIL images or uint8 `[F, H, W, 3]`, or a list with one per prompt; `num_frames` frames are used.
+            mask: of `video`, a picture or a video: white is made anew, for Fun-InP. control_video: for Fun-Control.
             negative_prompt: what to avoid, for all prompts or one for each; unused without guidance.
             seed: of the first video; video k has seed + k. Each video has its own CPU generator, so the same seed gives
                 the same video in any batch, up to rounding. Drawn if neither it nor `generator` is given.
@@ -129,9 +135,10 @@ class Pipeline:
             options: the fields of `Settings`.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        if video is not None:
-            options["num_frames"] = frames_to_use(video, options.get("num_frames"))
-        settings = resolve_settings(self.model, task=task_of(image, video), **options)
+        arguments = {"image": image, "last_image": last_image, "video": video}
+        pictures = as_lists({**arguments, "mask": mask, "control_video": control_video})
+        options["num_frames"] = frames_of(pictures, options.get("num_frames"))
+        settings = resolve_settings(self.model, task=task_of(**pictures), **options)
         if reasons := outside_training(self.model, settings.height, settings.width, settings.num_frames):
             warnings.warn(f"{self.model.name} was not trained for {' and '.join(reasons)}", stacklevel=3)
         inputs = check_inputs(
@@ -144,17 +151,16 @@ class Pipeline:
             generator,
         )
         schedule = make_schedule(self.model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
-        if video is not None:
+        if settings.starts_from_video:
             schedule = schedule.tail(settings.strength)
-
-        image, video = resized(image, video, settings)
+        pictures = resized(pictures, settings)
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order changes the video.
         frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
-        conditioning = self._condition({"image": image}, settings, inputs, frames)
+        conditioning = self._condition(pictures, settings, inputs, frames)
         padding = self.model.padding(settings.num_frames)
-        if video is not None and latents is None:
-            x = noised_video(self.vae, video, settings, inputs, schedule, padding, self.placement)
+        if settings.starts_from_video and latents is None:
+            x = noised_video(self.vae, pictures["video"], settings, inputs, schedule, padding, self.placement)
         else:
             shape = (inputs.batch, frames, self.model.transformer.out_channels, height, width)
             x = initial_latents(shape, inputs.generator, self.device, self.dtype, latents)
@@ -168,8 +174,7 @@ class Pipeline:
             self.placement,
             settings,
             schedule,
-            image=image,
-            video=video,
+            pictures=pictures,
             step_cache=step_cache,
             given=[name for name, value in given.items() if value is not None],
             **inputs.record(),
@@ -185,10 +190,10 @@ class Pipeline:
         decoded = decode_output(self.vae, x, padding, output_type)
         return Output(frames=decoded, seed=record["seed"], fps=self.model.fps, provenance=record)
 
-    def _condition(self, given: dict[str, Any], settings: Settings, inputs: Inputs, frames: int) -> Tensor | None:
+    def _condition(self, given: Given, settings: Settings, inputs: Inputs, frames: int) -> Tensor | None:
         """Return what the model takes beside noise and text, `[B, C, frames, h, w]`, in the order of its config."""
         parts = [
-            CONDITION_ENCODERS[each.name](self.vae, given[each.name], settings, inputs, frames, self.placement)
+            CONDITION_ENCODERS[each.name](self.vae, given, settings, inputs, frames, self.placement)
             for each in self.model.conditions
         ]
         return torch.cat(parts, dim=1) if parts else None

@@ -182,7 +182,7 @@ def make_plan(
         warnings.simplefilter("always")
         settings = resolve_settings(model, task=task, **options)
         schedule = make_schedule(model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
-    schedule = schedule.tail(settings.strength) if task == "video-to-video" else schedule
+    schedule = schedule.tail(settings.strength) if settings.starts_from_video else schedule
     scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
     guided = sum(scale is not None for scale in scales)
     size = model.latent_size(settings.height, settings.width, settings.num_frames)
@@ -229,7 +229,7 @@ def count_flops(
     kernels = _kernels("cpu", "float32", "torch")  # it does not change what is computed
     one, both = (costs.transformer_flops(model.transformer, rows, length, size) for rows in (1, 2))
     latents = size[0] - model.padding(settings.num_frames), *size[1:]
-    encoded = _encoded_frames(settings)
+    encoded = _encoded_frames(model, settings)
     pixels = encoded, settings.height, settings.width
     found = {
         "text": costs.t5_flops(subject.t5, 2 if settings.guided else 1, length),
@@ -252,7 +252,7 @@ def estimate_memory(
     model, itemsize, kernels = subject.model, DTYPES[dtype].itemsize, _kernels(device, dtype, ops)
     size = model.latent_size(settings.height, settings.width, settings.num_frames)
     latents = size[0] - model.padding(settings.num_frames), *size[1:]
-    encoded = _encoded_frames(settings)
+    encoded = _encoded_frames(model, settings)
     pixels = encoded, settings.height, settings.width
     on_cpu = device == "cpu"
     kept = {part: counts.get(dtype, 0) * itemsize if on_cpu else 0 for part, counts in subject.weights.items()}
@@ -382,9 +382,12 @@ def _kernels(device: str, dtype: str, ops: str) -> Kernels:
     return Kernels(CONV_ELEMENTS["cpu"], fused_norms=False, fused_gelu=onednn, unfold_below=unfold)
 
 
-def _encoded_frames(settings: Settings) -> int:
-    """Return how many frames the VAE encodes before the run: none, an image, or the video."""
-    return {"text-to-video": 0, "image-to-video": 1, "video-to-video": settings.num_frames}[settings.task]
+def _encoded_frames(model: ModelConfig, settings: Settings) -> int:
+    """Return how many frames the VAE encodes before the run: none, an image, or a video, which counts once."""
+    takes_video = any(condition.name != "image" for condition in model.conditions) and settings.task != "text-to-video"
+    if settings.starts_from_video or takes_video:
+        return settings.num_frames
+    return 0 if settings.task == "text-to-video" else 1
 
 
 def _stored(checkpoint: Checkpoint) -> tuple[TextConfig, dict[str, dict[str, int]]]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from cogvid.media.download import shown
 from cogvid.media.video import read_video
-from cogvid.run.conditioning import resized
 from cogvid.run.generate import Job, prepare, run
+from cogvid.run.given import IMAGES, VIDEOS, as_lists, resized
 from cogvid.run.load import load_checkpoint
 from cogvid.run.noise import noise_hash
 from cogvid.run.output import Output
@@ -34,7 +34,8 @@ _KINDS = {
     "prompt": (list, NoneType), "negative_prompt": (list, NoneType), "given": list, "weights": dict, "machine": dict,
     "versions": dict, "image": (list, NoneType), "video": (str, NoneType), "noise": (str, NoneType),
     "revision": (str, NoneType), "variant": (str, NoneType), "step_cache": (str, NoneType), "seed": (int, NoneType),
-    "fps": (int, float), "video_start": (int, float, NoneType), "video_fps": (int, float, NoneType),
+    "last_image": (list, NoneType), "mask": (str, NoneType), "control_video": (str, NoneType), "fps": (int, float),
+    "video_start": (int, float, NoneType), "video_fps": (int, float, NoneType),
 }  # fmt: skip
 
 
@@ -45,6 +46,9 @@ def replay(
     model: str | None = None,
     image: Any = None,
     video: str | None = None,
+    last_image: Any = None,
+    mask: str | None = None,
+    control_video: str | None = None,
     noise: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -57,7 +61,8 @@ def replay(
     Args:
         output: `.mp4` file to write.
         model, device, dtype, ops: in place of what the record names.
-        image, video, noise: the input, where the record has only its hash; it must be the one of the record.
+        image, last_image, video, mask, control_video, noise: the input, where the record has only its hash; it must be
+            the one of the record.
         say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
             the same.
 
@@ -69,13 +74,14 @@ def replay(
     if os.path.realpath(output) == os.path.realpath(path):
         raise ValueError(f"output: got {shown(os.fspath(output))}, which is the video itself, want another file")
     checkpoint = find_checkpoint(record, model, local_files_only)
+    given = {"last_image": last_image, "video": video, "mask": mask, "control_video": control_video}
     stored = read_embedded_image(path) if record["image"] else None
     job = prepare(
         checkpoint.model,
         record["prompt"][0],
         output,
         image=_image(record, image, stored),
-        video=_by_hash("video", record, video),
+        **{name: _by_hash(name, record, value) for name, value in given.items()},
         video_start=record.get("video_start"),
         video_fps=record.get("video_fps"),
         negative_prompt=(record["negative_prompt"] or [""])[0],
@@ -91,12 +97,18 @@ def replay(
     here = environment(checkpoint, placement)
     for line in differences({name: record[name] for name in ENVIRONMENT}, here):
         say(line)
-    if here["weights"].get("headers") == record["weights"].get("headers"):  # the same weights, wherever they lie
-        origin = {name: record[name] for name in ("source", "source_kind", "revision")}
-        job = dataclasses.replace(job, origin={**job.origin, **origin})
+    job = _with_origin(job, record, here)
     out = run(load_checkpoint(checkpoint, placement), job)
     say(_outcome(path, output))
     return out
+
+
+def _with_origin(job: Job, record: dict[str, Any], here: dict[str, Any]) -> Job:
+    """Let a job's record name the origin of the weights as the old one does, if they are the same."""
+    if here["weights"].get("headers") != record["weights"].get("headers"):
+        return job
+    origin = {name: record[name] for name in ("source", "source_kind", "revision")}
+    return dataclasses.replace(job, origin={**job.origin, **origin})
 
 
 def check_replayable(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -152,20 +164,21 @@ def _image(record: dict[str, Any], given: Any, stored: Any) -> Any:
     return stored if given is None else given
 
 
-def _by_hash(name: str, record: dict[str, Any], given: str | None) -> str | None:
+def _by_hash(name: str, record: dict[str, Any], given: Any) -> Any:
     """Return what was given, which must be something exactly if the record has its hash."""
-    if given is None and record[name] is not None:
-        raise ValueError(f"{name}: got none for a run that was given one, want the file (--{name})")
-    if given is not None and record[name] is None:
+    recorded = record.get(name)  # records of older versions do not have all names
+    if given is None and recorded is not None:
+        raise ValueError(f"{name}: got none for a run that was given one, want the file (--{name.replace('_', '-')})")
+    if given is not None and recorded is None:
         raise ValueError(f"{name}: got one for a run without, want none")
     return given
 
 
 def _check_hashes(record: dict[str, Any], job: Job) -> None:
     """Raise unless the inputs are those that the record names."""
-    image, video = resized(job.inputs["image"], job.inputs["video"], job.settings)
-    for name, pixels, wanted in (("image", image and image[0], record["image"]), ("video", video, [record["video"]])):
-        if pixels is not None and pixel_hash(np.asarray(pixels)) not in wanted:
+    given = as_lists({name: job.inputs[name] for name in (*IMAGES, *VIDEOS)})
+    for name, (pixels, *_) in resized(given, job.settings).items():
+        if pixel_hash(np.asarray(pixels)) not in record[name]:
             raise ValueError(f"{name}: got other pixels than those of the record, want the {name} that the run had")
     if job.noise is not None and noise_hash(job.noise) != record["noise"]:
         raise ValueError("noise: got other draws than those of the record, want the noise that the run had")

@@ -167,10 +167,9 @@ def test_the_command_takes_a_part_and_the_record_has_it(tmp_path: Path, capsys: 
 
 
 def _recorded_hash(path: Path, **chosen: Any) -> str:
-    from cogvid.run.conditioning import resized
+    from cogvid.run.given import resized
     from cogvid.run.record import pixel_hash
 
     job = prepare(cogvid.CONFIGS["tiny-t2v"], "x", path.parent / "other.mp4", video=read_video(path, 9, **chosen)[0])
-    resized_video = resized(None, job.inputs["video"], job.settings)[1]
-    assert resized_video is not None
+    (resized_video,) = resized({"video": [job.inputs["video"]]}, job.settings)["video"]
     return pixel_hash(resized_video)
