@@ -61,8 +61,7 @@ def replay(
     Args:
         output: `.mp4` file to write.
         model, device, dtype, ops: in place of what the record names.
-        image, last_image, video, mask, control_video, noise: the input, where the record has only its hash; it must be
-            the one of the record.
+        image, last_image, video, mask, control_video, noise: where the record has a hash alone, what has this hash.
         say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
             the same.
 
@@ -91,9 +90,8 @@ def replay(
         **{name: record[name] for name in OPTIONS},
     )
     _check_hashes(record, job)
-    recorded = {name: record[name] for name in LOAD_OPTIONS}
     changed = {name: value for name, value in (("device", device), ("dtype", dtype), ("ops", ops)) if value}
-    placement = resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype)
+    placement = resolve_placement(**{name: record[name] for name in LOAD_OPTIONS} | changed)(checkpoint.model.dtype)
     here = environment(checkpoint, placement)
     for line in differences({name: record[name] for name in ENVIRONMENT}, here):
         say(line)
