@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from cogvid.media.video import read_video as read_video
     from cogvid.ops import BlockContext as BlockContext
     from cogvid.ops import Ops as Ops
+    from cogvid.run.invert import Inversion as Inversion
+    from cogvid.run.invert import edit as edit
+    from cogvid.run.invert import invert as invert
     from cogvid.run.load import load as load
     from cogvid.run.output import Output as Output
     from cogvid.run.pipeline import Pipeline as Pipeline
@@ -32,13 +35,16 @@ _HOME = {
     "BlockContext": "ops",
     "CONFIGS": "config",
     "GUIDANCE": "sampling.guidance",
+    "Inversion": "run.invert",
     "Ops": "ops",
     "Output": "run.output",
     "Pipeline": "run.pipeline",
     "SAMPLERS": "sampling.samplers",
     "SavedRun": "run.saved_run",
     "VideoWriter": "media.video",
+    "edit": "run.invert",
     "export_to_video": "media.video",
+    "invert": "run.invert",
     "load": "run.load",
     "load_image": "media.image",
     "load_transformer": "weights.load",

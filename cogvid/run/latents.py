@@ -20,6 +20,19 @@ from cogvid.weights.placement import Placement
 
 
 @stage("video")
+def encoded_video(
+    vae: VAE, videos: list[Any], settings: Settings, inputs: Inputs, padding: int, placement: Placement
+) -> Tensor:
+    """Encode videos to scaled latents `[B, C, padding + T, h, w]`; arguments and draws as for `noised_video`."""
+    if inputs.batch % len(videos):
+        raise ValueError(f"video: got a list of {len(videos)}, want one, or one per prompt")
+    size = settings.height, settings.width, settings.resize
+    pixels = [prepare_video(video[: settings.num_frames], *size) for video in videos]
+    draws = 1 if isinstance(inputs.generator, Generator) and len(videos) == 1 else inputs.batch
+    z = vae.config.scaling_factor * posterior_samples(vae, pixels, inputs.generator, draws, placement)
+    return padded(z, padding + z.shape[2]).expand(inputs.batch, -1, -1, -1, -1)
+
+
 def noised_video(
     vae: VAE,
     videos: list[Any],
@@ -36,13 +49,7 @@ def noised_video(
     Of one video, a single generator draws one posterior sample for all, as in diffusers. Of several, or with a list of
     generators, one is drawn for each video that is made.
     """
-    if inputs.batch % len(videos):
-        raise ValueError(f"video: got a list of {len(videos)}, want one, or one per prompt")
-    size = settings.height, settings.width, settings.resize
-    pixels = [prepare_video(video[: settings.num_frames], *size) for video in videos]
-    draws = 1 if isinstance(inputs.generator, Generator) and len(videos) == 1 else inputs.batch
-    z = vae.config.scaling_factor * posterior_samples(vae, pixels, inputs.generator, draws, placement)
-    z = padded(z, padding + z.shape[2]).expand(inputs.batch, -1, -1, -1, -1)
+    z = encoded_video(vae, videos, settings, inputs, padding, placement)
     b, c, t, h, w = z.shape
     noise = initial_latents((b, t, c, h, w), inputs.generator, z.device, z.dtype)
     return add_noise(z, noise, schedule.timesteps[0], schedule)

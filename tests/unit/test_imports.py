@@ -64,6 +64,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.trajectory": (TENSORS | {"safetensors"}, set()),
     "run.pipeline": (TENSORS | {"tqdm"}, set()),
     "run.batch": (TENSORS | {"tqdm"}, set()),
+    "run.invert": (TENSORS | {"tqdm"}, set()),
     "run.jobs": (set(), set()),
     "run.manifest": (set(), set()),
     "run.generate": (TENSORS | {"tqdm"}, set()),
