@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from cogvid.ops import BlockContext as BlockContext
     from cogvid.ops import Ops as Ops
     from cogvid.run.enhance import enhance as enhance
+    from cogvid.run.invert import Inversion as Inversion
+    from cogvid.run.invert import edit as edit
+    from cogvid.run.invert import invert as invert
     from cogvid.run.load import load as load
     from cogvid.run.output import Output as Output
     from cogvid.run.pipeline import Pipeline as Pipeline
@@ -34,6 +37,7 @@ _HOME = {
     "BlockContext": "ops",
     "CONFIGS": "config",
     "GUIDANCE": "sampling.guidance",
+    "Inversion": "run.invert",
     "Ops": "ops",
     "Output": "run.output",
     "Pipeline": "run.pipeline",
@@ -42,7 +46,9 @@ _HOME = {
     "SavedRun": "run.saved_run",
     "VideoWriter": "media.video",
     "enhance": "run.enhance",
+    "edit": "run.invert",
     "export_to_video": "media.video",
+    "invert": "run.invert",
     "load": "run.load",
     "load_image": "media.image",
     "load_transformer": "weights.load",

@@ -63,7 +63,12 @@ def make_parser(
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_options(parser, "--model", help="by default tiny-i2v with --image, else tiny-t2v")
     parser.add_argument("--image", metavar="PATH|URL", help="first frame: a path or an http(s) URL")
+    parser.add_argument("--last-image", metavar="PATH|URL", help="last frame, for models that were trained for it")
     parser.add_argument("--video", metavar="PATH", help="a video to start from")
+    parser.add_argument("--mask", metavar="PATH", help="of --video: a picture or video, white where it is made anew")
+    parser.add_argument("--control-video", metavar="PATH", help="for Fun-Control models: poses, edges or depths")
+    parser.add_argument("--video-start", type=float, metavar="SECONDS", help="the time of its first frame that is used")
+    parser.add_argument("--video-fps", type=float, metavar="X", help="frames a second that are used; all if not given")
     parser.add_argument("--negative-prompt", type=_as_text, default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument(
         "--defaults",
@@ -133,6 +138,8 @@ def _add_replay(commands: Any) -> None:
     again.add_argument("--local-files-only", action="store_true", help="do not use the network")
     again.add_argument("--image", metavar="PATH|URL", help="the image, if the video does not hold it")
     again.add_argument("--video", metavar="PATH", help="the video that it was started from")
+    for name in ("last_image", "mask", "control_video"):
+        again.add_argument(_flag(name), metavar="PATH", help="the one that it was made with")
     again.add_argument("--noise", metavar="SAFETENSORS", help="the noise that it was made of")
     again.add_argument("--lora", action="append", metavar="PATH", help="where an adapter is, in the record's order")
     for name in ("device", "dtype", "ops"):

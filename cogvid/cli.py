@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from cogvid.weights.placement import Placement
 
 USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
+_PICTURES = ("image", "last_image", "video", "mask", "control_video")
 MACHINE_ERRNOS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
     errno.EPIPE, errno.EBADF,
@@ -109,14 +110,14 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     from cogvid.run import resume
-    from cogvid.run.generate import DEFAULT_MODELS, run
+    from cogvid.run.generate import default_model, run
     from cogvid.run.load import load_checkpoint
     from cogvid.run.plan import out_of_memory, refuse_hopeless, survey
     from cogvid.run.stages import stage
     from cogvid.weights.checkpoint import read_checkpoint
 
-    task = settings.task_of(arguments.image, arguments.video)
-    source = arguments.model or DEFAULT_MODELS[task]
+    task = _task(arguments)
+    source = arguments.model or default_model(task)
     origin = {"defaults": arguments.defaults, "hash_weights": arguments.hash_weights, **_origin(arguments)}
     subject = survey(source, fetch=True, **origin)
     job = _job(arguments, subject.model, saved)
@@ -136,7 +137,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
         checkpoint = read_checkpoint(source, **origin)
         job = _job(arguments, checkpoint.model, saved) if checkpoint.model != subject.model else job
     if arguments.record_paths and checkpoint.source_kind == "directory":
-        job = dataclasses.replace(job, origin={"source": str(checkpoint.directory)})
+        job = dataclasses.replace(job, origin={**job.origin, "source": str(checkpoint.directory)})
     if arguments.enhance is not None or arguments.enhanced is not None:
         job = _enhanced(arguments, job, saved)
     if saved is not None:
@@ -172,7 +173,7 @@ def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | No
     from cogvid.run.generate import prepare
     from cogvid.run.side_files import SideFiles
 
-    names = ("image", "video", "negative_prompt", "seed", "fps", *settings.OPTIONS)
+    names = (*_PICTURES, "video_start", "video_fps", "negative_prompt", "seed", "fps", *settings.OPTIONS)
     given = {name: getattr(arguments, name) for name in names}
     side = {name: getattr(arguments, name) for name in ("sidecar", "save_trajectory", "save_noise", "noise", "capture")}
     files = SideFiles(embed=not arguments.no_embed, **side)
@@ -199,21 +200,19 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def _planned(arguments: argparse.Namespace) -> Plan:
-    from cogvid.media.video import VideoWriter, count_frames
-    from cogvid.run.generate import DEFAULT_MODELS
-    from cogvid.run.inputs import frames_to_use
+    from cogvid.media.video import VideoWriter
+    from cogvid.run.generate import default_model
+    from cogvid.run.given import count_given
     from cogvid.run.plan import survey
 
-    task = settings.task_of(arguments.image, arguments.video)
-    source = arguments.model or DEFAULT_MODELS[task]
+    source = arguments.model or default_model(_task(arguments))
     subject = survey(source, defaults=arguments.defaults, **_origin(arguments))
-    changed = {}
-    if arguments.video is not None:
-        changed["num_frames"] = frames_to_use(range(count_frames(arguments.video)), arguments.num_frames)
+    chosen = {"start": arguments.video_start, "fps": arguments.video_fps}
+    num_frames = count_given({name: getattr(arguments, name) for name in _PICTURES}, chosen, arguments.num_frames)
     with warnings.catch_warnings(record=True) as caught:
         placement = _placement(arguments, subject.model)
     notes = tuple(str(warning.message) for warning in caught)
-    found = _plan(arguments, subject, placement, notes=notes, **changed)
+    found = _plan(arguments, subject, placement, notes=notes, num_frames=num_frames)
     if arguments.output is not None:
         VideoWriter(arguments.output, found.settings.height, found.settings.width, found.fps)
     return found
@@ -228,10 +227,14 @@ def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement,
     if arguments.seed is not None:
         settings.check_seed(arguments.seed, 1)
     options = {name: getattr(arguments, name) for name in ("fps", *settings.OPTIONS)}
-    task = settings.task_of(arguments.image, arguments.video)
+    task = _task(arguments)
     machine = look_at(placement.device)
     ops = placement.ops_name
     return make_plan(subject, task=task, machine=machine, dtype=placement.dtype, ops=ops, **{**options, **changed})
+
+
+def _task(arguments: argparse.Namespace) -> str:
+    return settings.task_of(**{name: getattr(arguments, name) for name in _PICTURES})
 
 
 def _placement(arguments: argparse.Namespace, model: ModelConfig) -> Placement:
@@ -248,7 +251,7 @@ def replay(arguments: argparse.Namespace) -> None:
     versions.check()
     from cogvid.run import replay
 
-    names = ("model", "image", "video", "noise", "lora", "device", "dtype", "ops", "local_files_only")
+    names = ("model", *_PICTURES, "noise", "lora", "device", "dtype", "ops", "local_files_only")
     options = {name: getattr(arguments, name) for name in names}
     replay.replay(arguments.path, arguments.output, say=lambda line: _say(line, sys.stderr), **options)
     _say(arguments.output, sys.stdout)

@@ -28,10 +28,19 @@ HEAD_DIM_SPLIT = (4, 6, 6)  # sixteenths of head_dim for time, height and width 
 LEARNED_POSITIONS = ("sincos", "slice")  # what 5B-I2V may add at another frame count; see `Transformer.forward`
 PREVIOUS_TIMESTEPS = ("diffusers", "next")  # where a step ends; see `schedule.make_schedule`
 UPSTREAMS = ("diffusers", "sat")  # the two codes that run these models; sat is the authors' own
-TASKS: dict[str, tuple[str, ...]] = {  # what each task conditions the model on, beside the text
+TASKS: dict[str, tuple[str, ...]] = {  # what each task is given beside the text
     "text-to-video": (),
     "image-to-video": ("image",),
-    "video-to-video": (),
+    "first-and-last-frame": ("image", "last_image"),
+    "video-to-video": ("video",),
+    "inpainting": ("video", "mask"),
+    "control-to-video": ("control_video",),
+}
+_TASKS_OF = {  # by what a model takes on its channels, the names of its conditions
+    (): ("text-to-video", "video-to-video"),
+    ("image",): ("image-to-video", "first-and-last-frame"),
+    ("mask",): ("text-to-video", "image-to-video", "first-and-last-frame", "video-to-video", "inpainting"),
+    ("control_video",): ("control-to-video",),
 }
 
 
@@ -219,7 +228,8 @@ SCHEDULER_DEFAULTS = {
 class Condition:
     """An input beside noise and text. Its latents take channels of their own.
 
-    name: of the call's argument. channels: how many latent channels it takes.
+    name: of the call's argument that it is made of; of its function in `conditioning.CONDITION_ENCODERS`.
+    channels: how many latent channels it takes.
     """
 
     name: str
@@ -237,6 +247,7 @@ class ModelConfig:
     frame_multiple: the authors' frame counts are `frame_multiple * n + 1`; others that decode exactly run too.
     dynamic_guidance: with dpm, vary the guidance by default. With ddim it varies only if the call asks for it.
     max_sequence_length: text tokens; None is the transformer's `max_text_seq_length`.
+    noise_aug_strength: of the noise that is added to the pixels that a mask keeps.
     recommended: the same model with its authors' defaults; None if this one has them.
     resize: how images are fitted. follows: of `UPSTREAMS`, whose choice is the default where the two differ.
     """
@@ -259,6 +270,7 @@ class ModelConfig:
     sampler: str = "dpm"
     dynamic_guidance: bool = True
     max_sequence_length: int | None = None
+    noise_aug_strength: float = 0.0
     recommended: ModelConfig | None = None
     resize: str = "stretch"
     follows: str = "diffusers"
@@ -271,8 +283,7 @@ class ModelConfig:
     @property
     def tasks(self) -> list[str]:
         """The tasks that this model can do."""
-        names = tuple(condition.name for condition in self.conditions)
-        return [task for task, needed in TASKS.items() if needed == names]
+        return list(_TASKS_OF.get(tuple(condition.name for condition in self.conditions), ()))
 
     def padding(self, num_frames: int) -> int:
         """Return how many latent frames are put in front to fill the temporal patches of 1.5. They are not decoded."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+import cogvid
 from cogvid.config import ScheduleConfig, TransformerConfig, VAEConfig
 from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
@@ -61,6 +64,21 @@ def write_checkpoint(directory: Path, transformer: TransformerConfig = TRANSFORM
             "vae": ["diffusers", "AutoencoderKLCogVideoX"],
         },
     )
+    return directory
+
+
+def write_variant(directory: Path, pack: str, class_name: str | None = None, extra: int = 0) -> Path:
+    """Write a shipped pack as a checkpoint of another kind. extra: random input channels of its transformer."""
+    shutil.copytree(cogvid.load(pack, device="cpu").checkpoint.directory, directory)
+    if class_name is not None:
+        edit_json(directory / "model_index.json", _class_name=class_name)
+    path = directory / "transformer" / WEIGHTS
+    state = load_file(path)
+    weight = state["patch_embed.proj.weight"]
+    more = torch.randn(weight.shape[0], extra, *weight.shape[2:], generator=torch.Generator().manual_seed(0))
+    state["patch_embed.proj.weight"] = torch.cat([weight, 0.05 * more.to(weight)], dim=1).contiguous()
+    save_file(state, path, metadata={"format": "pt"})
+    edit_json(directory / "transformer" / "config.json", in_channels=weight.shape[1] + extra)
     return directory
 
 

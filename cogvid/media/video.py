@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cogvid import versions
 from cogvid.media.download import shown
+from cogvid.media.frame_times import Extent, check_selection, count_from, measure, select, upright
 from cogvid.media.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -188,42 +189,71 @@ def export_to_video(
     return os.fspath(path)
 
 
-def count_frames(path: str | os.PathLike[str]) -> int:
-    """Return how many frames a video file says it holds, without decoding: by its index, or else by its packets.
+def count_frames(path: str | os.PathLike[str], *, start: float | None = None, fps: float | None = None) -> int:
+    """Return how many frames `read_video` would read, without decoding: by the file's index, or else by its packets.
 
-    Errors as for `read_video`; the count ends at one more than `MAX_FRAMES`.
+    Errors as for `read_video`. Without `start` and `fps` the count ends at one more than `MAX_FRAMES`.
     """
+    return _measured(path, start, fps)[0]
+
+
+def _measured(path: str | os.PathLike[str], start: float | None, fps: float | None) -> tuple[int, Extent | None]:
+    """Return how many frames are wanted; and, if they are chosen by their times, what these are."""
     name = shown(os.fspath(path))
+    begin, rate = check_selection(start, fps)
     with _opened(path) as container:
         stream = _pictures(container, name)
-        packets = (packet for packet in container.demux(stream) if packet.size)
-        return stream.frames or sum(1 for _ in itertools.islice(packets, MAX_FRAMES + 1))
+        packets = container.demux(stream)
+        if not begin and rate is None:
+            count = stream.frames or sum(1 for _ in itertools.islice((p for p in packets if p.size), MAX_FRAMES + 1))
+            return count, None
+        extent = measure(stream, packets, begin, rate, name)
+    if rate is not None:
+        return extent.wanted, extent
+    with _opened(path) as container:
+        return count_from(container.demux(_pictures(container, name)), extent, begin, name), extent
 
 
-def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
-    """Decode a video file and turn it upright. Colours without a tag are read as BT.601, as FFmpeg does.
+def read_video(
+    path: str | os.PathLike[str],
+    max_frames: int | None = None,
+    *,
+    start: float | None = None,
+    fps: float | None = None,
+    num_frames: int | None = None,
+) -> tuple[Tensor, float]:
+    """Decode a video file, upright and with square pixels, as players show it.
 
     The file must be one of `FORMATS`. Frames have at most `MAX_PIXELS`, and those that are wanted are at most
-    `MAX_FRAMES` and take at most `MAX_BYTES`, which is checked before they are decoded.
+    `MAX_FRAMES` and take at most `MAX_BYTES`, which is checked before they are decoded. Colours without a tag are read
+    as BT.601, as FFmpeg does.
 
     Args:
         max_frames: frames after these are not decoded; at least 1.
+        start: seconds from the first frame; the first that is read is the one shown then. None is 0.
+        fps: frames per second that are read: at each time the frame that is shown then, so some are left out or read
+            twice. Right for a variable frame rate too. None is all frames, whatever their times.
+        num_frames: read exactly so many, in place of `max_frames`.
     Returns:
-        `[F, H, W, 3]` uint8 RGB on the CPU, and the mean frames per second.
+        `[F, H, W, 3]` uint8 RGB on the CPU, and their frames per second: `fps`, or the file's mean.
     Raises:
-        ValueError: the file is not a complete video within these limits; `max_frames` is below 1.
+        ValueError: the file is not a complete video within these limits, or has fewer frames than `num_frames`;
+            `max_frames` or `num_frames` is below 1.
     """
     name = shown(os.fspath(path))
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames: got {max_frames}, want at least 1")
-    room, count = count_frames(path), 0
+    for argument, value in (("max_frames", max_frames), ("num_frames", num_frames)):
+        if value is not None and value < 1:
+            raise ValueError(f"{argument}: got {value}, want at least 1")
+    max_frames = num_frames if max_frames is None else max_frames
+    begin, chosen_rate = check_selection(start, fps)
+    (room, extent), count, frames = _measured(path, start, fps), 0, torch.empty(0)
     room = room if max_frames is None else min(room, max_frames)
-    frames = torch.empty(0)
     with _opened(path) as container:
         stream = _pictures(container, name)
-        rate = stream.average_rate or stream.guessed_rate
-        for frame in _decoded(container, stream, name):
-            rgb = _to_rgb(frame)
+        rate = chosen_rate or stream.average_rate or stream.guessed_rate
+        decoded = _decoded(container, stream, name)
+        for frame in decoded if extent is None else select(decoded, extent, begin, chosen_rate, name):
+            rgb = upright(_to_rgb(_square(frame, stream.sample_aspect_ratio, name)), frame, name)
             if count == 0 or count == room:  # the first one, or more than were counted
                 room = room if count < room else min(2 * count + 1, max_frames or 2 * count + 1)
                 _check_size(name, room, *rgb.shape[:2])
@@ -236,11 +266,13 @@ def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> t
             if count == max_frames:
                 break
         else:
-            if count < stream.frames:  # the index lists frames that the data does not hold
+            if extent is None and count < stream.frames:  # the index lists frames that the data does not hold
                 held = f"holds {count} of the {stream.frames} frames that it lists"
                 raise ValueError(f"video: got {name}, which {held}, want a whole video")
     if not count or not rate:
         raise ValueError(f"video: got {name}, which holds no frames, want at least one")
+    if num_frames is not None and count < num_frames:
+        raise ValueError(f"num_frames: got {num_frames} for {name}, which has {count}, want at most {count}")
     return frames[:count], float(rate)
 
 
@@ -383,11 +415,18 @@ def _rgb_to_yuv(frame: VideoFrame) -> VideoFrame:
     )
 
 
+def _square(frame: VideoFrame, pixel_aspect: Fraction | None, name: str) -> VideoFrame:
+    """Widen or narrow a frame whose pixels are not square, as players do; diffusers' `load_video` does not."""
+    width = frame.width if not pixel_aspect else max(1, round(frame.width * pixel_aspect))
+    _check_size(name, 1, frame.height, width)
+    return frame if width == frame.width else frame.reformat(width, frame.height, interpolation=_interpolation())
+
+
 def _to_rgb(frame: VideoFrame) -> np.ndarray:
-    """Convert a decoded frame to upright `[H, W, 3]` uint8."""
+    """Convert a decoded frame to `[H, W, 3]` uint8."""
     matrix = frame.colorspace if frame.colorspace in (_BT709, 7, 9) else _BT601  # 7: SMPTE 240M, 9: BT.2020
     full = frame.color_range == _FULL or frame.format.is_rgb
-    rgb = frame.reformat(
+    return frame.reformat(
         format="rgb24",
         src_colorspace=matrix,
         dst_colorspace=matrix,
@@ -395,7 +434,6 @@ def _to_rgb(frame: VideoFrame) -> np.ndarray:
         dst_color_range=_FULL,
         interpolation=_interpolation(),
     ).to_ndarray()
-    return np.rot90(rgb, frame.rotation // 90)
 
 
 def _interpolation() -> int:

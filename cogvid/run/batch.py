@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from cogvid.media.download import one_line
 from cogvid.options import check_int
-from cogvid.run.generate import DEFAULT_MODELS, Job, prepare
+from cogvid.run.generate import Job, default_model, prepare
+from cogvid.run.given import IMAGES, VIDEOS
 from cogvid.run.jobs import LOADING, BatchJob
 from cogvid.run.load import load
 from cogvid.run.manifest import Manifest
@@ -129,13 +130,16 @@ class _Run:
 
 
 def _loading(job: BatchJob) -> dict[str, Any]:
-    task = task_of(job.values.get("image"), None if job.values.get("image") else job.values.get("video"))
-    return {"model": DEFAULT_MODELS[task], **job.loading}
+    if "model" in job.loading:
+        return job.loading
+    task = task_of(**{name: job.values.get(name) for name in (*IMAGES, *VIDEOS)})
+    return {"model": default_model(task), **job.loading}
 
 
 def _go_together(first: BatchJob, other: BatchJob) -> bool:
     # A step cache may decide for a whole batch what is skipped.
-    return first.shape == other.shape and not (first.values.get("video") or first.values.get("step_cache"))
+    alone = ("last_image", "step_cache", *VIDEOS)
+    return first.shape == other.shape and not any(first.values.get(name) for name in alone)
 
 
 def _prepare(pipe: Pipeline, job: BatchJob, manifest: Manifest) -> Job:

@@ -13,22 +13,35 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cogvid.config import ModelConfig
-from cogvid.media.image import load_image, resize_image
+from cogvid.media.image import resize_image
 from cogvid.media.tokenizer import check_text
-from cogvid.media.video import VideoWriter, count_frames, read_video
+from cogvid.media.video import VideoWriter
 from cogvid.run.capture import capture_attention, captured_steps
-from cogvid.run.inputs import frames_to_use
+from cogvid.run.conditioning import draws_before_noise
+from cogvid.run.given import VIDEOS, count_given, read_given
 from cogvid.run.noise import Noise, load_noise, noise_hash
 from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.record import embedded
 from cogvid.run.saved_run import SavedRun
-from cogvid.run.settings import Settings, check_seed, resolve_settings, task_of
+from cogvid.run.settings import Settings, check_seed, models_for, resolve_settings, task_of
 from cogvid.run.side_files import NO_FILES, SideFiles, Watched, write_sidecar
 from cogvid.run.signals import stop_if_asked
 from cogvid.run.stages import Stage, listen, stage
 
 DEFAULT_MODELS = {"text-to-video": "tiny-t2v", "image-to-video": "tiny-i2v", "video-to-video": "tiny-t2v"}
+Video = str | os.PathLike[str] | Tensor
+
+
+def default_model(task: str) -> str:
+    """Return the shipped pack for a task.
+
+    Raises:
+        ValueError: there is none; the message names models.
+    """
+    if task not in DEFAULT_MODELS:
+        raise ValueError(f"model: got none for {task}, want one such as {', '.join(models_for(task))}")
+    return DEFAULT_MODELS[task]
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,8 @@ class Job:
     """One video file to make. `prepare` checks it.
 
     inputs: arguments of `Pipeline.__call__`. settings: the options, resolved. fps: of the file. noise: what it draws,
-    if not from the seed. files: what else to write. origin: what the record says of where the weights are from, in
-    place of what the pipeline knows of it. enhanced: what the prompt was made of, see `enhance_job`: the
+    if not from the seed. files: what else to write. origin: what the record says of where the video and the weights
+    are from, in place of what the pipeline knows of it. enhanced: what the prompt was made of, see `enhance_job`: the
     short `prompt`, the `llm` and its `host`. The record has it, and it decides nothing more.
     """
 
@@ -57,18 +70,25 @@ def prepare(
     output: str | os.PathLike[str],
     *,
     image: Any = None,
-    video: str | os.PathLike[str] | Tensor | None = None,
+    last_image: Any = None,
+    video: Video | None = None,
+    mask: Video | None = None,
+    control_video: Video | None = None,
+    video_start: float | None = None,
+    video_fps: float | None = None,
     negative_prompt: str = "",
     seed: int | None = None,
     fps: float | None = None,
     files: SideFiles = NO_FILES,
     **options: Any,
 ) -> Job:
-    """Check everything that can be checked without the weights, and read the image or the video.
+    """Check everything that can be checked without the weights, and read the pictures and videos.
 
     Args:
-        output: `.mp4` file to write. image: what `load_image` takes. video: a video to start from, its path or its
-            frames `[F, H, W, 3]` uint8.
+        output: `.mp4` file to write. image, last_image: what `load_image` takes.
+        video, mask, control_video: a path, or frames `[F, H, W, 3]` uint8; a mask may be a picture too.
+        video_start, video_fps: which frames of these paths are taken, as `start` and `fps` of `read_video`; frames
+            that are given were chosen before.
         fps: frames per second of the file; None is the model's.
         files: what to write beside the video.
         options: the fields of `Settings`.
@@ -76,17 +96,14 @@ def prepare(
     Raises:
         ValueError, OSError: an input or an option that cannot be used, or an output that cannot be written.
     """
-    task, frames = task_of(image, video), None
+    given = {"image": image, "last_image": last_image, "video": video, "mask": mask, "control_video": control_video}
+    task, chosen = task_of(**given), {"start": video_start, "fps": video_fps}
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         check_text(name, text)
-    if video is not None:
-        # Counted and checked first, then only the frames that are used are decoded.
-        count = range(len(video) if isinstance(video, Tensor) else count_frames(video))
-        options["num_frames"] = frames_to_use(count, options.get("num_frames"))
+    # Counted and checked first, then only the frames that are used are decoded.
+    options["num_frames"] = count_given(given, chosen, options.get("num_frames"))
     settings = resolve_settings(model, task=task, **options)
-    if video is not None:
-        frames = video if isinstance(video, Tensor) else read_video(video, settings.num_frames)[0]
-        frames_to_use(frames, settings.num_frames)  # there may be fewer than were counted
+    given = read_given(given, chosen, settings.num_frames)
     if seed is not None:
         check_seed(seed, 1)
         if files.noise is not None:
@@ -97,15 +114,10 @@ def prepare(
     VideoWriter(output, settings.height, settings.width, fps)
     _try_writing(output)
     files.check(output)
-    inputs = {
-        "prompt": prompt,
-        "image": None if image is None else load_image(image),
-        "video": frames,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-        **options,
-    }
-    return Job(output, inputs, settings, fps, noise, files)
+    inputs = {"prompt": prompt, **given, "negative_prompt": negative_prompt, "seed": seed, **options}
+    has_video = any(given[name] is not None for name in VIDEOS)
+    origin = {f"video_{name}": value for name, value in chosen.items()} if has_video else {}
+    return Job(output, inputs, settings, fps, noise, files, origin)
 
 
 def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
@@ -114,7 +126,8 @@ def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
     with contextlib.ExitStack() as stack:
         if job.files.sidecar is not None:
             stack.enter_context(listen(stages.append))
-        with Watched(job.files, job.settings.task, job.noise) as watched, _capturing(pipe, job):
+        draws = draws_before_noise(pipe.model.conditions, job.settings)
+        with Watched(job.files, draws, job.noise) as watched, _capturing(pipe, job):
             out = pipe(**job.inputs, output_type="stream", callback_on_step_end=watched.callback, saved_run=saved_run)
         provenance = {**out.provenance, "given": []}  # the callback only looks
         watched.save(record_of(job, provenance))

@@ -15,7 +15,10 @@ from cogvid.run.settings import OPTIONS
 from cogvid.weights.load_options import LOAD_OPTIONS
 
 # What a job may name beside the options of a run: its inputs, and what decides how its model is loaded.
-INPUTS = {"prompt": str, "negative_prompt": str, "image": str, "video": str, "seed": int, "fps": int}
+INPUTS = {
+    "prompt": str, "negative_prompt": str, "image": str, "last_image": str, "video": str, "mask": str,
+    "control_video": str, "video_start": float, "video_fps": float, "seed": int, "fps": int,
+}  # fmt: skip
 LOADING = {
     "model": str, "revision": str, "variant": str, "local_files_only": bool, "defaults": str,
     **{name: option.metadata["kind"] for name, option in LOAD_OPTIONS.items()},

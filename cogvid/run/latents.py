@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from cogvid.media.image import prepare_video
 from cogvid.models.vae import VAE
-from cogvid.run.conditioning import posterior_samples
+from cogvid.run.conditioning import padded, posterior_samples
 from cogvid.run.inputs import Inputs
 from cogvid.run.settings import Settings
 from cogvid.run.stages import stage
@@ -20,19 +20,37 @@ from cogvid.weights.placement import Placement
 
 
 @stage("video")
-def noised_video(
-    vae: VAE, video: Any, settings: Settings, inputs: Inputs, schedule: Schedule, padding: int, placement: Placement
+def encoded_video(
+    vae: VAE, videos: list[Any], settings: Settings, inputs: Inputs, padding: int, placement: Placement
 ) -> Tensor:
-    """Encode a video and take it to the first timestep of the schedule: `[B, C, padding + T, h, w]`.
-
-    video: what `prepare_video` takes, `settings.num_frames` frames or more. padding: latent frames repeated in front.
-    A single generator draws one posterior sample for all videos, as in diffusers; a list draws one for each video.
-    """
-    pixels = prepare_video(video[: settings.num_frames], settings.height, settings.width, settings.resize)
-    draws = 1 if isinstance(inputs.generator, Generator) else inputs.batch
+    """Encode videos to scaled latents `[B, C, padding + T, h, w]`; arguments and draws as for `noised_video`."""
+    if inputs.batch % len(videos):
+        raise ValueError(f"video: got a list of {len(videos)}, want one, or one per prompt")
+    size = settings.height, settings.width, settings.resize
+    pixels = [prepare_video(video[: settings.num_frames], *size) for video in videos]
+    draws = 1 if isinstance(inputs.generator, Generator) and len(videos) == 1 else inputs.batch
     whole = settings.vae_encode == "whole"
-    z = vae.config.scaling_factor * posterior_samples(vae, [pixels], inputs.generator, draws, placement, whole=whole)
-    z = torch.cat([*[z[:, :, :1]] * padding, z], dim=2).expand(inputs.batch, -1, -1, -1, -1)
+    z = vae.config.scaling_factor * posterior_samples(vae, pixels, inputs.generator, draws, placement, whole=whole)
+    return padded(z, padding + z.shape[2]).expand(inputs.batch, -1, -1, -1, -1)
+
+
+def noised_video(
+    vae: VAE,
+    videos: list[Any],
+    settings: Settings,
+    inputs: Inputs,
+    schedule: Schedule,
+    padding: int,
+    placement: Placement,
+) -> Tensor:
+    """Encode videos and take them to the first timestep of the schedule: `[B, C, padding + T, h, w]`.
+
+    videos: each what `prepare_video` takes, with `settings.num_frames` frames or more; their number divides that of
+    the videos that are made. padding: latent frames repeated in front.
+    Of one video, a single generator draws one posterior sample for all, as in diffusers. Of several, or with a list of
+    generators, one is drawn for each video that is made.
+    """
+    z = encoded_video(vae, videos, settings, inputs, padding, placement)
     b, c, t, h, w = z.shape
     noise = initial_latents((b, t, c, h, w), inputs.generator, z.device, z.dtype)
     return add_noise(z, noise, schedule.timesteps[0], schedule)

@@ -2,7 +2,9 @@
 
 A file is safetensors with one tensor per draw, `[B, T, C, h, w]` in the dtype in which it was drawn:
 
+    pixels           of Fun-InP: the noise that is added to the known pixels, `[B, F, 3, H, W]`
     posterior        of image-to-video and video-to-video: the draw that samples the encoded image or video
+    posterior.1      the same of a last image
     initial          the noise that the run starts from
     step.0003.0      the first draw of the sampler in step 3, from 0; .1 is the second. "ddim" draws none; "dpm" draws
                      once in the first and the last step and twice in the others, where it drops the first draw
@@ -18,6 +20,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +36,22 @@ from cogvid.weights.files import DTYPES, write_whole
 
 Noise = dict[str, Tensor]
 _STEP = re.compile(r"step\.\d{4}\.\d")
+_BEFORE = ("pixels", "posterior", "posterior.1")
 
 
 class RecordedNoise(TorchFunctionMode):
     """Keep all noise that is drawn in a `with` block, for a run of one video. `draws` has it, by name.
 
-    has_posterior: whether an image or a video is encoded. `step` is counted up by whoever runs the sampler.
+    has_posterior: whether an image or a video is encoded, or the names of all draws before the initial noise. `step`
+    is counted up by whoever runs the sampler.
     """
 
-    def __init__(self, has_posterior: bool) -> None:
+    def __init__(self, has_posterior: bool | Sequence[str]) -> None:
         super().__init__()
         self.step = 0
         self.draws: Noise = {}
-        self._names = ["posterior", "initial"] if has_posterior else ["initial"]
+        before = ["posterior"] * has_posterior if isinstance(has_posterior, bool) else has_posterior
+        self._names = [*before, "initial"]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func(*args, **(kwargs or {}))
@@ -123,7 +129,7 @@ def load_noise(path: str | os.PathLike[str]) -> Noise:
     except SafetensorError as error:
         raise ValueError(f"noise: got {name}, which is no safetensors file ({error}), {wanted}") from error
     for each, draw in noise.items():
-        if each not in ("posterior", "initial") and not _STEP.fullmatch(each):
+        if each not in (*_BEFORE, "initial") and not _STEP.fullmatch(each):
             raise ValueError(f"noise: got {name} with a tensor {each[:40]!r}, {wanted}")
         if draw.ndim != 5 or draw.dtype not in DTYPES.values():
             raise ValueError(
@@ -136,7 +142,7 @@ def load_noise(path: str | os.PathLike[str]) -> Noise:
 
 def in_order(noise: Noise) -> list[str]:
     """Return the names of the draws in the order in which they are drawn."""
-    return sorted(noise, key=lambda name: (name.startswith("step."), name != "posterior", name))
+    return sorted(noise, key=lambda name: (name.startswith("step."), name not in _BEFORE, name))
 
 
 def noise_hash(noise: Noise) -> str:
@@ -150,5 +156,5 @@ def noise_hash(noise: Noise) -> str:
 
 
 def _swapped(draw: Tensor, name: str) -> Tensor:
-    """Swap channels and frames of the posterior, which is drawn as `[B, C, T, h, w]`."""
-    return rearrange(draw, "b c t h w -> b t c h w") if name == "posterior" else draw
+    """Swap channels and frames of what is drawn as `[B, C, T, h, w]`."""
+    return rearrange(draw, "b c t h w -> b t c h w") if name in _BEFORE else draw

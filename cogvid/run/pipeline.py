@@ -25,8 +25,9 @@ from cogvid.models.transformer import Transformer
 from cogvid.models.vae import VAE
 from cogvid.ops import Branch, Ops, StepCache
 from cogvid.options import check_choice, takes_options
-from cogvid.run.conditioning import encode_conditions, resized
-from cogvid.run.inputs import check_inputs, frames_to_use
+from cogvid.run.conditioning import encode_conditions, encode_prompts
+from cogvid.run.given import as_lists, frames_of, resized
+from cogvid.run.inputs import check_inputs
 from cogvid.run.latents import initial_latents, noised_video
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
@@ -94,7 +95,10 @@ class Pipeline(TakesLoras):
         prompt: str | Sequence[str] | None = None,
         *,
         image: Any = None,
+        last_image: Any = None,
         video: Any = None,
+        mask: Any = None,
+        control_video: Any = None,
         negative_prompt: str | Sequence[str] = "",
         num_videos_per_prompt: int = 1,
         seed: int | None = None,
@@ -113,7 +117,9 @@ class Pipeline(TakesLoras):
         Args:
             prompt: one or several; each gives `num_videos_per_prompt` videos, next to each other in the batch.
             image: the first frame, anything that `load_image` takes, or a list with one per prompt.
-            video: PIL images or uint8 `[F, H, W, 3]`, shared by all prompts; the first `num_frames` frames are used.
+            last_image: the last frame, as `image`, for models that were trained for it.
+            video: PIL images or uint8 `[F, H, W, 3]`, or a list with one per prompt; `num_frames` frames are used.
+            mask: of `video`, a picture or a video: white is made anew, for Fun-InP. control_video: for Fun-Control.
             negative_prompt: what to avoid, for all prompts or one for each; unused without guidance.
             seed: of the first video; video k has seed + k. Each video has its own CPU generator, so the same seed gives
                 the same video in any batch, up to rounding. Drawn if neither it nor `generator` is given.
@@ -129,9 +135,10 @@ class Pipeline(TakesLoras):
             options: the fields of `Settings`.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        if video is not None:
-            options["num_frames"] = frames_to_use(video, options.get("num_frames"))
-        settings = resolve_settings(self.model, task=task_of(image, video), **options)
+        arguments = {"image": image, "last_image": last_image, "video": video}
+        pictures = as_lists({**arguments, "mask": mask, "control_video": control_video})
+        options["num_frames"] = frames_of(pictures, options.get("num_frames"))
+        settings = resolve_settings(self.model, task=task_of(**pictures), **options)
         if reasons := outside_training(self.model, settings.height, settings.width, settings.num_frames):
             warnings.warn(f"{self.model.name} was not trained for {' and '.join(reasons)}", stacklevel=3)
         inputs = check_inputs(
@@ -144,17 +151,14 @@ class Pipeline(TakesLoras):
             generator,
         )
         schedule = schedule_of(self.model, settings)
-
-        image, video = resized(image, video, settings)
+        pictures = resized(pictures, settings)
 
         # The posterior of the image or video is drawn before the noise, as in diffusers: the order changes the video.
         frames, height, width = self.model.latent_size(settings.height, settings.width, settings.num_frames)
-        conditioning = encode_conditions(
-            self.vae, self.model, {"image": image}, settings, inputs, frames, self.placement
-        )
+        conditioning = encode_conditions(self.vae, self.model, pictures, settings, inputs, frames, self.placement)
         padding = self.model.padding(settings.num_frames)
-        if video is not None and latents is None:
-            x = noised_video(self.vae, video, settings, inputs, schedule, padding, self.placement)
+        if settings.starts_from_video and latents is None:
+            x = noised_video(self.vae, pictures["video"], settings, inputs, schedule, padding, self.placement)
         else:
             shape = (inputs.batch, frames, self.model.transformer.out_channels, height, width)
             x = initial_latents(shape, inputs.generator, self.device, self.dtype, latents)
@@ -168,8 +172,7 @@ class Pipeline(TakesLoras):
             self.placement,
             settings,
             schedule,
-            image=image,
-            video=video,
+            pictures=pictures,
             given=[name for name, value in given.items() if value is not None],
             **inputs.record(),
         )
@@ -186,23 +189,6 @@ class Pipeline(TakesLoras):
         del cache, run  # what a step cache keeps may be large
         decoded = decode_output(self.vae, x, padding, output_type)
         return Output(decoded, seed=record["seed"], fps=self.model.fps, provenance=record, skipped_steps=skipped)
-
-
-@stage("text")
-def encode_prompts(
-    encoder: TextEncoder, prompts: list[str] | Tensor, negative: list[str] | Tensor | None, max_length: int
-) -> Tensor:
-    """Encode prompts, or take their embeddings as they are; the negative ones come first.
-
-    prompts, negative: strings, or embeddings `[B, L, E]`; negative is None without guidance.
-    max_length: tokens that strings are padded or cut to; given embeddings keep their length.
-    Returns `[B, L, E]`, or `[2B, L, E]` with negative ones.
-    """
-    cond = prompts if isinstance(prompts, Tensor) else encoder(prompts, max_length)
-    if negative is None:
-        return cond
-    uncond = negative if isinstance(negative, Tensor) else encoder(negative, cond.shape[1])
-    return torch.cat([uncond.to(cond), cond])
 
 
 @stage("denoise")

@@ -230,7 +230,7 @@ def count_flops(
     kernels = _kernels("cpu", "float32", "torch")  # it does not change what is computed
     one, both = (costs.transformer_flops(model.transformer, rows, length, size) for rows in (1, 2))
     latents = size[0] - model.padding(settings.num_frames), *size[1:]
-    encoded = _encoded_frames(settings)
+    encoded = _encoded_frames(model, settings)
     pixels = encoded, settings.height, settings.width
     found = {
         "text": costs.t5_flops(subject.t5, 2 if settings.guided else 1, length),
@@ -253,7 +253,7 @@ def estimate_memory(
     model, itemsize, kernels = subject.model, DTYPES[dtype].itemsize, _kernels(device, dtype, ops)
     size = model.latent_size(settings.height, settings.width, settings.num_frames)
     latents = size[0] - model.padding(settings.num_frames), *size[1:]
-    encoded = _encoded_frames(settings)
+    encoded = _encoded_frames(model, settings)
     pixels = encoded, settings.height, settings.width
     on_cpu = device == "cpu"
     kept = {part: counts.get(dtype, 0) * itemsize if on_cpu else 0 for part, counts in subject.weights.items()}
@@ -386,9 +386,12 @@ def _kernels(device: str, dtype: str, ops: str) -> Kernels:
     return Kernels(CONV_ELEMENTS["cpu"], fused_norms=False, fused_gelu=onednn, unfold_below=unfold)
 
 
-def _encoded_frames(settings: Settings) -> int:
-    """Return how many frames the VAE encodes before the run: none, an image, or the video."""
-    return {"text-to-video": 0, "image-to-video": 1, "video-to-video": settings.num_frames}[settings.task]
+def _encoded_frames(model: ModelConfig, settings: Settings) -> int:
+    """Return how many frames the VAE encodes before the run: none, an image, or a video, which counts once."""
+    takes_video = any(condition.name != "image" for condition in model.conditions) and settings.task != "text-to-video"
+    if settings.starts_from_video or takes_video:
+        return settings.num_frames
+    return 0 if settings.task == "text-to-video" else 1
 
 
 def _stored(checkpoint: Checkpoint) -> tuple[TextConfig, dict[str, dict[str, int]]]:

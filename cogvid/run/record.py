@@ -10,7 +10,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import cogvid
 from cogvid.media.download import shown
 from cogvid.media.image import load_image
 from cogvid.media.video import read_covers, read_metadata
+from cogvid.run.given import IMAGES, VIDEOS
 from cogvid.run.machine import cpu_name
 from cogvid.run.settings import Settings
 from cogvid.sampling.schedule import Schedule
@@ -41,20 +42,19 @@ def make_record(
     settings: Settings,
     schedule: Schedule,
     *,
-    image: Sequence[Image] | None,
-    video: np.ndarray | None,
+    pictures: Mapping[str, Sequence[Any]],
     **inputs: Any,
 ) -> dict[str, Any]:
     """Return the record of a run.
 
-    The arguments have the call's names. image, video: as `conditioning.resized` returns them; the record has SHA-256
-    of their pixels, `[H, W, 3]` and `[F, H, W, 3]` uint8 in C order.
+    The arguments have the call's names. pictures: as `given.resized` returns them; the record has SHA-256 of their
+    pixels, `[H, W, 3]` and `[F, H, W, 3]` uint8 in C order: a list for images, and one for a video, or a list if there
+    are several.
     inputs: the rest of what the call was given.
     """
     return {
         **inputs,
-        "image": None if image is None else [pixel_hash(np.asarray(each)) for each in image],
-        "video": None if video is None else pixel_hash(video),
+        **{name: _hashes(name, pictures.get(name)) for name in (*IMAGES, *VIDEOS)},
         "source": checkpoint.directory.name if checkpoint.source_kind == "directory" else checkpoint.source,
         "source_kind": checkpoint.source_kind,
         "revision": checkpoint.revision,
@@ -149,6 +149,11 @@ def embedded(image: Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def _hashes(name: str, pictures: Sequence[Any] | None) -> list[str] | str | None:
+    hashes = [pixel_hash(np.asarray(each)) for each in pictures or ()]
+    return None if pictures is None else hashes[0] if name in VIDEOS and len(hashes) == 1 else hashes
 
 
 def pixel_hash(pixels: np.ndarray) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 
 from cogvid.media.download import shown
 from cogvid.media.video import read_video
-from cogvid.run.conditioning import resized
 from cogvid.run.generate import Job, prepare, run
+from cogvid.run.given import IMAGES, VIDEOS, as_lists, resized
 from cogvid.run.load import load_checkpoint
 from cogvid.run.noise import noise_hash
 from cogvid.run.record import ENVIRONMENT, differences, environment, pixel_hash, read_embedded_images, read_record
@@ -39,7 +39,9 @@ _KINDS = {
     "prompt": (list, NoneType), "negative_prompt": (list, NoneType), "given": list, "weights": dict, "machine": dict,
     "versions": dict, "image": (list, NoneType), "video": (str, NoneType), "noise": (str, NoneType),
     "revision": (str, NoneType), "variant": (str, NoneType), "step_cache": (str, NoneType), "seed": (int, NoneType),
-    "fps": (int, float), "lora": list, "enhanced": (dict, NoneType),
+    "last_image": (list, NoneType), "mask": (str, NoneType), "control_video": (str, NoneType), "fps": (int, float),
+    "video_start": (int, float, NoneType), "video_fps": (int, float, NoneType), "lora": list,
+    "enhanced": (dict, NoneType),
 }  # fmt: skip
 
 
@@ -50,6 +52,9 @@ def replay(
     model: str | None = None,
     image: Any = None,
     video: str | None = None,
+    last_image: Any = None,
+    mask: str | None = None,
+    control_video: str | None = None,
     noise: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -67,8 +72,8 @@ def replay(
         output: `.mp4` file to write.
         model, device, dtype, ops: in place of what the record names.
         lora: where the adapters of the record are, in its order; they must be the same.
-        image, video, noise: the input, where the record has only its hash; it must be the one of the record. Of videos
-            that were sampled together, the image is that of this one.
+        image, last_image, video, mask, control_video, noise: where the record has a hash alone, what has this hash. Of
+            videos that were sampled together, the image is that of this one.
         say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
             the same.
 
@@ -80,7 +85,10 @@ def replay(
     if os.path.realpath(output) == os.path.realpath(path):
         raise ValueError(f"output: got {shown(os.fspath(output))}, which is the video itself, want another file")
     checkpoint = find_checkpoint(record, model, local_files_only)
-    jobs = _jobs(record, checkpoint, read_embedded_images(path), output, image=image, video=video, noise=noise)
+    given = {"last_image": last_image, "video": video, "mask": mask, "control_video": control_video}
+    given = {name: _by_hash(name, record, value) for name, value in given.items()}
+    files = SideFiles(noise=_by_hash("noise", record, noise))
+    jobs = _jobs(record, checkpoint, read_embedded_images(path), output, image=image, given=given, files=files)
     recorded = {name: record[name] for name in LOAD_OPTIONS}
     options = {"device": device, "dtype": dtype, "ops": ops, "lora": find_loras(record["lora"], lora)}
     changed = {name: value for name, value in options.items() if value}
@@ -88,9 +96,7 @@ def replay(
     here = environment(checkpoint, placement)
     for line in differences({name: record[name] for name in ENVIRONMENT}, here):
         say(line)
-    if here["weights"].get("headers") == record["weights"].get("headers"):  # the same weights, wherever they lie
-        origin = {name: record[name] for name in ("source", "source_kind", "revision")}
-        jobs = [dataclasses.replace(job, origin=origin) for job in jobs]
+    jobs = [_with_origin(job, record, here) for job in jobs]
     pipe = load_checkpoint(checkpoint, placement, local_files_only)
     if len(jobs) == 1:
         made = run(pipe, jobs[0]).provenance
@@ -99,6 +105,14 @@ def replay(
         made = sample_together(pipe, jobs)[record["batch_index"]].write()
     say(_outcome(path, output))
     return made
+
+
+def _with_origin(job: Job, record: dict[str, Any], here: dict[str, Any]) -> Job:
+    """Let a job's record name the origin of the weights as the old one does, if they are the same."""
+    if here["weights"].get("headers") != record["weights"].get("headers"):
+        return job
+    origin = {name: record[name] for name in ("source", "source_kind", "revision")}
+    return dataclasses.replace(job, origin={**job.origin, **origin})
 
 
 def check_replayable(record: dict[str, Any], path: str | os.PathLike[str], *, together: bool = False) -> None:
@@ -175,12 +189,12 @@ def _jobs(
     output: str | os.PathLike[str],
     *,
     image: Any,
-    video: str | None,
-    noise: str | None,
+    given: dict[str, Any],
+    files: SideFiles,
 ) -> list[Job]:
     """Return the job of a record, or those of all videos that this one was sampled with, in their order.
 
-    stored: the input images that the video carries, its own one first. image, video, noise: as for `replay`.
+    stored: the input images that the video carries, its own one first. image, given: as for `replay`.
     """
     prompts, own = record["prompt"], record.get("batch_index", 0)
     negatives = record["negative_prompt"] or [""] * len(prompts)
@@ -193,8 +207,7 @@ def _jobs(
         pictures[own] = next((each for each in (image, pictures[own], *stored[:1]) if each is not None), None)
         if any(each is None for each in pictures):
             raise ValueError("image: got a record with the hash of an image alone, want the image (--image)")
-    files = SideFiles(embed=bool(stored), noise=_by_hash("noise", record, noise))
-    video = _by_hash("video", record, video)
+    files = dataclasses.replace(files, embed=bool(stored))
     jobs: list[Job] = []
     for index, picture in enumerate(pictures):
         job = prepare(
@@ -202,7 +215,9 @@ def _jobs(
             prompts[index],
             output,
             image=picture,
-            video=video,
+            **given,
+            video_start=record.get("video_start"),
+            video_fps=record.get("video_fps"),
             negative_prompt=negatives[index],
             seed=seeds[index],
             fps=record["fps"],
@@ -214,21 +229,22 @@ def _jobs(
     return jobs
 
 
-def _by_hash(name: str, record: dict[str, Any], given: str | None) -> str | None:
+def _by_hash(name: str, record: dict[str, Any], given: Any) -> Any:
     """Return what was given, which must be something exactly if the record has its hash."""
-    if given is None and record[name] is not None:
-        raise ValueError(f"{name}: got none for a run that was given one, want the file (--{name})")
-    if given is not None and record[name] is None:
+    recorded = record.get(name)  # records of older versions do not have all names
+    if given is None and recorded is not None:
+        raise ValueError(f"{name}: got none for a run that was given one, want the file (--{name.replace('_', '-')})")
+    if given is not None and recorded is None:
         raise ValueError(f"{name}: got one for a run without, want none")
     return given
 
 
 def _check_hashes(record: dict[str, Any], job: Job, index: int) -> None:
     """Raise unless the inputs are those that the record names for the video with this index."""
-    image, video = resized(job.inputs["image"], job.inputs["video"], job.settings)
-    recorded = record["image"] and record["image"][index]
-    for name, pixels, wanted in (("image", image and image[0], recorded), ("video", video, record["video"])):
-        if pixels is not None and pixel_hash(np.asarray(pixels)) != wanted:
+    given = as_lists({name: job.inputs[name] for name in (*IMAGES, *VIDEOS)})
+    for name, (pixels, *_) in resized(given, job.settings).items():
+        wanted = record[name][index] if name == "image" else record[name]
+        if pixel_hash(np.asarray(pixels)) not in wanted:
             raise ValueError(f"{name}: got other pixels than those of the record, want the {name} that the run had")
     if job.noise is not None and noise_hash(job.noise) != record["noise"]:
         raise ValueError("noise: got other draws than those of the record, want the noise that the run had")

@@ -14,14 +14,14 @@ from torch import Tensor
 from cogvid.media.image import load_image
 from cogvid.media.video import read_video
 from cogvid.run.generate import Job
+from cogvid.run.given import IMAGES, VIDEOS
 from cogvid.run.saved_run import SavedRun
 
 # What says where a run is saved or what is shown of it, and what may be another when it goes on. A URL to enhance the
 # prompt may have secrets; the run goes on with the prompt that it gave.
-NOT_OF_THE_RUN = ("command", "checkpoint", "resume", "every", "image", "video", "verbose", "traceback", "sidecar",
-                  "enhance")  # fmt: skip
+_PICTURES = (*IMAGES, *VIDEOS)
+NOT_OF_THE_RUN = ("command", "checkpoint", "resume", "every", *_PICTURES, "verbose", "traceback", "sidecar", "enhance")
 MAY_CHANGE = ("output", "device", "ops", "local_files_only")
-_PICTURES = ("image", "video")
 
 
 def open_saved_run(checkpoint: str | None, resume: str | None, every: int | None) -> SavedRun | None:
@@ -49,8 +49,8 @@ def open_saved_run(checkpoint: str | None, resume: str | None, every: int | None
 def restore(saved: SavedRun, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that the saved run was begun with. given: those of now, which must be the same.
 
-    Pictures come back as a PIL image and `[F, H, W, 3]` uint8. Without a saved run nothing comes back. A run of which
-    no step is saved begins anew, with a warning.
+    Pictures come back as PIL images, videos as `[F, H, W, 3]` uint8. Without a saved run nothing comes back. A run of
+    which no step is saved begins anew, with a warning.
     """
     if not saved.has_state:
         reason = "where no step is saved, so the run starts from the beginning"
@@ -60,12 +60,13 @@ def restore(saved: SavedRun, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in kept or name in MAY_CHANGE:
             continue
         if name in _PICTURES:
-            if not _same_pictures(name, value, kept[name]):
+            if not _same_pictures(value, kept[name], kept.get("video_start"), kept.get("video_fps")):
                 raise ValueError(f"{name}: got others than those of the run saved in {saved.directory}, want the same")
         elif value != kept[name]:
             raise ValueError(f"{name}: got {value!r}, want {kept[name]!r} as in the run saved in {saved.directory}")
-    if kept.get("image") is not None:
-        kept["image"] = _picture(kept["image"])
+    for name in _PICTURES:
+        if kept.get(name) is not None and kept[name].ndim == 3:
+            kept[name] = _picture(kept[name])
     return {name: value for name, value in kept.items() if name not in given or name not in MAY_CHANGE}
 
 
@@ -81,17 +82,17 @@ def keep(saved: SavedRun, arguments: Mapping[str, Any], job: Job) -> None:
     plain["output"] = os.path.abspath(job.output)
     if job.enhanced is not None:
         plain["enhanced"] = {**job.enhanced, "text": job.inputs["prompt"]}
-    image, video = job.inputs["image"], job.inputs["video"]
-    pixels = None if image is None else torch.from_numpy(np.array(image))
-    saved.save_inputs({**plain, "image": pixels, "video": video})
+    given = {name: job.inputs[name] for name in _PICTURES}
+    pixels = {name: torch.from_numpy(np.array(value)) for name, value in given.items() if value is not None}
+    saved.save_inputs({**plain, **dict.fromkeys(_PICTURES), **pixels})
 
 
-def _same_pictures(name: str, path: str, kept: Tensor | None) -> bool:
+def _same_pictures(path: str, kept: Tensor | None, start: float | None, fps: float | None) -> bool:
     if kept is None:
         return False
-    if name == "image":
+    if kept.ndim == 3:
         return torch.equal(torch.from_numpy(np.array(load_image(path))), kept)
-    return torch.equal(read_video(path, len(kept))[0], kept)
+    return torch.equal(read_video(path, len(kept), start=start, fps=fps)[0], kept)
 
 
 def _picture(pixels: Tensor) -> Any:

@@ -25,6 +25,12 @@ UNCONDITIONAL_TEXTS = ("encode", "zeros")
 VAE_ENCODES = ("chunks", "whole")
 MAX_SIDE, MAX_FRAMES = 2**24, 2**20  # far beyond any memory; larger numbers have no place in a tensor's size
 MAX_SCALE = 1e6
+_INPAINTING = ("alibaba-pai/CogVideoX-Fun-V1.1-2b-InP", "alibaba-pai/CogVideoX-Fun-V1.1-5b-InP")
+_OTHER_MODELS = {  # for what no model of `CONFIGS` was trained for
+    "first-and-last-frame": ("feizhengcong/CogvideoX-Interpolation", *_INPAINTING),
+    "inpainting": _INPAINTING,
+    "control-to-video": tuple(f"alibaba-pai/CogVideoX-Fun-V1.1-5b-{kind}" for kind in ("Control", "Pose")),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,12 @@ class Settings:
         None, str, "sampler: dpm or ddim", model="sampler", choices=names("cogvid.sampling.samplers", "SAMPLERS")
     )
     strength: float = option(
-        0.8, float, "of video-to-video: share of the steps that run; more steps start from more noise", above=0, high=1
+        0.8,
+        float,
+        "of video-to-video and inpainting: share of the steps that run; more steps start from more noise, all of them "
+        "from noise alone",
+        above=0,
+        high=1,
     )
     resize: str = option(
         None,
@@ -90,6 +101,14 @@ class Settings:
         "where a step ends: diffusers (t - 1000 // steps) or next (the next timestep); diffusers if not given",
         choices=PREVIOUS_TIMESTEPS,
         upstream={"diffusers": "diffusers", "sat": "next"},
+    )
+    noise_aug_strength: float = option(
+        None,
+        float,
+        "of Fun-InP: noise added to the pixels that are kept, which gives more motion; 0.0563 for models trained so",
+        model="noise_aug_strength",
+        low=0,
+        high=1,
     )
     learned_positions: str = option(
         None,
@@ -127,6 +146,11 @@ class Settings:
         "pyramid=2; a larger number skips more; in Python also an object, made for this call",
         parse=lambda value: _step_cache(value),
     )
+
+    @property
+    def starts_from_video(self) -> bool:
+        """True when the run starts from a video that is noised, and does the last `strength` of the steps."""
+        return "video" in TASKS[self.task]
 
     @property
     def guided(self) -> bool:
@@ -186,6 +210,9 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
         if (scale := options.get("guidance_scale")) is not None:
             raise ValueError(f"guidance_scale, use_dynamic_cfg: got {scale:g} and a list of scales, want one of them")
         settings = dataclasses.replace(settings, guidance_scale=None)
+    if settings.noise_aug_strength and "inpainting" not in model.tasks:
+        got = settings.noise_aug_strength
+        raise ValueError(f"noise_aug_strength: got {got} with {model.name}, which takes no mask, want 0")
     check_size(model, settings.height, settings.width)
     check_frames(model.vae, settings.num_frames)
     _check_schedule(model, settings)
@@ -193,20 +220,26 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
 
 
 def schedule_of(model: ModelConfig, settings: Settings) -> Schedule:
-    """Return the schedule of a run; of a video's, the part that its strength leaves."""
+    """Return the schedule of a run; of one that starts from a video, the part that its strength leaves."""
     from cogvid.sampling.sat_schedule import make_sat_schedule  # here, because it imports torch
     from cogvid.sampling.schedule import make_schedule
 
     make = make_sat_schedule if settings.zero_snr == "sat" else make_schedule
     schedule = make(model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
-    return schedule.tail(settings.strength) if settings.task == "video-to-video" else schedule
+    return schedule.tail(settings.strength) if settings.starts_from_video else schedule
 
 
-def task_of(image: object | None, video: object | None) -> str:
-    """Return the task that follows from the inputs."""
-    if image is not None and video is not None:
+def task_of(image: object | None = None, video: object | None = None, **others: object | None) -> str:
+    """Return the task that follows from the inputs, which have the names of the call's arguments; None is not given."""
+    inputs = {"image": image, "video": video, **others}
+    names = {name for name, value in inputs.items() if value is not None}
+    for task, wanted in TASKS.items():
+        if names == set(wanted):
+            return task
+    if names == {"image", "video"}:
         raise ValueError("image, video: got both, want one of them or neither")
-    return "image-to-video" if image is not None else "video-to-video" if video is not None else "text-to-video"
+    wanted = "; ".join(" and ".join(each) for each in TASKS.values() if each)
+    raise ValueError(f"{', '.join(sorted(names))}: got this alone or together, want nothing or one of: {wanted}")
 
 
 def outside_training(model: ModelConfig, height: int, width: int, num_frames: int) -> list[str]:
@@ -215,7 +248,7 @@ def outside_training(model: ModelConfig, height: int, width: int, num_frames: in
     reasons = []
     shorter, longer = sorted((height, width))
     # CogVideoX1.5-I2V was trained on all aspect ratios, with one length of the shorter side.
-    any_ratio = bool(model.conditions) and model.transformer.patch_size_t is not None
+    any_ratio = "image-to-video" in model.tasks and model.transformer.patch_size_t is not None
     in_range = shorter == min(model.height, model.width) and longer <= max(model.height, model.width)
     if (height, width) != (model.height, model.width) and not (any_ratio and in_range):
         reasons.append(f"{height}x{width} pixels (recommended: {model.height}x{model.width})")
@@ -231,15 +264,18 @@ def check_task(model: ModelConfig, task: str) -> None:
     """Raise unless the model can do the task, naming those that can."""
     check_choice("task", task, TASKS)
     if task not in model.tasks:
-        takes = " and ".join(f"an {condition.name}" for condition in model.conditions) or "no image"
+        takes = {"image": "an image", "control_video": "a control video"}
+        taken = " and ".join(takes[condition.name] for condition in model.conditions if condition.name in takes)
         raise ValueError(
-            f"model: got {model.name}, which takes {takes} and cannot do {task}, want one of "
+            f"model: got {model.name}, which takes {taken or 'no image'} and cannot do {task}, want one of "
             f"{', '.join(models_for(task))}"
         )
 
 
 def models_for(task: str) -> list[str]:
     """Return what `load` can be given for a task: the hub ids of the official models, and the shipped packs."""
+    if task in _OTHER_MODELS:
+        return list(_OTHER_MODELS[task])
     return [m.repo or m.name for m in CONFIGS.values() if task in m.tasks]
 
 

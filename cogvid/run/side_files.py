@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -72,13 +72,13 @@ def check_new_directory(name: str, path: str | os.PathLike[str]) -> None:
 class Watched:
     """What a run shows while it samples, for the side files. A context manager around the call of a pipeline.
 
-    noise: what the call must draw, if it is given.
+    draws: names of what is drawn before the initial noise. noise: what the call must draw, if it is given.
     """
 
-    def __init__(self, files: SideFiles, task: str, noise: Noise | None) -> None:
+    def __init__(self, files: SideFiles, draws: Sequence[str], noise: Noise | None) -> None:
         self._files, self._modes = files, contextlib.ExitStack()
         self._trajectory = None if files.save_trajectory is None else Trajectory()
-        self._recorded = None if files.save_noise is None else RecordedNoise(task != "text-to-video")
+        self._recorded = None if files.save_noise is None else RecordedNoise(draws)
         self._replayed = None if noise is None else ReplayedNoise(noise)
 
     def __enter__(self) -> Self:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from cogvid.models.vae import ConvCache
 from cogvid.ops import Ops
+from cogvid.run.given import VIDEOS
 from cogvid.run.load import load_checkpoint
 from cogvid.run.pipeline import Pipeline
 from cogvid.run.record import ENVIRONMENT, read_embedded_image, read_record
@@ -106,8 +107,8 @@ def trace(
     if names:
         raise ValueError(f"trace: got records that differ in {names[0]}, want device, dtype or ops alone")
     record = records[0]
-    for name in ("video", "noise"):
-        if record[name] is not None:
+    for name in (*VIDEOS, "last_image", "noise"):
+        if record.get(name) is not None:
             raise ValueError(f"trace: got a run with a {name} of its own, want one from words or an embedded image")
     image = read_embedded_image(first) if record["image"] else None
     if record["image"] and image is None:

@@ -44,7 +44,12 @@ PIPELINES: dict[str, tuple[str, ...]] = {  # class in model_index.json -> what i
     "CogVideoXPipeline": (),
     "CogVideoXVideoToVideoPipeline": (),
     "CogVideoXImageToVideoPipeline": ("image",),
+    "CogVideoXFunControlPipeline": ("control_video",),
+    "CogVideoXFunInpaintPipeline": ("mask",),  # of VideoX-Fun
+    "CogVideoX_Fun_Pipeline_Control": ("control_video",),  # the names of older versions of it
+    "CogVideoX_Fun_Pipeline_Inpaint": ("mask",),
 }
+AUG_STRENGTH = 0.0563  # of VideoX-Fun's pipeline, for models whose config says add_noise_in_inpaint_model
 CLASSES = {  # what a component may be; both schedulers keep the same settings, and the sampler is chosen by the caller
     "transformer": ("CogVideoXTransformer3DModel",),
     "vae": ("AutoencoderKLCogVideoX",),
@@ -146,17 +151,23 @@ def _read_model(directory: Path, conditions: tuple[str, ...], variant: str | Non
     transformer = read_config(directory / "transformer", "transformer", TransformerConfig)
     vae = read_config(directory / "vae", "vae", VAEConfig)
     schedule = read_config(directory / "scheduler", "scheduler", ScheduleConfig)
+    channels = vae.latent_channels
+    if not conditions:
+        # VideoX-Fun loads the parts one by one, and never reads the class that its checkpoints name.
+        conditions = {2 * channels: ("control_video",), 2 * channels + 1: ("mask",)}.get(transformer.in_channels, ())
+    found = tuple(Condition(name, channels + (name == "mask")) for name in conditions)
     text_width = read_text_config(directory / "text_encoder").d_model
     for what, got, wanted in (
         ("out_channels", transformer.out_channels, vae.latent_channels),
-        ("in_channels", transformer.in_channels, vae.latent_channels * (1 + len(conditions))),
+        ("in_channels", transformer.in_channels, channels + sum(each.channels for each in found)),
         ("text_embed_dim", transformer.text_embed_dim, text_width),
     ):
         if got != wanted:
             raise ValueError(f"{directory}: got a transformer with {what} {got}, want {wanted} as the other parts have")
 
     parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "schedule": schedule}
-    known = next((m for m in CONFIGS.values() if _without_size(m.transformer) == _without_size(transformer)), None)
+    same = (m for m in CONFIGS.values() if _without_size(m.transformer) == _without_size(transformer))
+    known = next((m for m in same if [c.name for c in m.conditions] == list(conditions)), None)
     # 1.5 is hosted with sample sizes that are not what it was trained for.
     if known is not None and (transformer == known.transformer or transformer.patch_size_t is not None):
         return dataclasses.replace(known, **parts)
@@ -169,15 +180,18 @@ def _read_model(directory: Path, conditions: tuple[str, ...], variant: str | Non
     if known is not None:
         return dataclasses.replace(known, **parts, **size)
     folder = directory / "transformer"
-    found = stored_variants([path.name for path in folder.glob("*")], BASENAME)
-    dtype = stored_dtype(load_state(folder, variant=variant if variant in found else None), folder)
+    variants = stored_variants([path.name for path in folder.glob("*")], BASENAME)
+    dtype = stored_dtype(load_state(folder, variant=variant if variant in variants else None), folder)
+    kinds = {(): "t2v", ("image",): "i2v", ("control_video",): "control", ("mask",): "inpaint"}
+    noisy = conditions == ("mask",) and read_json(folder / "config.json").get("add_noise_in_inpaint_model") is True
     return ModelConfig(
-        name="custom-i2v" if conditions else "custom-t2v",
+        name=f"custom-{kinds[conditions]}",
         repo=None,
         dtype=str(dtype).removeprefix("torch."),
         fps=8 if transformer.patch_size_t is None else 16,
         frame_multiple=vae.temporal_compression_ratio * 2 * transformer.patch[0],
-        conditions=tuple(Condition(name, vae.latent_channels) for name in conditions),
+        conditions=found,
+        noise_aug_strength=AUG_STRENGTH if noisy else 0.0,
         **parts,
         **size,
     )
@@ -194,7 +208,7 @@ def _with_diffusers_defaults(model: ModelConfig, index: dict[str, Any]) -> Model
         model,
         height=transformer.sample_height * stride,
         width=transformer.sample_width * stride,
-        num_frames=49 if model.conditions else transformer.sample_frames,
+        num_frames=49 if "image-to-video" in model.tasks else transformer.sample_frames,
         num_inference_steps=50,
         guidance_scale=6.0,
         sampler="dpm" if "CogVideoXDPMScheduler" in index["scheduler"] else "ddim",

@@ -164,7 +164,8 @@ def test_a_users_guidance_rule_skips_the_unconditional_branch(
 
 def test_a_run_goes_on_from_a_saved_step_with_its_step_cache(pipe: cogvid.Pipeline, tmp_path: Path) -> None:
     """x, the sampler's, the cache's and the generator's state are all that a run carries from step to step."""
-    from cogvid.run.pipeline import denoise, encode_prompts
+    from cogvid.run.conditioning import encode_prompts
+    from cogvid.run.pipeline import denoise
     from cogvid.sampling.schedule import make_schedule
 
     class EveryOther:
