@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cogvid.ops import AttentionOp, BlockContext
-from cogvid.options import takes_options
+from cogvid.options import check_choice, takes_options
 from cogvid.run.conditioning import encode_conditions, encode_prompts
 from cogvid.run.given import as_lists, frames_of, resized
 from cogvid.run.inputs import check_inputs
@@ -92,8 +92,7 @@ def invert(
     if options.get("guidance_scale") is None:
         options["guidance_scale"] = 1.0
     settings = resolve_settings(pipe.model, task="video-to-video", scheduler="ddim", **options)
-    if settings.zero_snr == "sat":
-        raise ValueError("zero_snr: got 'sat' for an inversion, which is that of diffusers' schedule, want 'diffusers'")
+    check_choice("zero_snr", settings.zero_snr, ("diffusers",))
     if pipe.model.schedule.prediction_type == "sample":
         raise ValueError("prediction_type: got 'sample', from which no noise follows at a clean video, want another")
     negative = (negative_prompt, None, settings.unconditional_text) if settings.guided else None

@@ -18,7 +18,7 @@ import cogvid
 from cogvid.cli import main
 from cogvid.media.video import read_metadata, read_video
 from cogvid.models.text import TextEncoder
-from cogvid.run import batch, generate
+from cogvid.run import batch, given
 from cogvid.run.jobs import BatchJob, make_jobs, read_jobs, read_prompts, read_sweep
 from references import picture
 
@@ -253,7 +253,7 @@ def test_secrets_of_a_picture_are_written_nowhere(
         fetched.append(url)
         raise ValueError(f"image: got no picture at\n{url}, want " + "one " * 1000)
 
-    monkeypatch.setattr(generate, "load_image", load_image)
+    monkeypatch.setattr(given, "load_image", load_image)
     url, options = "https://me:S3CR3T@host.example/a.png?key=S3CR3T", ["-o", str(tmp_path / "out"), *STEPS]
     for name in (url, url, url + "2"):
         jobs = write_jobs(tmp_path / "jobs.jsonl", {"prompt": RED, "image": name, "seed": 1})
