@@ -111,6 +111,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     from cogvid.run import resume
     from cogvid.run.generate import DEFAULT_MODELS, run
     from cogvid.run.load import load_checkpoint
+    from cogvid.run.memory import memory_lines
     from cogvid.run.plan import out_of_memory, refuse_hopeless, survey
     from cogvid.run.stages import stage
     from cogvid.weights.checkpoint import read_checkpoint
@@ -147,6 +148,8 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
         if not _is_out_of_memory(error):
             raise
         raise out_of_memory(planned, subject, placement.ops_name, error) from error
+    for line in memory_lines(pipe) if arguments.verbose else []:
+        _say(f"cogvid: {line}", sys.stderr)
     if out.seed is not None:
         _say(f"seed {out.seed}", sys.stderr)
     _say(arguments.output, sys.stdout)

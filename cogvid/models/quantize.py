@@ -10,16 +10,14 @@ A quantised linear is called like any module; `can_fuse` allows no operation to 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvid.models.transformer import Transformer
-
-if TYPE_CHECKING:
-    from transformers import T5EncoderModel
 
 STORAGE = torch.float8_e4m3fn
 QUANTIZED = (".q_proj", ".k_proj", ".v_proj", ".out", ".mlp_in", ".mlp_out")  # of the transformer's blocks
@@ -56,7 +54,7 @@ def check_torchao(method: str) -> None:
     """Raise `ImportError` unless what the method needs is installed."""
     if method in CONFIGS:
         try:
-            import torchao.quantization  # noqa: F401 # pyright: ignore[reportMissingImports]
+            importlib.import_module("torchao.quantization")
         except ImportError as error:
             raise ImportError(
                 f"quantize: got {method!r} and no usable torchao ({error!s:.100}), want the extra 'quant' "
@@ -64,38 +62,47 @@ def check_torchao(method: str) -> None:
             ) from error
 
 
-def linears_to_quantize(part: Transformer | T5EncoderModel) -> list[str]:
-    """Return the names of the linears that are quantised; of T5 all of them."""
-    names = [name for name, module in part.named_modules() if isinstance(module, (nn.Linear, CastLinear))]
+def linears_to_quantize(part: nn.Module) -> list[str]:
+    """Return the names of the linears that are quantised: of T5 all of them, of the VAE, which has none, none."""
+    names = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
     if isinstance(part, Transformer):
         return [name for name in names if name.startswith("blocks.") and name.endswith(QUANTIZED)]
     return names
 
 
-def quantize(part: Transformer | T5EncoderModel, method: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Quantise the linears of a part, in place, one after the other, so that no two are in memory in full.
+def quantized(linear: nn.Linear, method: str, name: str) -> nn.Module:
+    """Return a linear with 8-bit weights in place of one that is where it runs and in the dtype that it computes in.
 
-    device: where the quantised weights go. dtype: of the computation; a weight may be stored in another.
+    name: of the linear, for errors.
 
     Raises:
         ValueError: a weight that float8 cannot hold.
     """
-    for name in linears_to_quantize(part):
-        linear = part.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        # T5's `wo` is fp32 where the rest is fp16; the placed bias or the dtype says which.
-        linear.to(device, torch.float32 if dtype == torch.float16 and name.endswith(".wo") else dtype)
-        owner, _, child = name.rpartition(".")
-        setattr(part.get_submodule(owner), child, _quantized(linear, method, name))
-
-
-def _quantized(linear: nn.Linear, method: str, name: str) -> nn.Module:
     if method == "fp8-storage":
         largest = torch.finfo(STORAGE).max
         for parameter in linear.parameters():
             if (found := parameter.abs().amax().item()) > largest:
                 raise ValueError(f"quantize: got {name} with a weight of {found:g}, want at most {largest:g} in float8")
         return CastLinear(linear)
-    quantization: Any = __import__("torchao.quantization", fromlist=["quantization"])
-    quantization.quantize_(linear, getattr(quantization, CONFIGS[method])())
-    return linear
+    quantization = importlib.import_module("torchao.quantization")
+    whole = nn.Sequential(linear)
+    quantization.quantize_(whole, getattr(quantization, CONFIGS[method])())
+    return whole[0]
+
+
+def quantized_linears(part: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return for each quantised linear the bytes of its weight, and what they would be in the dtype that it is used in.
+
+    A linear counts only if its weight is held in 8 bits, whatever was asked for.
+    """
+    found = {}
+    for name, module in part.named_modules():
+        if isinstance(module, CastLinear):
+            found[name] = module.stored.nbytes, module.stored.numel() * module.dtype.itemsize
+        elif isinstance(module, nn.Linear) and hasattr(module.weight, "__tensor_flatten__"):
+            weight: Any = module.weight
+            names, _ = weight.__tensor_flatten__()
+            inner = [getattr(weight, each) for each in names]
+            if any(each.itemsize == 1 and each.numel() == weight.numel() for each in inner):
+                found[name] = sum(each.nbytes for each in inner), weight.numel() * weight.dtype.itemsize
+    return found

@@ -75,7 +75,10 @@ def tile_places(height: int, width: int, scale: int) -> list[list[tuple[slice, s
 
 
 def join(rows: list[list[Tensor]], overlap: list[int], keep: list[int]) -> Tensor:
-    """Join tiles `[B, C, T, height, width]`. overlap: rows and columns that fade; keep: those a tile gives, its first."""
+    """Join tiles `[B, C, T, height, width]`.
+
+    overlap: rows and columns that fade. keep: how many rows and columns a tile gives, its first ones.
+    """
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
             # Each neighbour is faded already, as in diffusers.

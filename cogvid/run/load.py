@@ -7,6 +7,7 @@ from typing import Any
 
 from cogvid import versions
 from cogvid.options import takes_options
+from cogvid.run.memory import Offload
 from cogvid.run.pipeline import Pipeline
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
 from cogvid.weights.files import load_state
@@ -59,7 +60,7 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement) -> Pipeline:
     }
     _ = checkpoint.weights  # now, so that the record tells of the files that were loaded
     model, folders = checkpoint.model, {part: directory / part for part in COMPONENTS}
-    return Pipeline(
+    pipe = Pipeline(
         checkpoint,
         placement,
         transformer=make_transformer(model.transformer, states["transformer"], placement, folders["transformer"]),
@@ -68,3 +69,6 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement) -> Pipeline:
             folders["text_encoder"], folders["tokenizer"], states["text_encoder"], placement
         ),
     )
+    if placement.offload is not None:
+        pipe.offload = Offload(pipe, placement.offload)
+    return pipe

@@ -33,9 +33,9 @@ def randn(*shape: int) -> Tensor:
 def test_the_sizes_are_the_defaults_of_diffusers() -> None:
     theirs = AutoencoderKLCogVideoX()
     theirs.enable_tiling()
-    assert TILE == (theirs.tile_sample_min_height, theirs.tile_sample_min_width)
+    assert (theirs.tile_sample_min_height, theirs.tile_sample_min_width) == TILE
     factors = theirs.tile_overlap_factor_height, theirs.tile_overlap_factor_width
-    assert STEP == tuple(int(size * (1 - factor)) for size, factor in zip(TILE, factors, strict=True))
+    assert tuple(int(size * (1 - factor)) for size, factor in zip(TILE, factors, strict=True)) == STEP
     assert VAEConfig().sample_height // 2, VAEConfig().sample_width // 2 == TILE
 
 
@@ -105,6 +105,6 @@ def test_chunks_are_those_of_the_untiled_vae(pair: tuple[AutoencoderKLCogVideoX,
 
 def test_tiles_that_are_no_whole_latents_are_refused() -> None:
     config = VAEConfig(block_out_channels=(32,) * 5, layers_per_block=1)
-    with pytest.raises(ValueError, match="^vae_tiling: got a VAE that makes one latent of 16 pixels, want 8 or fewer"):
+    with pytest.raises(ValueError, match=r"^vae_tiling: got a VAE that makes one latent of 16 pixels, want 8 or fewer"):
         TiledVAE(config)
     assert VAE(config).config.spatial_compression_ratio == 16
