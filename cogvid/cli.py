@@ -147,7 +147,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise out_of_memory(planned, subject, placement.ops_name, error) from error
+        raise out_of_memory(planned, subject, placement, error) from error
     for line in memory_lines(pipe) if arguments.verbose else []:
         _say(f"cogvid: {line}", sys.stderr)
     if out.seed is not None:
@@ -207,15 +207,15 @@ def _planned(arguments: argparse.Namespace) -> Plan:
 
 def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement, **changed: Any) -> Plan:
     from cogvid.run.machine import look_at
-    from cogvid.run.plan import make_plan
+    from cogvid.run.plan import make_plan, mode_of
 
     if arguments.seed is not None:
         settings.check_seed(arguments.seed, 1)
     options = {name: getattr(arguments, name) for name in ("fps", *settings.OPTIONS)}
     task = settings.task_of(arguments.image, arguments.video)
     machine = look_at(placement.device)
-    ops = placement.ops_name
-    return make_plan(subject, task=task, machine=machine, dtype=placement.dtype, ops=ops, **{**options, **changed})
+    given = {"dtype": placement.dtype, "ops": placement.ops_name, "mode": mode_of(placement), **options, **changed}
+    return make_plan(subject, task=task, machine=machine, **given)
 
 
 def _placement(arguments: argparse.Namespace, stored: str) -> Placement:
