@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import io
 import json
+import logging
 import os
 import secrets
 import sys
@@ -68,6 +69,9 @@ def _main(argv: list[str]) -> int:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"cogvid(\.|$)")
         warnings.showwarning = _show_warning
+        # Where torchao is installed, transformers imports it, which tells of GPU libraries that do not load on a CPU.
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         arguments = argparse.Namespace()
         try:
             _prepare_stdio()

@@ -318,10 +318,29 @@ def test_tiles_are_made_in_a_run() -> None:
     assert not torch.equal(tiled, whole)
 
 
+def test_the_vae_takes_the_videos_of_a_batch_one_by_one() -> None:
+    """As diffusers does with `enable_slicing()`."""
+    pipe, seen = load("tiny-i2v"), []
+    for part in (pipe.vae.encoder, pipe.vae.decoder):
+        part.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+    images = [cogvid.load_image(ROOT / "scripts" / "demo.png")] * 2
+    pipe([PROMPT] * 2, image=images, **{**QUICK, "num_inference_steps": 1})
+    assert seen == [1] * 4
+
+
 def test_a_batch_keeps_its_prompts_while_the_encoder_leaves(tmp_path: Path) -> None:
     command = ["batch", "--prompt", PROMPT, "--sweep", "seed=1,2", "-o", str(tmp_path), "--offload", "block"]
     assert cli.main([*command, "--device", "cpu", "--num-inference-steps", "1", "--num-frames", "9"]) == 0
     assert len(list(tmp_path.glob("*.mp4"))) == 2
+
+
+def test_the_command_prints_nothing_of_torchao(tmp_path: Path) -> None:
+    """transformers imports it where it is installed, and on a CPU it tells of libraries for GPUs."""
+    pytest.importorskip("torchao", reason="needs the extra quant")
+    command = ["generate", PROMPT, "-o", str(tmp_path / "x.mp4"), "--num-inference-steps", "1", "--num-frames", "1"]
+    command = [sys.executable, "-m", "cogvid", *command, "--device", "cpu", "--quantize", "int8"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert [line for line in done.stderr.splitlines() if "torchao" in line or "Enum" in line] == []
 
 
 PEAK = """
