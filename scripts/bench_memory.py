@@ -47,7 +47,7 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("VAE", {"vae_tiling": True}, "enable_tiling"),
     ("VAE", {"vae_tiling": True, "offload": "block"}, ""),
 ]
-VIDEO = {"weights": {"height": 64, "width": 64, "num_frames": 9}, "VAE": {"height": 256, "width": 64, "num_frames": 9}}
+VIDEO = {"weights": {"height": 64, "width": 64, "num_frames": 9}, "VAE": {"height": 480, "width": 720, "num_frames": 1}}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,7 +97,7 @@ def run(
     if provider == "cogvid":
         import cogvid
 
-        pipe = cogvid.load(directory, device="cpu", dtype="float32", **options)
+        pipe: Any = cogvid.load(directory, device="cpu", dtype="float32", **options)
         pipe("x", **video, num_inference_steps=2, seed=1, output_type="uint8", progress=False)
     else:
         run_diffusers(directory, video, options, call)
