@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from cogvid.config import TransformerConfig, VAEConfig
-from cogvid.models.tiling import tile_places
+from cogvid.models.tiling import STEP, TILE
 from cogvid.models.vae import LATENT_CHUNK, MID_BLOCK_LAYERS, PIXEL_CHUNK, chunk_sizes
 from cogvid.weights.text_config import TextConfig
 
@@ -150,11 +150,21 @@ def vae_encode(
 
 
 def _tile_sizes(height: int, width: int, scale: int) -> Counter[tuple[int, int]]:
-    """Return how many tiles there are of each size. scale: pixels of an element."""
-    places = [place for row in tile_places(height, width, scale) for place in row]
-    return Counter(
-        [(min(r.stop, height) - r.start, min(c.stop, width) - c.start) for r, c in places] or [(height, width)]
+    """Return how many tiles there are of each size, as `tiling.tile_places` makes them. scale: pixels of an element."""
+    rows, columns = (
+        _tile_lengths(length, tile // scale, step // scale)
+        for length, tile, step in zip((height, width), TILE, STEP, strict=True)
     )
+    if height <= TILE[0] // scale and width <= TILE[1] // scale:
+        return Counter({(height, width): 1})
+    return Counter({(row, column): n * m for row, n in rows.items() for column, m in columns.items()})
+
+
+def _tile_lengths(length: int, tile: int, step: int) -> Counter[int]:
+    """Return how many tiles there are of each length along one axis: whole ones, and one or two at the end."""
+    whole = max((length - tile) // step + 1, 0)
+    lengths = Counter(length - start for start in range(whole * step, length, step))
+    return lengths + Counter({tile: whole})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cogvid
 from cogvid import cli
 from cogvid.config import CONFIGS, TransformerConfig
+from cogvid.models.tiling import tile_places
 from cogvid.models.transformer import Transformer
 from cogvid.models.vae import CONV_ELEMENTS, VAE
 from cogvid.ops import Ops
@@ -115,6 +117,19 @@ def test_the_flops_of_the_vae_are_those_that_pytorch_counts(name: str, size: tup
     assert 0 <= decoded - expected <= of_kernels
     assert of_kernels < 0.01 * decoded
     assert costs.vae_encode(VAES[name], tuple(x.shape[2:]), 4, PLAIN).flops == encoded
+
+
+@pytest.mark.parametrize(
+    "size", [(8, 8), (30, 45), (31, 45), (25, 46), (50, 72), (51, 91), (60, 90), (96, 170)], ids=str
+)
+def test_the_tiles_that_are_counted_are_those_that_are_made(size: tuple[int, int]) -> None:
+    for scale in (1, 8):
+        height, width = size[0] * 8 // scale, size[1] * 8 // scale
+        x, shapes = torch.empty(height, width, device="meta"), []
+        for row in tile_places(height, width, scale) or [[(slice(None), slice(None))]]:
+            shapes += [tuple(x[place].shape) for place in row]
+        assert costs._tile_sizes(height, width, scale) == Counter(shapes)
+    assert costs._tile_sizes(16_000_000, 16_000_000, 1).total() > 10**9  # without a list of them
 
 
 def test_the_flops_and_parameters_of_the_text_encoder_are_those_of_the_module() -> None:
