@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import io
 import json
+import logging
 import os
 import secrets
 import sys
@@ -69,6 +70,9 @@ def _main(argv: list[str]) -> int:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"cogvid(\.|$)")
         warnings.showwarning = _show_warning
+        # Where torchao is installed, transformers imports it, which tells of GPU libraries that do not load on a CPU.
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         arguments = argparse.Namespace()
         try:
             _prepare_stdio()
@@ -112,6 +116,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     from cogvid.run import resume
     from cogvid.run.generate import default_model, run
     from cogvid.run.load import load_checkpoint
+    from cogvid.run.memory import memory_lines
     from cogvid.run.plan import out_of_memory, refuse_hopeless, survey
     from cogvid.run.stages import stage
     from cogvid.weights.checkpoint import read_checkpoint
@@ -149,7 +154,9 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise out_of_memory(planned, subject, placement.ops_name, error) from error
+        raise out_of_memory(planned, subject, placement, error) from error
+    for line in memory_lines(pipe) if arguments.verbose else []:
+        _say(f"cogvid: {line}", sys.stderr)
     if out.seed is not None:
         _say(f"seed {out.seed}", sys.stderr)
     if out.skipped_steps is not None:
@@ -220,7 +227,7 @@ def _planned(arguments: argparse.Namespace) -> Plan:
 
 def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement, **changed: Any) -> Plan:
     from cogvid.run.machine import look_at
-    from cogvid.run.plan import make_plan
+    from cogvid.run.plan import make_plan, mode_of
     from cogvid.weights.lora_file import check_loras
 
     check_loras(placement.lora, subject.model.transformer)
@@ -229,8 +236,8 @@ def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement,
     options = {name: getattr(arguments, name) for name in ("fps", *settings.OPTIONS)}
     task = _task(arguments)
     machine = look_at(placement.device)
-    ops = placement.ops_name
-    return make_plan(subject, task=task, machine=machine, dtype=placement.dtype, ops=ops, **{**options, **changed})
+    given = {"dtype": placement.dtype, "ops": placement.ops_name, "mode": mode_of(placement), **options, **changed}
+    return make_plan(subject, task=task, machine=machine, **given)
 
 
 def _task(arguments: argparse.Namespace) -> str:

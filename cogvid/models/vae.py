@@ -42,7 +42,7 @@ CONV_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 
 
 class VAE(nn.Module):
-    """Encode videos to latents and back; `AutoencoderKLCogVideoX` without tiling.
+    """Encode videos to latents and back; `AutoencoderKLCogVideoX`. tiling.py has one that works on tiles.
 
     The scaling factor is not applied here: `encode` gives and `decode` takes unscaled latents.
     """
@@ -80,12 +80,13 @@ class VAE(nn.Module):
         _check_video("x", x, self.config.in_channels)
         if x.shape[3] % stride or x.shape[4] % stride:
             raise ValueError(f"x: got height {x.shape[3]} and width {x.shape[4]}, want multiples of {stride}")
+        size = x.shape[2] if whole else PIXEL_CHUNK
+        return DiagonalGaussian(torch.cat(list(self._encode_chunks(x, size)), dim=2))
+
+    def _encode_chunks(self, x: Tensor, size: int) -> Iterator[Tensor]:
         cache = ConvCache()
-        chunks = [
-            self.encoder(c.contiguous(memory_format=LAYOUT), cache)
-            for c in x.split(chunk_sizes(x.shape[2], x.shape[2] if whole else PIXEL_CHUNK), dim=2)
-        ]
-        return DiagonalGaussian(torch.cat(chunks, dim=2))
+        for chunk in x.split(chunk_sizes(x.shape[2], size), dim=2):
+            yield self.encoder(chunk.contiguous(memory_format=LAYOUT), cache)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents to pixels.

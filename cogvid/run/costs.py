@@ -10,9 +10,11 @@ Letters: N text and video tokens, L text tokens, S video tokens, D model width, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from cogvid.config import TransformerConfig, VAEConfig
+from cogvid.models.tiling import STEP, TILE
 from cogvid.models.vae import LATENT_CHUNK, MID_BLOCK_LAYERS, PIXEL_CHUNK, chunk_sizes
 from cogvid.weights.text_config import TextConfig
 
@@ -112,22 +114,86 @@ class Cost:
     activations: int
 
 
-def vae_decode(config: VAEConfig, latents: tuple[int, int, int], itemsize: int, kernels: Kernels) -> Cost:
-    """Return what decoding one video takes, a chunk at a time: latents (frames, height, width)."""
+def vae_decode(
+    config: VAEConfig, latents: tuple[int, int, int], itemsize: int, kernels: Kernels, *, tiling: bool = False
+) -> Cost:
+    """Return what decoding one video takes, a chunk at a time: latents (frames, height, width).
+
+    tiling: the pixels of all tiles are kept until the last one is decoded; then those of a chunk are joined.
+    """
     frames, height, width = latents
-    walk = _Walk(itemsize, kernels)
-    for chunk in chunk_sizes(frames, LATENT_CHUNK):
-        walk.decode(config, chunk, height, width)
-    return Cost(walk.flops, walk.peak)
+    scale, flops, peak = config.spatial_compression_ratio, 0, 0
+    tiles = _tile_sizes(height, width, scale) if tiling else Counter({(height, width): 1})
+    for size, count in tiles.items():
+        walk = _Walk(itemsize, kernels)
+        for chunk in chunk_sizes(frames, LATENT_CHUNK):
+            walk.decode(config, chunk, *size)
+        flops, peak = flops + count * walk.flops, max(peak, walk.peak)
+    if tiles.total() > 1:
+        area = sum(count * math.prod(size) for size, count in tiles.items()) * scale**2
+        peak += config.out_channels * config.decoded_frames(frames) * area * itemsize
+    return Cost(flops, peak)
 
 
-def vae_encode(config: VAEConfig, pixels: tuple[int, int, int], itemsize: int, kernels: Kernels) -> Cost:
+def vae_encode(
+    config: VAEConfig, pixels: tuple[int, int, int], itemsize: int, kernels: Kernels, *, tiling: bool = False
+) -> Cost:
     """Return what encoding one video or image takes, a chunk at a time: pixels (frames, height, width)."""
     frames, height, width = pixels
-    walk = _Walk(itemsize, kernels)
-    for chunk in chunk_sizes(frames, PIXEL_CHUNK):
-        walk.encode(config, chunk, height, width)
-    return Cost(walk.flops, walk.peak + config.in_channels * math.prod(pixels) * itemsize)
+    flops, peak = 0, 0
+    tiles = _tile_sizes(height, width, 1) if tiling else Counter({(height, width): 1})
+    for size, count in tiles.items():
+        walk = _Walk(itemsize, kernels)
+        for chunk in chunk_sizes(frames, PIXEL_CHUNK):
+            walk.encode(config, chunk, *size)
+        flops, peak = flops + count * walk.flops, max(peak, walk.peak)
+    return Cost(flops, peak + config.in_channels * math.prod(pixels) * itemsize)
+
+
+def _tile_sizes(height: int, width: int, scale: int) -> Counter[tuple[int, int]]:
+    """Return how many tiles there are of each size, as `tiling.tile_places` makes them. scale: pixels of an element."""
+    rows, columns = (
+        _tile_lengths(length, tile // scale, step // scale)
+        for length, tile, step in zip((height, width), TILE, STEP, strict=True)
+    )
+    if height <= TILE[0] // scale and width <= TILE[1] // scale:
+        return Counter({(height, width): 1})
+    return Counter({(row, column): n * m for row, n in rows.items() for column, m in columns.items()})
+
+
+def _tile_lengths(length: int, tile: int, step: int) -> Counter[int]:
+    """Return how many tiles there are of each length along one axis: whole ones, and one or two at the end."""
+    whole = max((length - tile) // step + 1, 0)
+    lengths = Counter(length - start for start in range(whole * step, length, step))
+    return lengths + Counter({tile: whole})
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The weights of a part, in numbers of parameters. block: of one; the others are `total` - `blocks` x `block`.
+
+    quantized: of the linears that `quantize` takes, in all blocks. widest: of the largest linear.
+    """
+
+    total: int
+    blocks: int
+    block: int
+    quantized: int
+    widest: int
+
+
+def transformer_shape(config: TransformerConfig, total: int) -> Shape:
+    """Return the shape of a transformer with `total` parameters."""
+    width, time, layers = config.hidden_size, config.time_embed_dim, config.num_layers
+    linears = 12 * width**2
+    return Shape(total, layers, linears + 12 * time * width, layers * linears, max(4 * width**2, 6 * time * width))
+
+
+def t5_shape(config: TextConfig, total: int) -> Shape:
+    """Return the shape of a T5 encoder with `total` parameters; all linears are quantised, its embedding is not."""
+    inner, width = config.num_heads * config.d_kv, config.d_model
+    block = 4 * width * inner + (3 if config.gated else 2) * width * config.d_ff
+    return Shape(total, config.num_layers, block, config.num_layers * block, max(width * inner, width * config.d_ff))
 
 
 @dataclass

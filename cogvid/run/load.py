@@ -9,6 +9,7 @@ from typing import Any
 from cogvid import versions
 from cogvid.options import takes_options
 from cogvid.run.compiled import compile_modules
+from cogvid.run.memory import Offload
 from cogvid.run.pipeline import Pipeline
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
 from cogvid.weights.files import load_state
@@ -76,4 +77,6 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement, local_files_on
         compile_modules([*transformer.blocks, vae.decoder])
     pipe = Pipeline(checkpoint, placement, transformer=transformer, vae=vae, text_encoder=encoder)
     pipe.placement = dataclasses.replace(placement, lora=pipe.loras.add(adapters))
+    if placement.offload is not None:
+        pipe.offload = Offload(pipe, placement.offload)
     return pipe

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,14 +42,19 @@ from cogvid.weights.checkpoint import Checkpoint
 from cogvid.weights.lora import TakesLoras
 from cogvid.weights.placement import Placement, resolve_ops
 
+if TYPE_CHECKING:
+    from cogvid.run.memory import Offload
+
 Callback = Callable[["Pipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 class Pipeline(TakesLoras):
     """Generate videos with one loaded model; `cogvid.load` makes it.
 
-    checkpoint: what was loaded. placement: where and how its parts run.
+    checkpoint: what was loaded. placement: where and how its parts run. offload: what moves their weights.
     """
+
+    offload: Offload | None = None
 
     def __init__(
         self,

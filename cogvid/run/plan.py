@@ -29,6 +29,7 @@ from cogvid.weights import placement
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint, with_sat_defaults
 from cogvid.weights.files import DTYPES, load_state
 from cogvid.weights.hub import WEIGHTS
+from cogvid.weights.placement import Placement
 from cogvid.weights.text_config import T5_XXL, TextConfig, read_text_config
 
 GB = 10**9
@@ -71,11 +72,31 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Mode:
+    """The options of a load that save memory; the defaults save none."""
+
+    offload: str | None = None
+    vae_tiling: bool = False
+    quantize: str | None = None
+
+    def __str__(self) -> str:
+        chosen = [self.offload and f"offload {self.offload}", self.quantize and f"quantize {self.quantize}"]
+        return ", ".join(each for each in (*chosen, self.vae_tiling and "vae tiling") if each) or "resident"
+
+
+RESIDENT = Mode()
+
+
+def mode_of(placement: Placement) -> Mode:
+    return Mode(placement.offload, placement.vae_tiling, placement.quantize)
+
+
+@dataclass(frozen=True)
 class Memory:
     """The most bytes that a run has in memory at a time, on one kind of device.
 
     device: "cpu", where it is what is resident in the whole process, or "cuda", the memory of the GPU.
-    mode: "resident": all weights stay where they run.
+    mode: "resident", all weights stay where they run, or the options that save memory, such as "offload block".
     phases: the peak in each part of the run. `load` has the files that are converted beside the converted weights.
     peak: of all phases. needed: the peak without what the system can drop, the pages of files that are converted.
     pinned: weights that cannot be dropped, the least that a run of any size needs.
@@ -162,6 +183,7 @@ def make_plan(
     machine: Machine,
     dtype: torch.dtype,
     ops: str = "torch",
+    mode: Mode = RESIDENT,
     fps: float | None = None,
     notes: tuple[str, ...] = (),
     **options: Any,
@@ -170,6 +192,7 @@ def make_plan(
 
     Args:
         task: as for `resolve_settings`. machine: where it runs. dtype: that it runs in. ops: "torch" or "triton".
+        mode: the options that save memory.
         fps: of the file; None is the model's. notes: warnings to begin with. options: the fields of `Settings`.
 
     Raises:
@@ -185,10 +208,9 @@ def make_plan(
         schedule = schedule_of(model, settings)
     guided = sum(scale is not None for scale in settings.guidance(schedule))
     size = model.latent_size(settings.height, settings.width, settings.num_frames)
-    own = estimate_memory(
-        subject, settings, machine.device, str(dtype).removeprefix("torch."), ops, rows=2 if guided else 1
-    )
-    fits = None if own.needed <= machine.free else what_fits(subject, settings, machine, own.dtype, ops, own.needed)
+    name, rows = str(dtype).removeprefix("torch."), 2 if guided else 1
+    own = estimate_memory(subject, settings, machine.device, name, ops, rows=rows, mode=mode)
+    fits = None if own.needed <= machine.free else what_fits(subject, settings, machine, own, ops, mode)
     said = [*notes, *(str(warning.message) for warning in caught), *_remarks(subject, settings, own, machine, fits)]
     return Plan(
         model=model.name,
@@ -201,8 +223,8 @@ def make_plan(
         seconds=settings.num_frames / fps,
         steps=len(schedule),
         guided_steps=guided,
-        flops=count_flops(subject, settings, size, len(schedule), guided),
-        memory=(own, *_other_rows(subject, settings, own, ops)),
+        flops=count_flops(subject, settings, size, len(schedule), guided, mode.vae_tiling),
+        memory=(own, *_other_rows(subject, settings, own, ops, mode)),
         download=0 if subject.checkpoint else subject.stored_bytes,
         machine=machine,
         fits=fits,
@@ -223,7 +245,7 @@ def _remarks(subject: Subject, settings: Settings, own: Memory, machine: Machine
 
 
 def count_flops(
-    subject: Subject, settings: Settings, size: tuple[int, int, int], steps: int, guided: int
+    subject: Subject, settings: Settings, size: tuple[int, int, int], steps: int, guided: int, tiling: bool
 ) -> dict[str, int]:
     """Return the floating-point operations of each phase, of one step with and without guidance, and in all."""
     model, length = subject.model, subject.model.text_length
@@ -234,78 +256,164 @@ def count_flops(
     pixels = encoded, settings.height, settings.width
     found = {
         "text": costs.t5_flops(subject.t5, 2 if settings.guided else 1, length),
-        "encode": costs.vae_encode(model.vae, pixels, 4, kernels).flops if encoded else 0,
+        "encode": costs.vae_encode(model.vae, pixels, 4, kernels, tiling=tiling).flops if encoded else 0,
         "denoise": guided * both + (steps - guided) * one,
-        "decode": costs.vae_decode(model.vae, latents, 4, kernels).flops,
+        "decode": costs.vae_decode(model.vae, latents, 4, kernels, tiling=tiling).flops,
     }
     return {"step": one, "guided_step": both, **found, "total": sum(found.values())}
 
 
 def estimate_memory(
-    subject: Subject, settings: Settings, device: str, dtype: str, ops: str = "torch", rows: int = 2
+    subject: Subject,
+    settings: Settings,
+    device: str,
+    dtype: str,
+    ops: str = "torch",
+    rows: int = 2,
+    mode: Mode = RESIDENT,
 ) -> Memory:
-    """Estimate the peak of memory where everything stays resident. rows: 2 if guidance runs both branches.
+    """Estimate the peak of memory. rows: 2 if guidance runs both branches.
 
     A phase has weights and activations. On a CPU, weights whose stored dtype is the run's are mapped: they are in
-    memory from the phase that reads them. The others are copied at load, with the pages of their files beside them
-    until all are loaded. The libraries are `PROCESS`, and what activations cost the allocator is `SLACK`.
+    memory from the phase that reads them, or, where they leave, in that phase. The others are copied: at load, with the
+    pages of their files beside them until all are loaded, or in their phase. The libraries are `PROCESS`, and what
+    activations cost the allocator is `SLACK`.
     """
-    model, itemsize, kernels = subject.model, DTYPES[dtype].itemsize, _kernels(device, dtype, ops)
-    size = model.latent_size(settings.height, settings.width, settings.num_frames)
-    latents = size[0] - model.padding(settings.num_frames), *size[1:]
-    encoded = _encoded_frames(model, settings)
-    pixels = encoded, settings.height, settings.width
-    on_cpu = device == "cpu"
-    kept = {part: counts.get(dtype, 0) * itemsize if on_cpu else 0 for part, counts in subject.weights.items()}
-    copied = {part: sum(counts.values()) * itemsize - kept[part] for part, counts in subject.weights.items()}
-    if dtype == "float16":  # T5's `wo` stays in fp32
-        copied["text_encoder"] += 2 * subject.t5.num_layers * subject.t5.d_ff * subject.t5.d_model
-    files = sum(_bytes(subject.weights[part]) for part in copied if copied[part]) if on_cpu else 0
-    activations = {
-        "text": costs.t5_activations(subject.t5, 1, model.text_length, itemsize),
-        "encode": costs.vae_encode(model.vae, pixels, itemsize, kernels).activations if encoded else 0,
-        "denoise": costs.transformer_activations(model.transformer, rows, model.text_length, size, itemsize, kernels),
-        "decode": costs.vae_decode(model.vae, latents, itemsize, kernels).activations,
-    }
-    units = kept_units(settings.step_cache, model.transformer.num_layers)
-    kept_tokens = rows * (model.text_length + costs.tokens(model.transformer, size))
-    activations["denoise"] += units * kept_tokens * model.transformer.hidden_size * itemsize
+    on_cpu, itemsize = device == "cpu", DTYPES[dtype].itemsize
+    weights = {part: _weights(subject, part, on_cpu, dtype, mode) for part in subject.weights}
+    activations = _activations(subject, settings, device, dtype, ops, rows, mode)
+    if mode.quantize not in (None, "int8-dynamic"):  # one weight is cast at a time
+        for phase, shape in (("text", _shape(subject, "text_encoder")), ("denoise", _shape(subject, "transformer"))):
+            activations[phase] += shape.widest * itemsize
+    encoded = _encoded_frames(subject.model, settings)
     clip = 3 * settings.height * settings.width * encoded * 5 if encoded > 1 else 0  # uint8, and fp32 until encoded
     read = {"text": "text_encoder", "encode": "vae_encoder", "denoise": "transformer", "decode": "vae_decoder"}
-    held = sum(copied.values()) + (PROCESS if on_cpu else 0)
+    files = sum(each.files for each in weights.values())
+    held = sum(each.copied for each in weights.values()) + (PROCESS if on_cpu else 0)
     phases = {"load": held + files}
     for phase in ("encode", "text", "denoise", "decode"):  # in the order of a run
         if phase == "encode" and not encoded:
             continue
-        held += kept[read[phase]]
-        phases[phase] = held + clip + int(SLACK[device] * activations[phase])
+        held += weights[read[phase]].mapped
+        phases[phase] = held + weights[read[phase]].comes + clip + int(SLACK[device] * activations[phase])
     needed = max(phases["load"] - files, *(phases[phase] for phase in phases if phase != "load"))
-    pinned = sum(copied.values())
+    pinned = sum(each.copied for each in weights.values()) + max(each.stays for each in weights.values())
     measured = on_cpu and (dtype == "float32" or placement.cpu_has_bfloat16())
-    return Memory(device, dtype, "resident", phases, max(phases.values()), needed, pinned, measured)
+    return Memory(device, dtype, str(mode), phases, max(phases.values()), needed, pinned, measured)
 
 
-def what_fits(subject: Subject, settings: Settings, machine: Machine, dtype: str, ops: str, above: int) -> str:
+@dataclass(frozen=True)
+class _Weights:
+    """Bytes of a part's weights.
+
+    copied: from the load on. files: pages that are read for it. mapped: from its phase on.
+    comes: in its phase alone. stays: what of these the system cannot drop.
+    """
+
+    copied: int
+    files: int = 0
+    mapped: int = 0
+    comes: int = 0
+    stays: int = 0
+
+
+def _shape(subject: Subject, part: str) -> costs.Shape:
+    total = sum(subject.weights[part].values())
+    if part == "transformer":
+        return costs.transformer_shape(subject.model.transformer, total)
+    return costs.t5_shape(subject.t5, total) if part == "text_encoder" else costs.Shape(total, 0, 0, 0, 0)
+
+
+def _weights(subject: Subject, part: str, on_cpu: bool, dtype: str, mode: Mode) -> _Weights:
+    counts, shape, itemsize = subject.weights[part], _shape(subject, part), DTYPES[dtype].itemsize
+    small = shape.quantized if mode.quantize else 0  # in one byte each
+    widened = 0
+    if dtype == "float16" and part == "text_encoder" and not small:  # T5's `wo` stays in fp32
+        widened = 2 * subject.t5.num_layers * subject.t5.d_ff * subject.t5.d_model
+    stored = max(_bytes(counts) - small * _bytes(counts) // max(shape.total, 1), 0)  # of those that stay as they are
+    whole = (shape.total - small) * itemsize + widened
+    same = counts.get(dtype, 0) == shape.total and on_cpu  # mapped, not copied
+    if mode.offload is None:
+        if same:
+            return _Weights(small, mapped=whole)
+        return _Weights(small + whole, files=stored if on_cpu else 0)
+    if mode.offload == "block" and shape.blocks:
+        rest, at_once = shape.total - shape.blocks * shape.block, 1 if on_cpu else 2
+        # Of T5's embedding only the rows of the prompt are read where it is mapped.
+        rest = 0 if same and part == "text_encoder" else rest
+        whole = int((rest + at_once * shape.block) * (whole / shape.total))
+    resting = small if on_cpu else 0  # quantised weights rest in memory
+    comes = whole + small - resting
+    return _Weights(resting, comes=comes, stays=0 if same else comes)
+
+
+def _activations(
+    subject: Subject, settings: Settings, device: str, dtype: str, ops: str, rows: int, mode: Mode
+) -> dict[str, int]:
+    """Return the most that each phase keeps beside weights."""
+    model, itemsize, kernels = subject.model, DTYPES[dtype].itemsize, _kernels(device, dtype, ops)
+    size = model.latent_size(settings.height, settings.width, settings.num_frames)
+    latents = size[0] - model.padding(settings.num_frames), *size[1:]
+    encoded, tiling = _encoded_frames(model, settings), mode.vae_tiling
+    pixels = encoded, settings.height, settings.width
+    units = kept_units(settings.step_cache, model.transformer.num_layers)
+    kept = units * rows * (model.text_length + costs.tokens(model.transformer, size)) * model.transformer.hidden_size
+    denoise = costs.transformer_activations(model.transformer, rows, model.text_length, size, itemsize, kernels)
+    return {
+        "text": costs.t5_activations(subject.t5, 1, model.text_length, itemsize),
+        "encode": costs.vae_encode(model.vae, pixels, itemsize, kernels, tiling=tiling).activations if encoded else 0,
+        "denoise": denoise + kept * itemsize,
+        "decode": costs.vae_decode(model.vae, latents, itemsize, kernels, tiling=tiling).activations,
+    }
+
+
+def what_fits(subject: Subject, settings: Settings, machine: Machine, own: Memory, ops: str, mode: Mode) -> str:
     """Return the smallest change that would fit into free memory, as options; say so if there is none.
 
-    above: what the run itself needs. What is named needs 15 % less than what is free, and less than this.
+    First what changes no result, offloading; then tiles, a narrower dtype, fewer frames and smaller ones, with all that
+    saves memory. Quantising saves less than offload="block". What is named needs 15 % less than what is free, and less
+    than the run itself.
     """
-    room = min(machine.free, above) / 1.15
+    room, dtype = min(machine.free, own.needed) / 1.15, own.dtype
     narrow = "bfloat16" if dtype == "float32" else dtype
-    for count, choice in _smaller(subject.model, settings, dtype, narrow):
+    modes = list(_lighter_modes(mode, machine.device))
 
-        def fits(index: int, choice: Callable[[int], Choice] = choice) -> bool:
-            name, height, width, frames = choice(index)
-            changed = dataclasses.replace(settings, height=height, width=width, num_frames=frames)
-            return estimate_memory(subject, changed, machine.device, name, ops).needed <= room
+    def needed(choice: Choice, with_mode: Mode) -> int:
+        name, height, width, frames = choice
+        changed = dataclasses.replace(settings, height=height, width=width, num_frames=frames)
+        return estimate_memory(subject, changed, machine.device, name, ops, mode=with_mode).needed
 
+    for name in dict.fromkeys((dtype, narrow)):
+        for each in modes:
+            choice = (name, settings.height, settings.width, settings.num_frames)
+            if needed(choice, each) <= room:
+                return _as_options(settings, dtype, mode, choice, each)
+    for count, choices in _smaller(subject.model, settings, dtype, narrow):
+        fits = lambda index, choices=choices: needed(choices(index), modes[-1]) <= room  # noqa: E731
         index = bisect.bisect_left(range(count), True, key=fits)
         if index < count:
-            name, height, width, frames = choice(index)
-            given = {"dtype": (dtype, name), "height": (settings.height, height), "width": (settings.width, width)}
-            given["num-frames"] = settings.num_frames, frames
-            return " ".join(f"--{option} {now}" for option, (before, now) in given.items() if before != now)
+            return _as_options(settings, dtype, mode, choices(index), modes[-1])
     return "no smaller run of this model"
+
+
+def _lighter_modes(mode: Mode, device: str) -> Iterator[Mode]:
+    """Yield the mode itself, and those that need less memory, the least at last."""
+    offloads = [None, "model", "block"]
+    if mode.quantize is not None and (device == "cpu" or mode.quantize != "fp8-storage"):
+        offloads.remove("block")  # it cannot be had with these
+    for tiling in dict.fromkeys((mode.vae_tiling, True)):
+        for offload in offloads[offloads.index(mode.offload) :]:
+            yield Mode(offload, tiling, mode.quantize)
+
+
+def _as_options(settings: Settings, dtype: str, mode: Mode, choice: Choice, with_mode: Mode) -> str:
+    """Return what differs from the run as options of the command line."""
+    name, height, width, frames = choice
+    given: dict[str, tuple[Any, Any]] = {"offload": (mode.offload, with_mode.offload)}
+    given |= {"dtype": (dtype, name), "height": (settings.height, height), "width": (settings.width, width)}
+    given["num-frames"] = settings.num_frames, frames
+    said = [f"--{option} {now}" for option, (before, now) in given.items() if before != now]
+    return " ".join([*said, *(["--vae-tiling"] if with_mode.vae_tiling > mode.vae_tiling else [])])
 
 
 def shortage(memory: Memory, machine: Machine, fits: str) -> str:
@@ -333,10 +441,10 @@ def refuse_hopeless(plan: Plan) -> None:
         )
 
 
-def out_of_memory(plan: Plan, subject: Subject, ops: str, error: BaseException) -> MemoryError:
+def out_of_memory(plan: Plan, subject: Subject, where: Placement, error: BaseException) -> MemoryError:
     """Return the error of a run that ended for want of memory: the reason, the estimate, and what would fit."""
     own, machine = plan.memory[0], plan.machine
-    fits = plan.fits or what_fits(subject, plan.settings, machine, own.dtype, ops, own.needed)
+    fits = plan.fits or what_fits(subject, plan.settings, machine, own, where.ops_name, mode_of(where))
     said = " ".join(str(error).split()) or type(error).__name__
     return MemoryError(f"out of memory: {said:.200}; {shortage(own, machine, fits)}")
 
@@ -344,7 +452,7 @@ def out_of_memory(plan: Plan, subject: Subject, ops: str, error: BaseException) 
 def _smaller(
     model: ModelConfig, settings: Settings, dtype: str, narrow: str
 ) -> Iterator[tuple[int, Callable[[int], Choice]]]:
-    """Yield series of legal runs: in the narrower dtype, with fewer frames, then smaller.
+    """Yield series of legal runs: with fewer frames, then smaller, in the dtype and in the narrower one.
 
     Each is a length and a function from an index to (dtype, height, width, frames); the largest run comes first.
     """
@@ -359,23 +467,26 @@ def _smaller(
         n = rows - 1 - index
         return n * stride, max(round(n * columns / rows), 1) * stride
 
-    if narrow != dtype:
-        yield 1, lambda _: (narrow, height, width, own)
     for name in dict.fromkeys((dtype, narrow)):
         yield len(frames), lambda index, name=name: (name, height, width, frames[index])
         yield sizes, lambda index, name=name: (name, *size(index), own)
     yield sizes, lambda index: (narrow, *size(index), frames[-1] if frames else own)
 
 
-def _other_rows(subject: Subject, settings: Settings, own: Memory, ops: str) -> Iterator[Memory]:
-    """Yield the same run on the other device, and in the other dtypes that are run there."""
+def _other_rows(subject: Subject, settings: Settings, own: Memory, ops: str, mode: Mode) -> Iterator[Memory]:
+    """Yield the same run in other modes, then, with all weights resident, on the other device and in other dtypes."""
+    count = 2 if settings.guided else 1
+    tiled = Mode(vae_tiling=True), Mode("block", vae_tiling=True)
+    for other in (RESIDENT, Mode("model"), Mode("block"), *tiled, Mode("model", quantize="int8")):
+        if other != mode:
+            yield estimate_memory(subject, settings, own.device, own.dtype, ops, rows=count, mode=other)
     rows = {("cpu", "float32"): "torch", ("cpu", "bfloat16"): "torch"}
     rows |= {("cuda", name): ops if own.device == "cuda" else "triton" for name in ("bfloat16", "float32")}
     if subject.model.dtype == "float16":
         rows["cuda", "float16"] = rows["cuda", "bfloat16"]
     for (device, dtype), kind in rows.items():
         if (device, dtype) != (own.device, own.dtype):
-            yield estimate_memory(subject, settings, device, dtype, kind, rows=2 if settings.guided else 1)
+            yield estimate_memory(subject, settings, device, dtype, kind, rows=count)
 
 
 def _kernels(device: str, dtype: str, ops: str) -> Kernels:

@@ -36,7 +36,8 @@ from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.placement import resolve_placement
 
 TOLERANCE = 4
-_MAY_DIFFER = {*ENVIRONMENT, "guidance_schedule", "enhanced"} - {"model", "weights", "qk_norm"}
+_SAME = {"model", "weights", "qk_norm", "quantize", "vae_tiling", "lora", "last_norm_eps", "position_tables"}
+_MAY_DIFFER = {*ENVIRONMENT, "guidance_schedule", "enhanced"} - _SAME
 _FUSED = ("norm1", "norm2", "norm_out", "q_norm", "k_norm", "mlp_in")  # a hook on these would change what runs
 
 
@@ -116,7 +117,9 @@ def trace(
     checkpoint = find_checkpoint(record, model, local_files_only)
     pipes = []
     for each in records:
-        place = resolve_placement(**{name: each[name] for name in LOAD_OPTIONS})
+        options = {name: each[name] for name in LOAD_OPTIONS}
+        options["offload"] = None  # it changes no result, and moves weights that are read here
+        place = resolve_placement(**options)
         pipes.append(load_checkpoint(checkpoint, place(checkpoint.model.dtype)))
     call = {"image": image, "negative_prompt": (record["negative_prompt"] or [""])[0], "seed": record["seed"]}
     options = call | {name: record[name] for name in OPTIONS}

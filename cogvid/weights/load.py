@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from cogvid.config import ScheduleConfig, TransformerConfig, VAEConfig
 from cogvid.models.cut_positions import CutPositions
+from cogvid.models.quantize import linears_to_quantize, quantized
 from cogvid.models.text import TextEncoder, Tokenizer, use_ops
+from cogvid.models.tiling import TiledVAE
 from cogvid.models.transformer import Block, Transformer
 from cogvid.models.vae import VAE
 from cogvid.ops import Ops
@@ -27,7 +29,8 @@ from cogvid.weights.checkpoint import CLASSES, FIXED, read_config
 from cogvid.weights.files import load_state, stored_dtype, write_whole
 from cogvid.weights.hub import BASENAME, TOKENIZER_FILES, WEIGHTS, component_directory
 from cogvid.weights.names import map_state, on_meta, unmap_state_dict
-from cogvid.weights.placement import Placement, resolve_placement
+from cogvid.weights.pages import drop_pages
+from cogvid.weights.placement import Placement, resolve_placement, run_dtype
 from cogvid.weights.text_config import read_text_config, read_tokenizer_config
 
 SAT_LAST_NORM_EPS = 1e-6  # of `FinalLayerMixin` in SAT; diffusers takes the config's norm_eps
@@ -118,7 +121,8 @@ def make_transformer(
     if placement.qk_norm == "rms":
         for key in mapped:
             if ".q_proj." in key or ".k_proj." in key:
-                mapped[key] = centre_heads(mapped[key].float(), config.num_attention_heads)
+                centred = centre_heads(mapped[key].float(), config.num_attention_heads)
+                mapped[key] = centred.to(placement.dtype)
     module = _fill(module, mapped, placement)
     if placement.last_norm_eps == "sat":
         module.norm_out.eps = SAT_LAST_NORM_EPS
@@ -137,7 +141,7 @@ def centre_heads(weight: Tensor, heads: int) -> Tensor:
 def make_vae(config: VAEConfig, state: Mapping[str, Tensor], placement: Placement, source: str | Path) -> VAE:
     """Build a VAE with the weights of an upstream state dict. source: names them in errors."""
     with on_meta(source), _WithoutInit():
-        module = VAE(config, placement.ops)
+        module = (TiledVAE if placement.vae_tiling else VAE)(config, placement.ops)
     return _fill(module, map_state(state, module, source), placement)
 
 
@@ -156,11 +160,7 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
     # One matrix under two names. Which of them is stored, or both, depends on the version that wrote the file.
     if _TIED in state:
         state.setdefault(_EMBEDDING, state.pop(_TIED))
-    dtype = placement.dtype
-    placed = {
-        name: tensor.to(placement.device, torch.float32 if dtype == torch.float16 and ".wo." in name else dtype)
-        for name, tensor in state.items()
-    }
+    placed = _placed(encoder, state, placement)
     if _EMBEDDING in placed:
         placed[_TIED] = placed[_EMBEDDING]
     try:
@@ -168,6 +168,7 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
     except RuntimeError as error:  # names or shapes
         reason = " ".join(str(error).split())
         raise ValueError(f"{directory}: got {reason:.400}, want the weights of the config") from None
+    _quantize(encoder, placement)
     return TextEncoder(encoder.eval().requires_grad_(False), tokens, placement.device)
 
 
@@ -186,9 +187,38 @@ def _place(
 
 def _fill(module: Module, state: Mapping[str, Tensor], placement: Placement) -> Module:
     """Give a module on the meta device its weights."""
-    placed = {key: tensor.to(placement.device, placement.dtype) for key, tensor in state.items()}
-    module.load_state_dict(placed, strict=True, assign=True)
+    module.load_state_dict(_placed(module, state, placement), strict=True, assign=True)
+    _quantize(module, placement)
     return module.eval().requires_grad_(False)
+
+
+def _placed(module: nn.Module, state: Mapping[str, Tensor], placement: Placement) -> dict[str, Tensor]:
+    """Return the weights of a part as it takes them: where and as they run.
+
+    Those that are quantised next are still as they are stored. So are matrices where weights leave the device: they
+    come to it, in the run's dtype, at each use.
+    """
+    later = {f"{name}.weight" for name in linears_to_quantize(module)} if placement.quantize else set()
+    return {
+        key: tensor
+        if key in later or (placement.offload is not None and tensor.ndim > 1)
+        else tensor.to(placement.device, run_dtype(key, placement.dtype))
+        for key, tensor in state.items()
+    }
+
+
+def _quantize(module: nn.Module, placement: Placement) -> None:
+    """Quantise the linears of a part, one after the other, so that no two are there in full."""
+    if placement.quantize is None:
+        return
+    for name in linears_to_quantize(module):
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        stored = linear.weight
+        # Where weights leave the device, they rest in memory.
+        linear.to("cpu" if placement.offload else placement.device, run_dtype(name, placement.dtype))
+        module.set_submodule(name, quantized(linear, placement.quantize, name))
+        drop_pages([stored])
 
 
 class _WithoutInit(TorchFunctionMode):

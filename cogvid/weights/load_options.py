@@ -5,14 +5,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from cogvid.config import UPSTREAMS
-from cogvid.options import option, options_of
+from cogvid.options import check_choice, option, options_of
 from cogvid.weights.lora_option import parse_loras
 
 QK_NORMS = ("layer", "rms")
+OFFLOADS = ("model", "block")
+QUANTIZATIONS = ("int8", "int8-dynamic", "fp8", "fp8-storage")
+
+
+def _none_or(name: str, choices: tuple[str, ...]) -> Callable[[str | None], str | None]:
+    """Return the check of an option that is one of the choices, or None for none of them."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None:
+            check_choice(name, value, choices)
+        return value
+
+    return check
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,19 @@ class LoadOptions:
         "the trained size's); diffusers if not given",
         choices=UPSTREAMS,
         upstream={"diffusers": "diffusers", "sat": "sat"},
+    )
+    offload: str | None = option(
+        None,
+        str,
+        "weights leave the device: model (each part after its use) or block (each block); all stay if not given",
+        parse=_none_or("offload", OFFLOADS),
+    )
+    vae_tiling: bool = option(False, bool, "encode and decode tiles of 240x360 pixels: less memory, other pixels")
+    quantize: str | None = option(
+        None,
+        str,
+        "8-bit weights: int8, int8-dynamic, fp8 (with torchao) or fp8-storage; the dtype's own if not given",
+        parse=_none_or("quantize", QUANTIZATIONS),
     )
 
 

@@ -156,7 +156,9 @@ class Loras:
             block = self._transformer.get_submodule(path.rpartition(".")[0])
             if isinstance(block, Block) and block.centred and path.endswith(("q_proj", "k_proj")):
                 added = centre_heads(added, block.num_heads)  # so that RMSNorm stays right
-            weight = nn.Parameter((weight + added).to(weight.dtype), requires_grad=weight.requires_grad)
+            weight = nn.Parameter(
+                (weight + added.to(weight.device)).to(weight.dtype), requires_grad=weight.requires_grad
+            )
         return weight, beside
 
 

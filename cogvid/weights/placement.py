@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cogvid.models.quantize import check_torchao
 from cogvid.ops import Ops
 from cogvid.options import check, fill, upstream_defaults
 from cogvid.weights.files import DTYPES
@@ -35,6 +36,9 @@ class Placement:
     lora: tuple[Lora, ...] = ()
     last_norm_eps: str = "diffusers"
     position_tables: str = "diffusers"
+    offload: str | None = None
+    vae_tiling: bool = False
+    quantize: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, ready for JSON."""
@@ -57,6 +61,7 @@ def resolve_placement(**options: Any) -> Callable[..., Placement]:
     dtype = values.pop("dtype")
     values["device"] = device = resolve_device(values["device"])
     values["ops"], values["ops_name"] = resolve_ops(values["ops"], device)
+    _check_memory(values["quantize"], values["offload"], device)
 
     def place(recommended: str, follows: str = "diffusers") -> Placement:
         followed = upstream_defaults(LOAD_OPTIONS, follows)
@@ -64,6 +69,24 @@ def resolve_placement(**options: Any) -> Callable[..., Placement]:
         return Placement(dtype=resolve_dtype(dtype, device, stored=DTYPES[recommended]), **{**values, **followed})
 
     return place
+
+
+def _check_memory(quantize: str | None, offload: str | None, device: torch.device) -> None:
+    """Raise unless the options that save memory can be had, here and together."""
+    if quantize is None:
+        return
+    # torchao's tensors cannot go through a buffer of bytes; and quantised weights have no file to be dropped to.
+    if offload == "block" and (device.type == "cpu" or quantize != "fp8-storage"):
+        raise ValueError(
+            f"quantize: got {quantize!r} with offload='block' on {device.type}, want one of the two, "
+            "offload='model', or on CUDA 'fp8-storage'"
+        )
+    check_torchao(quantize)
+
+
+def run_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what a weight is used in: the run's dtype, but fp32 for T5's `wo` where that is fp16, which overflows."""
+    return torch.float32 if dtype == torch.float16 and ".wo." in f".{name}." else dtype
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -20,6 +20,19 @@ from cogvid_kernels.bench.cases import Case, Shapes
 from cogvid_kernels.bench.registry import Op
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_table_of_memory_has_both_providers() -> None:
+    command = [sys.executable, ROOT / "scripts" / "bench_memory.py", "--size", "toy", "--rows", "2", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| weights")]
+    assert [row[1].strip() for row in rows] == ["offload block", "quantize fp8-storage"]
+    assert all(float(row[2]) > 100 for row in rows)
+    assert "refused: " in rows[0][5]  # a CPU is no device that diffusers offloads from, layer by layer
+    assert float(rows[1][5]) > 100
+
+
 RIGHT_OPS = {
     "attention", "norm_rope_attention", "qk_norm_rope", "layer_norm_modulate", "gate_residual",
     "gate_residual_norm_modulate", "rms_norm", "group_norm_silu", "spatial_norm_silu", "linear_gelu",

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import cogvid
 from cogvid import cli
 from cogvid.config import CONFIGS, TransformerConfig
+from cogvid.models.tiling import tile_places
 from cogvid.models.transformer import Transformer
 from cogvid.models.vae import CONV_ELEMENTS, VAE
 from cogvid.ops import Ops
 from cogvid.run import costs, machine
 from cogvid.run.costs import Kernels
 from cogvid.run.machine import Machine
-from cogvid.run.plan import GB, OFFICIAL, PROCESS, Plan, make_plan, refuse_hopeless, survey
+from cogvid.run.plan import GB, OFFICIAL, PROCESS, Mode, Plan, make_plan, refuse_hopeless, survey
 from cogvid.weights.hub import PACKS
 from cogvid.weights.load import load_text_encoder, save_transformer, save_vae
 from cogvid.weights.placement import cpu_has_bfloat16
@@ -115,6 +117,19 @@ def test_the_flops_of_the_vae_are_those_that_pytorch_counts(name: str, size: tup
     assert 0 <= decoded - expected <= of_kernels
     assert of_kernels < 0.01 * decoded
     assert costs.vae_encode(VAES[name], tuple(x.shape[2:]), 4, PLAIN).flops == encoded
+
+
+@pytest.mark.parametrize(
+    "size", [(8, 8), (30, 45), (31, 45), (25, 46), (50, 72), (51, 91), (60, 90), (96, 170)], ids=str
+)
+def test_the_tiles_that_are_counted_are_those_that_are_made(size: tuple[int, int]) -> None:
+    for scale in (1, 8):
+        height, width = size[0] * 8 // scale, size[1] * 8 // scale
+        x, shapes = torch.empty(height, width, device="meta"), []
+        for row in tile_places(height, width, scale) or [[(slice(None), slice(None))]]:
+            shapes += [tuple(x[place].shape) for place in row]
+        assert costs._tile_sizes(height, width, scale) == Counter(shapes)
+    assert costs._tile_sizes(16_000_000, 16_000_000, 1).total() > 10**9  # without a list of them
 
 
 def test_the_flops_and_parameters_of_the_text_encoder_are_those_of_the_module() -> None:
@@ -271,6 +286,16 @@ WIDE = [  # which, size, dtype of the run, stored dtype: where the two differ, t
     ("vae", 64, 96, 9, "bfloat16", torch.bfloat16),
     ("vae", 128, 192, 9, "float32", torch.float32),
 ]
+MODES = [  # the same, in the modes that save memory
+    (("transformer", 128, 128, 9, "float32", torch.float32), "--offload model"),
+    (("transformer", 128, 128, 9, "float32", torch.float32), "--offload block"),
+    (("transformer", 128, 128, 9, "float32", torch.float16), "--offload block"),
+    (("transformer", 128, 128, 9, "float32", torch.float32), "--quantize fp8-storage"),
+    (("transformer", 128, 128, 9, "float32", torch.float32), "--quantize int8"),
+    (("transformer", 128, 128, 9, "float32", torch.float32), "--quantize int8 --offload model"),
+    (("vae", 256, 64, 9, "float32", torch.float32), "--offload block"),
+    (("vae", 256, 64, 9, "float32", torch.float32), "--vae-tiling"),
+]
 
 
 @pytest.mark.slow
@@ -290,6 +315,23 @@ def test_the_memory_of_a_reduced_width_is_within_15_percent(
     )
     assert planned == pytest.approx(measured, rel=0.15)
     assert planned - PROCESS == pytest.approx(measured - PROCESS, rel=0.15)
+
+
+@pytest.mark.slow
+@on_linux
+@cpu_build
+@pytest.mark.parametrize(("case", "mode"), MODES, ids=str)
+def test_the_memory_of_each_mode_is_within_15_percent(
+    case: tuple[Any, ...], mode: str, tmp_path: Path, wide: Callable[[str, torch.dtype], Path]
+) -> None:
+    if "int8" in mode:
+        pytest.importorskip("torchao", reason="needs the extra quant")
+    which, height, width, frames, dtype, stored = case
+    size = ["--height", height, "--width", width, "--num-frames", frames, "--dtype", dtype]
+    options = ["--model", wide(which, stored), "--num-inference-steps", 2, *size, *mode.split()]
+    planned, measured = planned_and_measured(tmp_path, *options)
+    print(f"{mode} {case}: {planned / 1e6:.0f} MB planned, {measured / 1e6:.0f} MB measured")
+    assert planned == pytest.approx(measured, rel=0.15)
 
 
 def test_the_plan_of_a_pack(capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,6 +448,11 @@ def test_only_weights_that_cannot_fit_are_refused() -> None:
     assert refused.memory[0].pinned > small
     with pytest.raises(MemoryError, match=r"^memory: got 8\.0 GB on cpu, want .* GB for the weights alone in float32"):
         refuse_hopeless(refused)
+    for mode in (Mode("block"), Mode("block", vae_tiling=True)):  # one block is there at a time
+        refuse_hopeless(plan("cogvideox-5b", on=Machine("cpu", small, small), dtype=torch.float32, mode=mode))
+    quantised = plan("cogvideox-5b", on=Machine("cpu", small, small), mode=Mode("model", quantize="int8"))
+    with pytest.raises(MemoryError, match=r"on cpu, want \d+\.\d GB for the weights alone in bfloat16"):
+        refuse_hopeless(quantised)
     mapped = plan("cogvideox-5b", on=Machine("cpu", small, small))  # in bf16 the weights are the files' pages
     assert mapped.memory[0].needed > small
     refuse_hopeless(mapped)
@@ -418,23 +465,35 @@ def test_only_weights_that_cannot_fit_are_refused() -> None:
     refuse_hopeless(tight)
 
 
-@pytest.mark.parametrize(("free", "dtype"), [(32, torch.float32), (26, torch.bfloat16), (28, torch.bfloat16)])
-def test_what_is_said_to_fit_does(free: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("free", "dtype", "named_options"),
+    [
+        (56, torch.float32, "--offload model"),
+        (26, torch.bfloat16, "--offload model"),
+        (12, torch.bfloat16, "--offload block"),  # a card of 12 GB
+        (6, torch.bfloat16, "--offload block --vae-tiling"),
+        (6, torch.float32, "--offload block --dtype bfloat16 --vae-tiling"),
+        (3, torch.bfloat16, "--offload block --num-frames 25 --vae-tiling"),
+    ],
+)
+def test_what_is_said_to_fit_does(free: int, dtype: torch.dtype, named_options: str) -> None:
     on = Machine("cuda", free * GB, free * GB)
     found = plan("cogvideox-5b", on=on, dtype=dtype)
     assert found.fits is not None
     assert found.fits.startswith("--")
-    words = found.fits.split()
+    assert found.fits == named_options
+    words = found.fits.removesuffix("--vae-tiling").split()
+    vae_tiling = found.fits.endswith("--vae-tiling")
     changed = {name.lstrip("-").replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)}
-    smaller = {name: int(value) for name, value in changed.items() if name != "dtype"}
-    named = getattr(torch, changed["dtype"]) if "dtype" in changed else dtype
-    again = plan("cogvideox-5b", on=on, dtype=named, **smaller)
+    mode = Mode(changed.pop("offload", None), vae_tiling)
+    named = getattr(torch, changed.pop("dtype")) if "dtype" in changed else dtype
+    again = plan("cogvideox-5b", on=on, dtype=named, mode=mode, **{name: int(value) for name, value in changed.items()})
     assert again.fits is None
     assert any("what would fit: " + found.fits in warning for warning in found.warnings)
 
 
 def test_nothing_is_promised_where_nothing_fits() -> None:
-    found = plan("cogvideox-5b", on=Machine("cuda", 4 * GB, 4 * GB))
+    found = plan("cogvideox-5b", on=Machine("cuda", GB // 4, GB // 4))
     assert found.fits == "no smaller run of this model"
 
 
@@ -452,7 +511,7 @@ def test_out_of_memory_names_what_would_fit(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("cogvid: error: out of memory: DefaultCPUAllocator: can't allocate memory: you tried")
     assert "want about " in line
-    assert line.endswith("for this run in float32; what would fit: --dtype bfloat16")
+    assert line.endswith("for this run in float32; what would fit: --vae-tiling")
     assert list(tmp_path.iterdir()) == []
 
 
