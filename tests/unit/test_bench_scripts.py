@@ -52,6 +52,7 @@ def run(script: str, *arguments: str, **environment: str) -> tuple[str, dict[str
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_bench_kernels_runs_to_its_end(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     names = {"json": "out.json", "plot": "bars.png", "roofline": "roofline.png", "history": "times.jsonl"}
@@ -89,6 +90,7 @@ def table(out: str) -> dict[str, list[str]]:
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
 
 
+@pytest.mark.slow
 def test_bench_model_times_all_models_beside_diffusers() -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     parts = ("text", "step", "decode")
@@ -120,6 +122,7 @@ def test_bench_model_times_the_kernels_too() -> None:
         assert {"cogvid torch", "cogvid triton"} < providers, providers
 
 
+@pytest.mark.slow
 def test_bench_model_loads_in_fresh_processes() -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     _, result = run("bench_model.py", "--size", "toy", "--device", "cpu", "--runs", "1", "--parts", "load")

@@ -57,7 +57,10 @@ def _fresh() -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b-i2v"])
+@pytest.mark.parametrize(
+    "kind",
+    ["cogvideox-5b", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cogvideox-2b", "cogvideox1.5-5b-i2v"))],
+)
 def test_blocks_are_one_graph_for_all_layers_steps_and_sizes(kind: str) -> None:
     """Two graphs are enough: torch.compile treats a batch of one as a kind of its own."""
     model = randomise(Transformer(transformer_config(kind)))
@@ -124,6 +127,7 @@ def test_a_hook_on_a_block_and_an_adapter_in_it_take_effect() -> None:
     assert rel_rms(model(*inputs), compiled) < COMPILED_RMS_FP32
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_real_backend_gives_the_same() -> None:
     model = randomise(Transformer(transformer_config("cogvideox-5b", num_layers=1)))

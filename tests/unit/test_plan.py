@@ -473,7 +473,7 @@ def test_only_weights_that_cannot_fit_are_refused() -> None:
         (12, torch.bfloat16, "--offload block"),  # a card of 12 GB
         (6, torch.bfloat16, "--offload block --vae-tiling"),
         (6, torch.float32, "--offload block --dtype bfloat16 --vae-tiling"),
-        (3, torch.bfloat16, "--offload block --num-frames 25 --vae-tiling"),
+        (3, torch.bfloat16, "--offload block --num-frames 33 --vae-tiling"),
     ],
 )
 def test_what_is_said_to_fit_does(free: int, dtype: torch.dtype, named_options: str) -> None:
