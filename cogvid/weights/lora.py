@@ -124,7 +124,7 @@ class Loras:
         made: dict[str, tuple[Any, list[LowRank]]] = {}
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.updates):
             module = self._transformer.get_submodule(path)
-            module, weight = originals.setdefault(path, (module, getattr(module, "weight", None)))
+            module, weight = originals.setdefault(path, (module, module._parameters.get("weight")))
             made[path] = self._adapted(path, module, weight, adapters)
         for path, (module, weight) in originals.items():
             new_weight, beside = made.get(path, (weight, []))
@@ -156,9 +156,9 @@ class Loras:
             block = self._transformer.get_submodule(path.rpartition(".")[0])
             if isinstance(block, Block) and block.centred and path.endswith(("q_proj", "k_proj")):
                 added = centre_heads(added, block.num_heads)  # so that RMSNorm stays right
-            weight = nn.Parameter(
-                (weight + added.to(weight.device)).to(weight.dtype), requires_grad=weight.requires_grad
-            )
+            # Offloading keeps weights elsewhere, as they are stored: the sum is rounded to the dtype of the run alone.
+            summed = (weight + added.to(weight.device)).to(like.dtype)
+            weight = nn.Parameter(summed, requires_grad=weight.requires_grad)
         return weight, beside
 
 
