@@ -28,7 +28,7 @@ def reference(name: str, scheduler: str):
     return pipe
 
 
-@pytest.mark.parametrize("scheduler", ["dpm", "ddim"])
+@pytest.mark.parametrize("scheduler", ["dpm", pytest.param("ddim", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["tiny-i2v", "tiny-t2v"])
 def test_pack_gives_the_same_video_in_diffusers(name: str, scheduler: str):
     image = {"image": Image.open(DEMO).resize((64, 64))} if name == "tiny-i2v" else {}

@@ -10,6 +10,7 @@ import parity_report
 NUMBER = r"\d\.\d+e[+-]\d+"
 
 
+@pytest.mark.slow
 def test_report_is_a_table_of_small_errors(tmp_path, capsys):
     target = tmp_path / "parity.md"
     parity_report.main(["--markdown", str(target)])

@@ -22,7 +22,7 @@ pytest.importorskip("scipy", reason="needs scipy, which finds the shapes")
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.png"
 STEPS = 10
-SAMPLERS = ["dpm", "ddim"]
+SAMPLERS = ["dpm", pytest.param("ddim", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
