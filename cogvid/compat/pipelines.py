@@ -259,11 +259,12 @@ class BasePipeline(Adapters):
         settings = resolve_settings(core.model, task=self._task, **options)
         # "next" warns of nothing, while the run itself warns; the timesteps are the same.
         schedule = schedule_of(core.model, dataclasses.replace(settings, previous_timestep="next"))
-        scales = guidance_schedule(settings.guidance_scale, schedule, settings.use_dynamic_cfg)
-        self._num_timesteps, self._guidance_scale = len(schedule), settings.guidance_scale
+        scale, rule = options["guidance_scale"], options["use_dynamic_cfg"]
+        rule = {True: "diffusers", False: "constant"}.get(rule, rule)
+        self._num_timesteps, self._guidance_scale = len(schedule), scale
         self._interrupt, self._attention_kwargs = False, attention_kwargs
-        steps = Steps(self, scales, callback_on_step_end, names)
-        hooked = steps.hooked(core.transformer, dynamic=settings.use_dynamic_cfg != "constant")
+        steps = Steps(self, guidance_schedule(scale, schedule, rule), callback_on_step_end, names)
+        hooked = steps.hooked(core.transformer, dynamic=rule != "constant")
         with self._scaled_adapters(attention_kwargs), hooked:
             try:
                 frames = core(

@@ -282,7 +282,7 @@ def halve_latents_in_place(pipe: Any, index: int, t: Tensor, given: dict[str, An
 
 
 def change_embeddings(pipe: Any, index: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-    return {"prompt_embeds": given["prompt_embeds"].flip(1)}
+    return {"prompt_embeds": given["prompt_embeds"] / 2}
 
 
 def change_embeddings_in_place(pipe: Any, index: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
