@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import cogvid
 from cogvid import compat
+from cogvid.weights.hub import find
 from measure import rel_rms
 from references import TEXT_LEN, as_video_to_video, picture, save_pipeline, tiny_encoder, tiny_pipeline, tiny_vae
 from tests.frames import assert_frames_equal
@@ -88,9 +90,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
             ours = CLASSES[task.partition("-")[0]].from_pretrained(directory, torch_dtype=torch.float32)
             ours.set_progress_bar_config(disable=True)
             made[task] = Pair(task, reference, ours, directory)
-        made[task].reference.scheduler = SCHEDULERS["ddim"].from_config(made[task].reference.scheduler.config)
-        made[task].ours.scheduler = compat.CogVideoXDDIMScheduler.from_config(made[task].ours.scheduler.config)
-        return made[task]
+        both = made[task]  # with the scheduler that the checkpoint has, whatever another test set
+        both.reference.scheduler = SCHEDULERS["ddim"].from_pretrained(both.directory, subfolder="scheduler")
+        both.ours.scheduler = compat.CogVideoXDDIMScheduler.from_pretrained(both.directory)
+        return both
 
     return get
 
@@ -533,3 +536,35 @@ def test_image_to_video_wants_an_image(pair: Callable[[str], Pair]) -> None:
     for pipe in (pair("i2v").ours, pair("i2v").reference):
         with pytest.raises(TypeError, match="image"):
             pipe(PROMPT) if pipe is None else pipe(prompt=PROMPT)
+
+
+def test_the_ported_script_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides of the README's comparison, on a shipped pack, on the CPU, in float32, with 17 frames and 2 steps."""
+    monkeypatch.chdir(tmp_path)
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text()
+    [block] = re.findall(r"```diff\n(.*?)```", text[text.index("## Port a diffusers script") :], re.DOTALL)
+    changes = {
+        "zai-org/CogVideoX-5b-I2V": str(find("tiny-i2v")),
+        "bfloat16": "float32",
+        "cuda": "cpu",
+        "scripts/demo.png": str(root / "scripts" / "demo.png"),
+        "callback_on_step_end=": "num_frames=17, num_inference_steps=2, callback_on_step_end=",
+    }
+    for before, after in changes.items():
+        assert block.count(before) == 1
+        block = block.replace(before, after)
+    made: dict[str, Any] = {}
+    for side in "-+":
+        lines = [line[1:] for line in block.splitlines() if line[:1] in ("", " ", side)]
+        if side == "-":  # diffusers writes videos with imageio or OpenCV, which the tests do not need
+            lines = [line for line in lines if not line.startswith("export_to_video")]
+        namespace: dict[str, Any] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec("\n".join(lines), namespace)
+        made[side] = np.stack([np.asarray(frame) for frame in namespace["out"].frames[0]]).astype(int)
+        assert namespace["pipe"].guidance_scale == pytest.approx(6.2)
+    assert made["+"].shape == made["-"].shape == (17, 64, 64, 3)
+    assert np.abs(made["+"] - made["-"]).max() <= 1
+    assert cogvid.read_video(tmp_path / "out.mp4")[0].shape == (17, 64, 64, 3)
