@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SECONDS, _REDIRECTS = 30.0, 5  # of a download
 
 
-def load_image(image: str | Image, convert_method: None = None) -> Image:
+def load_image(image: str | Image, convert_method: Any = None) -> Image:
     """Load a picture as PIL RGB; see `cogvid.load_image`, which takes more sources.
 
     Raises:
@@ -58,7 +58,7 @@ def export_to_video(
     output_video_path: str | os.PathLike[str] | None = None,
     fps: float = 10,
     quality: float | None = 5.0,
-    bitrate: None = None,
+    bitrate: Any = None,
     macro_block_size: int | None = 16,
 ) -> str:
     """Write the frames of one video to an MP4 and return its path; see `cogvid.export_to_video`.

@@ -148,7 +148,7 @@ class Part:
         source: str | os.PathLike[str],
         *,
         subfolder: str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
+        torch_dtype: Any = None,
         variant: str | None = None,
         **options: Any,
     ) -> Self:

@@ -75,7 +75,7 @@ class BasePipeline(Adapters):
         cls,
         source: str | os.PathLike[str],
         *,
-        torch_dtype: torch.dtype | str | None = None,
+        torch_dtype: Any = None,
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
@@ -260,7 +260,7 @@ class BasePipeline(Adapters):
         # "next" warns of nothing, while the run itself warns; the timesteps are the same.
         schedule = schedule_of(core.model, dataclasses.replace(settings, previous_timestep="next"))
         scale, rule = options["guidance_scale"], options["use_dynamic_cfg"]
-        rule = {True: "diffusers", False: "constant"}.get(rule, rule)
+        rule = {True: "diffusers", False: "constant"}[rule] if isinstance(rule, bool) else rule
         self._num_timesteps, self._guidance_scale = len(schedule), scale
         self._interrupt, self._attention_kwargs = False, attention_kwargs
         steps = Steps(self, guidance_schedule(scale, schedule, rule), callback_on_step_end, names)

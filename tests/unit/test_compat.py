@@ -190,7 +190,7 @@ NOTHING: dict[str, tuple[Any, str]] = {
         "macro_block_size: got 64 for 32x48 pixels, want None or a divisor",
     ),
     "convert": (
-        lambda: compat.load_image(str(SCRIPTS / "demo.png"), lambda image: image),  # pyright: ignore[reportArgumentType]
+        lambda: compat.load_image(str(SCRIPTS / "demo.png"), lambda image: image),
         "convert_method: got .* want a call of it",
     ),
 }
@@ -235,7 +235,7 @@ def test_a_video_without_a_path_and_frames_of_each_kind(tmp_path: Path) -> None:
     path = Path(compat.export_to_video(frames()))
     made = {path.read_bytes()}
     path.unlink()
-    array = np.stack(frames()).astype(np.float32) / 255
+    array = np.stack([np.asarray(frame) for frame in frames()]).astype(np.float32) / 255
     for given in (list(array), array, torch.from_numpy(array).permute(0, 3, 1, 2)):
         made.add(Path(compat.export_to_video(given, str(tmp_path / "x.mp4"))).read_bytes())
     assert len(made) == 1
