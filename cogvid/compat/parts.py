@@ -91,6 +91,7 @@ INSTEAD = {  # what a script of the family may call that has no meaning here -> 
     "enable_xformers_memory_efficient_attention": "nothing: attention never holds all logits",
     "enable_cache": "step_cache= of the pipeline of cogvid.load",
     "fuse_qkv_projections": "nothing: Q, K and V stay three projections, as they are stored",
+    "lora": "load_lora_weights()",
     "load_textual_inversion": "a longer prompt, or prompt_embeds",
     "save_lora_weights": "the file that the adapter was loaded from",
     "save_pretrained": "cogvid.weights.load.save_transformer and save_vae",
@@ -314,7 +315,7 @@ def load_options(
         if (value := options.pop(name, only[0])) not in only:
             raise ValueError(f"{name}: got {value!r:.60}, want True")
     for name in options:
-        if name not in LOAD_OPTIONS:
+        if name in INSTEAD or name not in LOAD_OPTIONS:
             raise ValueError(f"{name}: got an option without a meaning here, want {_instead(name)}")
     return {"device": "cpu", "dtype": torch.float32 if dtype is None else dtype, **options}
 

@@ -118,6 +118,13 @@ def test_modes_that_come_late_load_again_with_the_adapters() -> None:
     assert after is not before
     assert [lora.name for lora in after.placement.lora] == pipe.get_active_adapters() == ["left"]
     assert after.dtype == torch.bfloat16
+    pipe.fuse_lora(lora_scale=0.5)
+    pipe.to(torch.float32)
+    [lora] = pipe._weights.get().placement.lora
+    assert (lora.fused, lora.scale) == (True, 0.5)
+    pipe.unload_lora_weights()
+    pipe.to(torch.bfloat16)
+    assert pipe._weights.get().placement.lora == ()
 
 
 # One line for what has no meaning here
@@ -156,6 +163,10 @@ NOTHING: dict[str, tuple[Any, str]] = {
     "option": (
         lambda: compat.CogVideoXPipeline.from_pretrained("tiny-t2v", cache_dir="x"),
         "cache_dir: got .* want the environment of huggingface_hub",
+    ),
+    "lora": (
+        lambda: compat.CogVideoXPipeline.from_pretrained("tiny-t2v", lora="x"),
+        r"lora: got an option without a meaning here, want load_lora_weights\(\)",
     ),
     "no option": (
         lambda: compat.CogVideoXPipeline.from_pretrained("tiny-t2v", magic=1),
