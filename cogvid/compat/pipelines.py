@@ -225,6 +225,12 @@ class BasePipeline(Adapters):
             negative_prompt_embeds = encode(negative, count)
         return prompt_embeds, negative_prompt_embeds
 
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode latents as `output_type="latent"` returns them to pixels `[B, 3, F, H, W]`, about [-1, 1]."""
+        core: Pipeline = self._weights.get()
+        return core.vae.decode(1 / core.vae.config.scaling_factor * rearrange(latents, "b t c h w -> b c t h w"))
+
     def _run(
         self,
         *,

@@ -234,6 +234,12 @@ def test_embeddings_are_made_alone_and_given(pair: Callable[[str], Pair]) -> Non
     assert both.ours.encode_prompt(PROMPT, None, do_classifier_free_guidance=False)[1] is None
 
 
+def test_latents_are_decoded(pair: Callable[[str], Pair]) -> None:
+    both = pair("t2v")
+    latents = both.same()
+    assert rel_rms(both.ours.decode_latents(latents), both.reference.decode_latents(latents)) < VAE_FP32
+
+
 def test_latents_of_a_video_are_given_instead_of_it(pair: Callable[[str], Pair]) -> None:
     both = pair("v2v")
     latents = torch.randn(1, 3, 16, 8, 12, generator=generator())
