@@ -156,8 +156,8 @@ class Loras:
             block = self._transformer.get_submodule(path.rpartition(".")[0])
             if isinstance(block, Block) and block.centred and path.endswith(("q_proj", "k_proj")):
                 added = centre_heads(added, block.num_heads)  # so that RMSNorm stays right
-            # Offloading keeps weights elsewhere, as they are stored: the sum is rounded to the dtype of the run alone.
-            summed = (weight + added.to(weight.device)).to(like.dtype)
+            # Offloading keeps weights elsewhere, as they are stored. Without it, they are in the run's dtype before.
+            summed = (weight.to(like.dtype) + added.to(weight.device)).to(like.dtype)
             weight = nn.Parameter(summed, requires_grad=weight.requires_grad)
         return weight, beside
 

@@ -35,6 +35,16 @@ def test_offloading_changes_nothing_of_a_run_with_an_adapter_and_a_step_cache(
     assert {**out.provenance, "offload": None} == plain.provenance
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # the pack is in fp16
+def test_a_fused_adapter_is_the_same_while_blocks_are_offloaded(dtype: str) -> None:
+    found = []
+    for offload in (None, "block"):
+        pipe = cogvid.load("tiny-i2v", device="cpu", dtype=dtype, lora=[LORA], offload=offload)
+        pipe.fuse_lora()
+        found.append(pipe(PROMPT, **RUN).frames)
+    assert found[0].equal(found[1])
+
+
 def test_an_adapter_comes_and_goes_while_blocks_are_offloaded(plain: cogvid.Output) -> None:
     pipe = cogvid.load("tiny-i2v", device="cpu", offload="block")
     before = pipe(PROMPT, **RUN).frames
