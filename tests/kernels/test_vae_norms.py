@@ -74,7 +74,10 @@ def test_latents_of_any_strides(device: torch.device) -> None:
     assert_accurate("spatial_norm_silu", *arguments, num_groups=2, eps=EPS, device=device, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow)],
+)
 @each_layout
 def test_tiles_of_a_gpu(
     layout: torch.memory_format, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch

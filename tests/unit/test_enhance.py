@@ -302,7 +302,13 @@ def test_a_failed_request_leaves_nothing(llm: LLMServer, tmp_path: Path, failed:
 
 def test_ctrl_c_stops_at_once(llm: LLMServer) -> None:
     command = [sys.executable, "-m", "cogvid", "enhance", "a red circle", "--url", llm.base("stall")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+    )
     while not llm.paths:
         assert process.poll() is None
         time.sleep(0.02)

@@ -51,7 +51,8 @@ def _slow(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("pack", [_slow("tiny-i2v"), "tiny-t2v"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", ["tiny-i2v", "tiny-t2v"])
 def test_shipped_packs_pass(pack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     file = tmp_path / "found.json"
