@@ -304,8 +304,18 @@ def parity(recorder: Recorder, device: str, compile: bool) -> None:  # noqa: ARG
         x, text, t = step_inputs(toy, device, torch.float32)
         return {"error": allowed(measure.rel_rms(other(x, text, t), model(x, text, t)), 1e-5)}
 
+    def offloaded(mode: str) -> dict[str, Any]:
+        frames = []
+        for offload in (None, mode):
+            pipe = cogvid.load("tiny-t2v", device=device, dtype="float32", ops="torch", offload=offload)
+            options = {"num_inference_steps": 2, "output_type": "pt", "progress": False, **shape}
+            frames.append(pipe("the red circle moves right", seed=1, **options).frames)
+        return {"error": allowed(measure.rel_rms(frames[1], frames[0]), 1e-6)}
+
     for name in ("tiny-i2v", "tiny-t2v"):
         recorder.measure(f"{name}, 2 steps", functools.partial(pack, name))
+    for mode in ("model", "block"):
+        recorder.measure(f"tiny-t2v, offload {mode}", functools.partial(offloaded, mode))
     for name in bench_model.OFFICIAL:
         recorder.measure(f"{name}, reduced, one step", functools.partial(transformer, name))
 
