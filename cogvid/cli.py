@@ -56,8 +56,11 @@ _LONGEST_LINE = 1000  # characters
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; an error becomes one line on stderr."""
     status = 0
-    with StopOnSignals() as stop:
-        status = _main(sys.argv[1:] if argv is None else list(argv))
+    try:
+        with StopOnSignals() as stop:
+            status = _main(sys.argv[1:] if argv is None else list(argv))
+    except OSError as error:  # there is no descriptor left, even for the pipe that signals are watched with
+        return _fail(*_judged(error))
     if stop.received is None:
         return status
     with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal to write to

@@ -108,7 +108,8 @@ def test_what_cannot_be_made_is_refused_as_always(tmp_path: Path) -> None:
         ours("a red")
 
 
-@pytest.mark.parametrize("name", ["tiny-t2v", pytest.param("tiny-i2v", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-i2v"])
 def test_shipped_packs(name: str) -> None:
     """Beyond what they were trained for: 50 steps, guidance 6, 226 tokens, and, for one, 49 frames."""
     reference = DiffusionPipeline.from_pretrained(find(name), torch_dtype=torch.float32)

@@ -175,6 +175,21 @@ def test_with_few_descriptors_it_works_or_is_status_1(tmp_path: Path, capfd: pyt
     assert statuses[-1] == 0
 
 
+def test_without_any_descriptor_it_is_status_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "x", "-o", str(tmp_path / "out.mp4"), *QUICK]
+    assert cli.main(["inspect", "tiny-t2v"]) == 0  # what prints a line is imported now
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        status = cli.main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (status, last_line(capfd)) == (1, "cogvid: error: Too many open files")
+    assert os.listdir(tmp_path) == []
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 

@@ -33,6 +33,7 @@ def come_back(pipe: cogvid.Pipeline, clip: Tensor, steps: int) -> float:
     return rel_rms(back.frames, found.clean)
 
 
+@pytest.mark.slow
 def test_a_video_comes_back_the_better_the_more_steps(pipe: cogvid.Pipeline, clip: Tensor) -> None:
     """The error of DDIM's step falls as 1 / steps."""
     fifty, hundred = come_back(pipe, clip, 50), come_back(pipe, clip, 100)

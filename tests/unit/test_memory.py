@@ -361,6 +361,7 @@ print(most[0] - before)
 
 
 @on_linux
+@pytest.mark.slow
 def test_the_pages_of_one_block_are_resident(tmp_path: Path) -> None:
     """Of the pages of four mapped blocks of width 768, at most those of one block and the rest are resident."""
     from cogvid.models.transformer import Transformer

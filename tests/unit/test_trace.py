@@ -94,6 +94,7 @@ def test_a_run_that_breaks_down_at_a_later_step_is_named() -> None:
     assert (found.first.step, found.first.name) == (1, "transformer.blocks.3: attention")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps() -> None:
     """Of each call three numbers are kept, and no tensor."""
     a, b = pipeline(), pipeline()

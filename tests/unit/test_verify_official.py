@@ -47,10 +47,6 @@ def custom(directory: Path, variant: str) -> Path:
     return save_pipeline(pipe, spiece, directory)
 
 
-def _slow(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.slow)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", ["tiny-i2v", "tiny-t2v"])
 def test_shipped_packs_pass(pack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +69,8 @@ def test_shipped_packs_pass(pack: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert all(min(f["gib"]) > 0.1 for f in values["findings"] if f["dtype"])
 
 
-@pytest.mark.parametrize("variant", [_slow("2b"), _slow("5b-i2v"), "1.5-5b-i2v"])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-5b-i2v"])
 def test_every_kind_of_checkpoint_passes(variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sin-cos, learned and sliced rotary positions; temporal patches, ofs; an image and none."""
     size = ["--height", "64", "--width", "96"] if variant.startswith("1.5") else []  # its own is 2400x2400
