@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +201,8 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
     """
     check_task(model, task)
     defaults = {name: getattr(model, of) for name, field in OPTIONS.items() if (of := field.metadata["model"])}
-    values = fill(OPTIONS, options, {**defaults, **upstream_defaults(OPTIONS, model.follows)})
+    defaults |= upstream_defaults(OPTIONS, model.follows)
+    values = fill(OPTIONS, options, defaults)
     rule = values["use_dynamic_cfg"]
     if rule is None:
         rule = model.dynamic_guidance and values["scheduler"] == "dpm"
@@ -210,13 +212,30 @@ def resolve_settings(model: ModelConfig, *, task: str, **options: Any) -> Settin
         if (scale := options.get("guidance_scale")) is not None:
             raise ValueError(f"guidance_scale, use_dynamic_cfg: got {scale:g} and a list of scales, want one of them")
         settings = dataclasses.replace(settings, guidance_scale=None)
-    if settings.noise_aug_strength and "inpainting" not in model.tasks:
-        got = settings.noise_aug_strength
-        raise ValueError(f"noise_aug_strength: got {got} with {model.name}, which takes no mask, want 0")
+    _check_effects(model, settings, fill(OPTIONS, {}, defaults))
     check_size(model, settings.height, settings.width)
     check_frames(model.vae, settings.num_frames)
     _check_schedule(model, settings)
     return settings
+
+
+def _check_effects(model: ModelConfig, settings: Settings, defaults: Mapping[str, Any]) -> None:
+    """Raise unless each option that is not at its default has an effect on this run."""
+    taken = {condition.name for condition in model.conditions}
+    effects = {
+        "strength": settings.starts_from_video,
+        "resize": bool(TASKS[settings.task]),
+        "image_latent_scale": "image" in taken and model.vae.invert_scale_latents,
+        "learned_positions": model.transformer.use_learned_positional_embeddings,
+        "vae_encode": settings.starts_from_video or bool(taken - {"image"}),
+        "noise_aug_strength": "mask" in taken,
+        "guidance_interval": settings.guided,
+    }
+    plain = check({name: OPTIONS[name] for name in effects}, defaults)
+    for name, has_effect in effects.items():
+        if not has_effect and (got := getattr(settings, name)) != plain[name]:
+            where = f"for {settings.task} with {model.name}, where it has no effect"
+            raise ValueError(f"{name}: got {got!r} {where}, want {plain[name]!r}")
 
 
 def schedule_of(model: ModelConfig, settings: Settings) -> Schedule:

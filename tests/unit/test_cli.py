@@ -125,7 +125,7 @@ def test_every_option_arrives(t2v: Path, out: Path, tmp_path: Path) -> None:
         "--use-dynamic-cfg",
         "diffusers",
     ]
-    options += ["--scheduler", "ddim", "--strength", 0.5, "--resize", "crop", "--image-latent-scale", "none"]
+    options += ["--scheduler", "ddim", "--strength", 0.5, "--resize", "crop", "--vae-encode", "whole"]
     options += ["--seed", 7, "--fps", 12, "--device", "cpu", "--dtype", "bfloat16", "--ops", "torch"]
     assert main(["generate", "", *map(str, options)]) == 0
     frames, fps = read_video(out)
@@ -135,7 +135,7 @@ def test_every_option_arrives(t2v: Path, out: Path, tmp_path: Path) -> None:
     expected = {
         "task": "video-to-video", "negative_prompt": ["two dogs"], "guidance_scale": 2.5,
         "use_dynamic_cfg": "diffusers",
-        "scheduler": "ddim", "strength": 0.5, "resize": "crop", "image_latent_scale": "none", "seed": 7,
+        "scheduler": "ddim", "strength": 0.5, "resize": "crop", "vae_encode": "whole", "seed": 7,
         "dtype": "bfloat16", "device": "cpu", "ops": "torch", "num_inference_steps": 4, "source": t2v.name,
     }  # fmt: skip
     assert {name: made[name] for name in expected} == expected

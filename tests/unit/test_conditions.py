@@ -133,7 +133,7 @@ def test_plan_and_inspect_know_what_a_checkpoint_is(
         (["--mask", "mask.png"], "mask: got this alone or together, want nothing or one of: "),
         (["--control-video", "clip.mp4"], "model: got none for control-to-video, want one such as alibaba"),
         (["--model", "tiny-t2v", "--control-video", "clip.mp4"], "which takes no image and cannot do control-to-video"),
-        (["--model", "tiny-t2v", "--noise-aug-strength", "0.1"], "noise_aug_strength: got 0.1 with tiny-t2v"),
+        (["--model", "tiny-t2v", "--noise-aug-strength", "0.1"], "noise_aug_strength: got 0.1 for text-to-video with"),
         (["--model", "control", "--control-video", "first.png"], "video: got 'first.png', which is no video"),
         (["--model", "inpaint", "--video", "clip.mp4", "--mask", "none.png"], "image: got 'none.png', which cannot"),
         (["--model", "inpaint", "--video", "clip.mp4", "--mask", "control"], "image: got 'control', which is a"),

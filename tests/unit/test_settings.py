@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,37 @@ def test_the_record_has_every_option(pipe: cogvid.Pipeline) -> None:
     assert {field.name for field in dataclasses.fields(Settings)} <= set(record)
     assert [name for name in OPTIONS if record[name] is None] == ["step_cache"]
     assert set(LOAD_OPTIONS) <= set(record)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"strength": 0.5}, "strength: got 0.5 {where}, want 0.8"),
+        ({"resize": "crop"}, "resize: got 'crop' {where}, want 'stretch'"),
+        ({"image_latent_scale": "none"}, "image_latent_scale: got 'none' {where}, want 'diffusers'"),
+        ({"learned_positions": "slice"}, "learned_positions: got 'slice' {where}, want 'sincos'"),
+        ({"vae_encode": "whole"}, "vae_encode: got 'whole' {where}, want 'chunks'"),
+        ({"noise_aug_strength": 0.1}, "noise_aug_strength: got 0.1 {where}, want 0.0"),
+        (
+            {"guidance_interval": (0, 0.5), "guidance_scale": 1.0},
+            "guidance_interval: got (0.0, 0.5) {where}, want (0.0, 1.0)",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(option: dict[str, Any], message: str) -> None:
+    where = "for text-to-video with cogvideox-5b, where it has no effect"
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format(where=where))}$"):
+        resolve_settings(cogvid.CONFIGS["cogvideox-5b"], task="text-to-video", **option)
+
+
+def test_options_that_have_an_effect_or_are_as_by_default_are_taken() -> None:
+    model = cogvid.CONFIGS["cogvideox-5b"]
+    resolve_settings(model, task="video-to-video", strength=0.5, resize="crop", vae_encode="whole")
+    resolve_settings(cogvid.CONFIGS["cogvideox-5b-i2v"], task="image-to-video", learned_positions="slice")
+    resolve_settings(cogvid.CONFIGS["cogvideox1.5-5b-i2v"], task="image-to-video", image_latent_scale="none")
+    plain = resolve_settings(model, task="text-to-video")
+    again = {name: getattr(plain, name) for name in OPTIONS}
+    assert resolve_settings(model, task="text-to-video", **again) == plain
 
 
 def test_an_unknown_option_is_named(pipe: cogvid.Pipeline) -> None:
