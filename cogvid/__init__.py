@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cogvid.sampling.samplers import SAMPLERS as SAMPLERS
     from cogvid.weights.load import load_transformer as load_transformer
     from cogvid.weights.load import load_vae as load_vae
+    from cogvid.weights.parallel_option import Parallel as Parallel
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOME = {
     "Inversion": "run.invert",
     "Ops": "ops",
     "Output": "run.output",
+    "Parallel": "weights.parallel_option",
     "Pipeline": "run.pipeline",
     "SAMPLERS": "sampling.samplers",
     "STEP_CACHES": "sampling.cache",
