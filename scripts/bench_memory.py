@@ -1,6 +1,6 @@
 """Measure the peak memory of every mode that saves some, against diffusers in the same mode, on a CPU.
 
-    python scripts/bench_memory.py                     # the README's table
+    python scripts/bench_memory.py                     # the table of MEMORY.md
     python scripts/bench_memory.py --size toy          # seconds; keeps this script from rotting
 
 Each run is a process of its own, which loads a checkpoint and makes a video. Its figure is VmHWM, the resident set with

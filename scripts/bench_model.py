@@ -1,6 +1,6 @@
 """Time cogvid against diffusers, side by side in one run, with the same random weights and inputs.
 
-    python scripts/bench_model.py --device cpu --model all --runs 3    # the README's table: all five models
+    python scripts/bench_model.py --device cpu --model all --runs 3    # the table of SPEED.md: all five models
     python scripts/bench_model.py --device cuda --model cogvideox-5b   # full size
     python scripts/bench_model.py --device cpu --size toy              # seconds; keeps this script from rotting
 
@@ -201,7 +201,7 @@ def caption(result: Row) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Return the README's table: the fastest of diffusers' settings beside each provider of ours."""
+    """Return the table of SPEED.md: the fastest of diffusers' settings beside each provider of ours."""
     lines = [
         measure.markdown_row(["part", "diffusers s", "cogvid s", "ratio", "diffusers MiB", "cogvid MiB"]),
         "|---|" + "--:|" * 5,

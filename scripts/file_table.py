@@ -1,4 +1,4 @@
-"""Write the line counts of README.md: those of the files in "What is where", and those of the examples.
+"""Write the line counts of README.md, in "What is where", and those of the examples in cogvid/README.md.
 
 python scripts/file_table.py
 """
@@ -10,7 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+EXAMPLES = ROOT / "cogvid" / "README.md"
 _ROW = re.compile(r"^(\| \[`[^`]+`\]\((cogvid/[^)]+\.py)\) \|) \d* \|", re.MULTILINE)
+_ROOM = re.compile(r"^(\| \[`[^`]+/`\]\((cogvid/[^)]+)\) \|) \d* \|", re.MULTILINE)
 _EXAMPLE = re.compile(r"^(\*\*[^*\n]+\*\*) \(\d* lines\)(.*?```python\n(.*?)```)", re.MULTILINE | re.DOTALL)
 _CORE = re.compile(r"[\d,]+ lines(?= in all)")
 # What a reader must know: what each run goes through. The options below are read by those who want them.
@@ -32,8 +34,9 @@ def core() -> list[Path]:
 
 
 def counted(text: str) -> str:
-    """Return the text of README.md with the line counts as they are now."""
+    """Return the text of a page with the line counts as they are now."""
     text = _CORE.sub(f"{sum(map(lines, core())):,} lines", text)
+    text = _ROOM.sub(lambda row: f"{row[1]} {sum(map(lines, (ROOT / row[2]).rglob('*.py')))} |", text)
     text = _ROW.sub(lambda row: f"{row[1]} {lines(ROOT / row[2])} |", text)
     return _EXAMPLE.sub(lambda example: f"{example[1]} ({statements(example[3])} lines){example[2]}", text)
 
@@ -48,4 +51,5 @@ def statements(code: str) -> int:
 
 
 if __name__ == "__main__":
-    README.write_text(counted(README.read_text()))
+    for page in (README, EXAMPLES):
+        page.write_text(counted(page.read_text()))

@@ -18,8 +18,8 @@ counts these pages: resident memory on a CPU, allocated GPU memory on a GPU.
 By default the size is the model's own up to 256x256 and 17 frames. A model with learned positions (5B-I2V) takes one
 size: its transformer is compared at all of its 49 frames, where the table is used, its run at 9.
 
-The last line on stdout is a row for the README's table. Exit status: 0; 1 if a bound was exceeded; 2 if nothing could
-be compared, with one line on stderr.
+The last line on stdout is a row for the table of tests/parity/README.md. Exit status: 0; 1 if a bound was exceeded; 2
+if nothing could be compared, with one line on stderr.
 """
 
 from __future__ import annotations
@@ -522,7 +522,7 @@ def commit_of(directory: Path) -> str | None:
 
 
 def table_row(job: Job, findings: list[Finding]) -> str:
-    """Return the README's row: of each column the largest error in fp32, then the largest ratio in other dtypes."""
+    """Return a checkpoint's row: of each column the largest error in fp32, then the largest ratio in other dtypes."""
 
     def cell(column: str) -> str:
         own = [f for f in findings if f.column == column]

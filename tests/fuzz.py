@@ -46,7 +46,7 @@ class Illegal:
     """Something that cogvid refuses in a ValueError of one line.
 
     fits: whether a case can be spoilt so. spoil: do it. message: what the refusal must match.
-    readme: the words of README's "Differences from diffusers" for it; None where diffusers fails too.
+    readme: the words of parity/DIFFERENCES.md for it; None where diffusers fails too.
     """
 
     fits: Callable[[Case], bool]

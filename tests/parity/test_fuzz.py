@@ -89,7 +89,7 @@ def test_every_reason_of_a_refusal_is_drawn() -> None:
 
 
 def test_readme_names_what_only_we_refuse() -> None:
-    differences = " ".join((ROOT / "README.md").read_text().split("## Differences from diffusers")[1].split())
+    differences = " ".join((ROOT / "tests/parity/DIFFERENCES.md").read_text().split())
     for illegal in ILLEGAL.values():
         assert illegal.readme is None or illegal.readme in differences
 
@@ -200,7 +200,7 @@ def sampler(case: Case, _directory: Path) -> Runs:
     strength = min(max(call["strength"], 1.001 / call["steps"]), 1.0)  # at least one step
 
     def theirs(change: float) -> list[Tensor]:
-        """Without the step at t = -1 that rounding adds to some counts, see README."""
+        """Without the step at t = -1 that rounding adds to some counts, see DIFFERENCES.md."""
         scheduler.set_timesteps(call["steps"])
         kept = min(int(call["steps"] * strength), call["steps"])
         timesteps = scheduler.timesteps[: call["steps"]][-kept:]

@@ -1,4 +1,4 @@
-"""The parity report runs to its end and shows the small errors that README.md states."""
+"""The parity report runs to its end and shows the small errors that tests/parity/README.md states."""
 
 import re
 

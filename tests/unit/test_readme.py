@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What the README, and the pages that it leads to, show runs as it stands there."""
 
 from __future__ import annotations
 
@@ -25,11 +25,18 @@ from tests.checkpoints import write_variant
 from tests.llm_server import LLMServer
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = {  # in the order in which a reader gets to them
+    name: (ROOT / name).read_text()
+    for name in (
+        "README.md", "cogvid/README.md", "cogvid/run/README.md", "tests/README.md", "tests/parity/README.md",
+        "tests/parity/DIFFERENCES.md", "scripts/SPEED.md", "scripts/MEMORY.md",
+    )
+}  # fmt: skip
+README, EXAMPLES = PAGES["README.md"], PAGES["cogvid/README.md"]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [block for page in PAGES.values() for block in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)]
 
 
 def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,35 +140,50 @@ def test_the_commands_are_understood(
     assert len(llm.paths) == len(re.findall("^cogvid .*enhance ", block, re.MULTILINE))
 
 
-def test_the_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_lead_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", PAGES[page]):
+        if target.startswith("http"):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], anchor
 
 
 def test_the_file_table_has_every_file() -> None:
-    rows = re.findall(r"^\| \[`([^`]+)`\]\(cogvid/([^)]+)\) \| \d+ \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| \[`([^`]+)`\]\(cogvid/([^)]+\.py)\) \| \d+ \|", README, re.MULTILINE)
     assert all(shown == target for shown, target in rows)
     files = [path.relative_to(ROOT / "cogvid").as_posix() for path in (ROOT / "cogvid").rglob("*.py")]
     assert sorted(shown for shown, _ in rows) == sorted(files)
 
 
 def test_the_table_of_operations_has_each_one() -> None:
-    table = README[README.index("### Where each operation runs") :].split("\n\n")[1]
+    table = EXAMPLES[EXAMPLES.index("## Where each operation runs") :].split("\n\n")[1]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {field.name for field in dataclasses.fields(Ops)}
 
 
 def test_the_line_counts_are_right() -> None:
     """If this fails: `python scripts/file_table.py`."""
     assert counted(README) == README
-    assert len(re.findall(r"^\*\*.+\*\* \(\d+ lines\)", README, re.MULTILINE)) == 7
+    assert counted(EXAMPLES) == EXAMPLES
+    assert len(re.findall(r"^\*\*.+\*\* \(\d+ lines\)", EXAMPLES, re.MULTILINE)) == 7
     assert len(re.findall(r" lines in all:\s", README)) == 1
 
 
 def test_a_wrong_line_count_is_noticed() -> None:
-    for count in (r"\.py\) \| (\d+) \|", r"\*\* \((\d+) lines\)", r"([\d,]+) lines in all"):
-        for match in re.finditer(count, README):
-            wrong = README[: match.start(1)] + "7" + README[match.end(1) :]
-            assert counted(wrong) == README
+    for page, count in (
+        (README, r"\.py\) \| (\d+) \|"),
+        (README, r"/`\]\([^)]+\) \| (\d+) \|"),
+        (README, r"([\d,]+) lines in all"),
+        (EXAMPLES, r"\*\* \((\d+) lines\)"),
+    ):
+        found = list(re.finditer(count, page))
+        assert found, count
+        for match in found:
+            wrong = page[: match.start(1)] + "7" + page[match.end(1) :]
+            assert counted(wrong) == page
 
 
 def test_lines_of_an_example_are_counted() -> None:
