@@ -16,6 +16,7 @@ from cogvid.media.pictures import save_frames
 from cogvid.media.video import denormalize, to_uint8
 from cogvid.models.vae import VAE
 from cogvid.options import check_int
+from cogvid.run.notebook import output_html, output_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent", "stream")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Output:
     """Hold what a run made.
 
@@ -40,6 +41,13 @@ class Output:
     fps: int
     provenance: dict[str, Any]
     skipped_steps: list[int] | None = None
+
+    def __repr__(self) -> str:
+        return output_line(self)
+
+    def _repr_html_(self) -> str | None:
+        """A notebook shows the videos, and plays them."""
+        return output_html(self)
 
     def save(self, path: str | os.PathLike[str], video: int | None = None) -> str:
         """Write a video as MP4, GIF, WebP or PNG, by the ending of the path, at the model's fps; return the path.

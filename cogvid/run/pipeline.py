@@ -29,6 +29,7 @@ from cogvid.run.conditioning import encode_conditions, encode_prompts
 from cogvid.run.given import as_lists, frames_of, resized
 from cogvid.run.inputs import check_inputs
 from cogvid.run.latents import initial_latents, noised_video
+from cogvid.run.notebook import pipeline_lines
 from cogvid.run.output import OUTPUT_TYPES, Output, decode_output
 from cogvid.run.record import make_record
 from cogvid.run.saved_run import SavedRun
@@ -72,6 +73,9 @@ class Pipeline(TakesLoras):
         self.vae = vae
         self.text_encoder = text_encoder
         super().__init__(transformer)
+
+    def __repr__(self) -> str:
+        return "\n".join(pipeline_lines(self))
 
     @property
     def device(self) -> torch.device:
