@@ -40,6 +40,7 @@ MAX_SPLITS = 1024
 # With fewer tiles per program, reading the first one twice would cost a large share of the time.
 _MIN_TILES = 8
 _MERGE_BLOCK = 64
+_LATENTS = ("scale", "shift")
 
 
 @triton.jit
@@ -287,11 +288,8 @@ def norm_silu(
     """
     if len(modulation) not in (0, 2):
         raise ValueError(f"modulation: got {len(modulation)} tensors, want scale and shift or none")
-    scale, shift = modulation or (None, None)
-    want_tensors(x=x, statistics=statistics, weight=weight, bias=bias)
-    if modulation:
-        want_tensors(scale=scale, shift=shift)
-    return _norm_silu_operator(x, statistics, weight, bias, scale, shift, num_groups, eps)
+    want_tensors(x=x, statistics=statistics, weight=weight, bias=bias, **dict(zip(_LATENTS, modulation, strict=False)))
+    return _norm_silu_operator(x, statistics, weight, bias, list(modulation), num_groups, eps)
 
 
 def _group_norm_silu_outputs(
@@ -357,14 +355,13 @@ def _norm_silu_outputs(
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    modulation: list[Tensor],
     num_groups: int,
-    eps: float,  # noqa: ARG001 - the operator's arguments
+    eps: float,  # noqa: ARG001
 ) -> Tensor:
     _check(x, weight, bias, num_groups)
-    if scale is not None and shift is not None:
-        _check_modulation(scale, shift, x)
+    if modulation:
+        _check_modulation(*modulation, x)
     wanted = [2, *x.shape[:2]]
     if list(statistics.shape) != wanted:
         raise ValueError(f"statistics: got shape {list(statistics.shape)}, want {wanted}")
@@ -374,25 +371,16 @@ def _norm_silu_outputs(
 
 
 def _norm_silu(
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    eps: float,
+    x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, modulation: list[Tensor], num_groups: int, eps: float
 ) -> Tensor:
-    out = _norm_silu_outputs(x, statistics, weight, bias, scale, shift, num_groups, eps)
-    check_alignment(x=x, weight=weight, bias=bias)
-    if scale is not None and shift is not None:
-        check_alignment(scale=scale, shift=shift)
+    out = _norm_silu_outputs(x, statistics, weight, bias, modulation, num_groups, eps)
+    check_alignment(x=x, weight=weight, bias=bias, **dict(zip(_LATENTS, modulation, strict=False)))
     mean, variance = statistics.unflatten(2, (num_groups, -1))  # [B, groups, C / groups]
     # The variance of a group is the mean of the variances of its channels plus the variance of their means.
     between, group_means = torch.var_mean(mean, dim=2, correction=0)
     group_inverses = (variance.mean(2) + between + eps).rsqrt()
     with torch.cuda.device_of(x):
-        _apply(x, out, group_means.float(), group_inverses.float(), weight, bias, scale, shift)
+        _apply(x, out, group_means.float(), group_inverses.float(), weight, bias, *(modulation or (None, None)))
     return out
 
 
@@ -421,7 +409,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
 
 
 def _check_modulation(scale: Tensor, shift: Tensor, x: Tensor) -> None:
-    for name, tensor in (("scale", scale), ("shift", shift)):
+    for name, tensor in zip(_LATENTS, (scale, shift), strict=True):
         _check_latent(name, tensor, x)
     if shift.shape != scale.shape:
         raise ValueError(f"shift: got shape {list(shift.shape)}, want that of scale, {list(scale.shape)}")

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from cogvid.weights.parallel_option import Parallel
 from measure import pooled_ratio, rel_rms
 from tests.checkpoints import VAE_CONFIG
 from tests.distributed.ranks import Ranks
-from tests.tolerances import OP_FP32, VAE_FP32, VAE_FP64, VAE_SPLIT_FP32, VAE_SPLIT_ROUNDING
+from tests.tolerances import OP_FP32, VAE_FP32, VAE_SPLIT_FP32, VAE_SPLIT_FP64, VAE_SPLIT_ROUNDING
 
 OfRanks = Callable[[int], Ranks]
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def answer(x: Tensor) -> tuple[str, np.ndarray | None]:
     return hashlib.sha256(values.tobytes()).hexdigest(), values if dist.get_rank() == 0 else None
 
 
-def same_on_all(answers: list[tuple[str, np.ndarray | None]]) -> Tensor:
+def same_on_all(answers: Sequence[Any]) -> Tensor:
     """Return the result of the ranks, which must have the same bits on each."""
     assert len({digest for digest, _ in answers}) == 1
     return torch.from_numpy(answers[0][1])
@@ -115,26 +115,28 @@ def test_the_result_is_that_of_one_process(ranks: OfRanks, count: int) -> None:
 
 
 def test_it_is_exact(ranks: OfRanks) -> None:
-    check_results(ranks(3), VAE_CONFIG, FEW, torch.float64, VAE_FP64)
+    check_results(ranks(3), VAE_CONFIG, FEW, torch.float64, VAE_SPLIT_FP64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, VAE_SPLIT_FP32), (torch.float64, VAE_FP64)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, VAE_SPLIT_FP32), (torch.float64, VAE_SPLIT_FP64)])
 @pytest.mark.parametrize("count", [2, 3, 4, 6])
 def test_every_kind_of_video(ranks: OfRanks, count: int, dtype: torch.dtype, limit: float) -> None:
     check_results(ranks(count), VAE_CONFIG, CASES, dtype, limit)
 
 
+REAL = [("decode", 1, 3, 5, 4), ("encode", 1, 9, 5, 4)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_the_real_config(ranks: OfRanks, count: int) -> None:
-    """Against fp64, because with these random weights the rounding of one process is above 2e-6 itself."""
-    config, cases = VAEConfig(), [("decode", 1, 3, 5, 4), ("encode", 1, 9, 5, 4)]
-    check_results(ranks(count), config, cases, torch.float64, VAE_FP64)
-    answers = ranks(count).run(_results, config, cases)
-    errors = [
-        errors_of(config, case, torch.float32, got) for case, got in zip(cases, zip(*answers, strict=True), strict=True)
-    ]
+def test_the_real_config_is_exact(ranks: OfRanks) -> None:
+    check_results(ranks(2), VAEConfig(), REAL, torch.float64, VAE_SPLIT_FP64)
+
+
+@pytest.mark.slow
+def test_the_real_config_rounds_as_one_process_does(ranks: OfRanks) -> None:
+    """Not against one process: with these random weights, its own error in fp32 is 3e-6."""
+    errors = errors_of(VAEConfig(), REAL, torch.float32, ranks(4).run(_results, VAEConfig(), REAL))
     assert pooled_ratio(errors) <= VAE_SPLIT_ROUNDING
 
 
@@ -142,25 +144,25 @@ def test_the_real_config(ranks: OfRanks, count: int) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_bf16_is_no_worse(ranks: OfRanks, count: int) -> None:
     answers = ranks(count).run(_results, VAE_CONFIG, CASES, torch.bfloat16)
-    errors = [
-        errors_of(VAE_CONFIG, case, torch.bfloat16, got)
-        for case, got in zip(CASES, zip(*answers, strict=True), strict=True)
-    ]
-    assert pooled_ratio(errors) <= VAE_SPLIT_ROUNDING
+    assert pooled_ratio(errors_of(VAE_CONFIG, CASES, torch.bfloat16, answers)) <= VAE_SPLIT_ROUNDING
 
 
-def errors_of(config: VAEConfig, case: Any, dtype: torch.dtype, answers: Any) -> tuple[float, float]:
-    """Return the errors of the ranks and of one process against fp64 with the same rounded weights and input."""
-    vae, x = build(config).to(dtype), inputs(config, *case).to(dtype)
-    truth = result(copy.deepcopy(vae).double(), case[0], x.double())
-    return rel_rms(same_on_all(answers), truth), rel_rms(result(vae, case[0], x), truth)
+def errors_of(config: VAEConfig, cases: list[Any], dtype: torch.dtype, answers: list[Any]) -> list[tuple[float, float]]:
+    """Return the errors of the ranks and of one process against fp64 with the same rounded weights and inputs."""
+    vae, errors = build(config).to(dtype), []
+    exact = copy.deepcopy(vae).double()
+    for case, got in zip(cases, map(same_on_all, zip(*answers, strict=True)), strict=True):
+        x = inputs(config, *case).to(dtype)
+        truth = result(exact, case[0], x.double())
+        errors.append((rel_rms(got, truth), rel_rms(result(vae, case[0], x), truth)))
+    return errors
 
 
 @pytest.mark.slow
 def test_the_result_is_that_of_diffusers(ranks: OfRanks) -> None:
     from references import tiny_vae
 
-    theirs = tiny_vae()
+    theirs: Any = tiny_vae()
     config = VAEConfig.from_dict(dict(theirs.config))
     x, z = inputs(config, "encode", 1, 9, 5, 4), inputs(config, "decode", 1, 3, 5, 4)
     state = map_vae_state_dict(theirs.state_dict(), config)

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_the_two_halves(mean: float, layout: torch.memory_format, device: torch.
     x, weight, bias, scale, shift = (t.to(device) for t in arguments)
     found = channel_statistics(x)
     assert rel_rms(found.cpu(), want) <= KERNEL_FP32
-    options = {"num_groups": 4, "eps": EPS}
+    options: Any = {"num_groups": 4, "eps": EPS}
     whole = group_norm_silu(x, weight, bias, **options)
     assert rel_rms(norm_silu(x, found, weight, bias, **options), whole) <= KERNEL_FP32
     whole = spatial_norm_silu(x, weight, bias, scale, shift, **options)
@@ -190,7 +191,7 @@ def test_the_two_halves(mean: float, layout: torch.memory_format, device: torch.
 
 def test_what_is_no_statistics_is_refused(device: torch.device) -> None:
     x, weight, bias, scale, _ = (t.to(device) for t in make((1, 8, 2, 6, 10), (1, 3, 5), torch.channels_last_3d))
-    options = {"num_groups": 4, "eps": EPS}
+    options: Any = {"num_groups": 4, "eps": EPS}
     with pytest.raises(ValueError, match=r"^statistics: got torch.float32 on .*, want float64 on "):
         norm_silu(x, channel_statistics(x).float(), weight, bias, **options)
     with pytest.raises(ValueError, match=r"^statistics: got shape \[2, 1, 4\], want \[2, 1, 8\]"):
