@@ -412,30 +412,34 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
     """Compute `GroupNormSiluOp`."""
-    gain, offset = _group_norm_affine(x, weight, bias, num_groups, eps)
-
-    def apply(frames: slice) -> Tensor:
-        y = torch.addcmul(offset, x[:, :, frames].to(gain.dtype), gain)
-        return F.silu(y, inplace=not torch.is_grad_enabled()).to(x.dtype)
-
-    return map_frames(apply, x.shape[2], _frames_in_cache(x), layout_of(x))
+    return norm_silu(x, channel_statistics(x), weight, bias, num_groups=num_groups, eps=eps)
 
 
 def spatial_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int, eps: float
 ) -> Tensor:
     """Compute `SpatialNormSiluOp`: diffusers' `CogVideoXSpatialNorm3D` after its convolutions, and its activation."""
-    gain, offset = _group_norm_affine(x, weight, bias, num_groups, eps)
-    # Join the gain and offset of the norm with those of the latents, still at latent resolution.
-    scale, shift = scale.to(gain.dtype), shift.to(gain.dtype)
-    gain, offset = gain * scale, torch.addcmul(shift, offset, scale)
-    sources, layout = _latent_frames(x.shape[2], scale.shape[2]), layout_of(x)
+    return norm_silu(x, channel_statistics(x), weight, bias, scale, shift, num_groups=num_groups, eps=eps)
+
+
+def norm_silu(
+    x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, *modulation: Tensor, num_groups: int, eps: float
+) -> Tensor:
+    """Compute `GroupNormSiluOp`, or `SpatialNormSiluOp` if modulation is scale and shift, from `channel_statistics`."""
+    gain, offset = _group_norm_affine(statistics, weight, bias, num_groups, eps, _wide_dtype(x))
+    if modulation:
+        # Join the gain and offset of the norm with those of the latents, still at latent resolution.
+        scale, shift = (t.to(gain.dtype) for t in modulation)
+        gain, offset = gain * scale, torch.addcmul(shift, offset, scale)
+    layout = layout_of(x)
 
     def apply(frames: slice) -> Tensor:
-        part = x[:, :, frames].to(gain.dtype)
-        # clone, not contiguous(): it would keep the strides after indexing, which later operations do not recognise.
-        small = (t[:, :, sources[frames]].clone(memory_format=layout) for t in (gain, offset))
-        g, o = (F.interpolate(t, size=part.shape[2:]) for t in small)
+        part, g, o = x[:, :, frames].to(gain.dtype), gain, offset
+        if modulation:
+            sources = _latent_frames(x.shape[2], gain.shape[2])[frames]
+            # clone, not contiguous(): it would keep the strides after indexing, which operations do not recognise.
+            small = (t[:, :, sources].clone(memory_format=layout) for t in (gain, offset))
+            g, o = (F.interpolate(t, size=part.shape[2:]) for t in small)
         return F.silu(torch.addcmul(o, part, g), inplace=not torch.is_grad_enabled()).to(x.dtype)
 
     return map_frames(apply, x.shape[2], _frames_in_cache(x), layout)
@@ -476,8 +480,8 @@ def frames_at_once(x: Tensor, limit: int) -> int:
     return x.shape[2] if torch.compiler.is_compiling() else max(limit // x[:, :, 0].numel(), 1)
 
 
-def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Return gain and offset, `[B, C, 1, 1, 1]` in at least fp32, such that `GroupNorm(x) = x * gain + offset`.
+def channel_statistics(x: Tensor) -> Tensor:
+    """Return the mean and the variance of each channel of `[B, C, T, H, W]`: `[2, B, C]` fp64.
 
     `F.group_norm` on a CPU takes E[x^2] - E[x]^2 in fp32 when x is channels-last: off by 2e-4 where the mean is ten
     standard deviations. Here the sums are of differences from each channel's mean in the first frame.
@@ -489,16 +493,20 @@ def _group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int,
         difference = part.to(wide) - center
         total = total + difference.sum(dim=(2, 3, 4), keepdim=True)
         square = square + (difference * difference).sum(dim=(2, 3, 4), keepdim=True)
-    mean = center + total / count
-    spread = square / count - (total / count) ** 2
+    return torch.stack([center + total / count, square / count - (total / count) ** 2]).flatten(2)
+
+
+def _group_norm_affine(
+    statistics: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return gain and offset, `[B, C, 1, 1, 1]` each, such that `GroupNorm(x) = x * gain + offset`."""
+    mean, variance = statistics.unflatten(2, (num_groups, -1))  # [B, groups, C / groups]
     # The variance of a group is the mean of the variances of its channels plus the variance of their means.
-    group_mean = mean.flatten(1).unflatten(1, (num_groups, -1))  # [B, groups, C / groups]
-    between, group_mean = torch.var_mean(group_mean, dim=2, correction=0, keepdim=True)
-    within = spread.flatten(1).unflatten(1, (num_groups, -1)).mean(dim=2, keepdim=True)
-    inverse = (within + between + eps).rsqrt()
+    between, group_mean = torch.var_mean(mean, dim=2, correction=0, keepdim=True)
+    inverse = (variance.mean(dim=2, keepdim=True) + between + eps).rsqrt()
     gain = inverse * weight.unflatten(0, (num_groups, -1))
     offset = bias.unflatten(0, (num_groups, -1)) - group_mean * gain
-    gain, offset = (t.flatten(1).to(wide)[:, :, None, None, None] for t in (gain, offset))
+    gain, offset = (t.flatten(1).to(dtype)[:, :, None, None, None] for t in (gain, offset))
     return gain, offset
 
 

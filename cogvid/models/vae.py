@@ -201,13 +201,7 @@ class ResnetBlock(nn.Module):
     """`CogVideoXResnetBlock3D`. With `latent_channels`, as in the decoder, its norms are spatial norms."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        latent_channels: int | None = None,
-        *,
-        groups: int,
-        eps: float,
+        self, in_channels: int, out_channels: int, latent_channels: int | None = None, *, groups: int, eps: float
     ) -> None:
         super().__init__()
         self.norm1 = NormSiLU(in_channels, latent_channels, groups=groups, eps=eps)
@@ -232,12 +226,7 @@ class NormSiLU(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        latent_channels: int | None = None,
-        *,
-        groups: int,
-        eps: float = FINAL_NORM_EPS,
+        self, channels: int, latent_channels: int | None = None, *, groups: int, eps: float = FINAL_NORM_EPS
     ) -> None:
         super().__init__()
         self.groups = groups
