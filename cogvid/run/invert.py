@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from cogvid.ops import AttentionOp, BlockContext
 from cogvid.options import check_choice, takes_options
+from cogvid.parallel.transformer import SplitTransformer
 from cogvid.run.conditioning import encode_conditions, encode_prompts
 from cogvid.run.given import as_lists, frames_of, resized
 from cogvid.run.inputs import check_inputs
@@ -163,6 +164,8 @@ def edit(pipe: Pipeline, inversion: Inversion, prompt: str | list[str], **option
 def _reference(pipe: Pipeline, latents: Tensor) -> Iterator[None]:
     """Let the transformer see `latents` `[steps, B, T, C, h, w]` beside its own, in attention."""
     transformer, ops = pipe.transformer, pipe.transformer.ops
+    if isinstance(transformer, SplitTransformer) and transformer.mesh.split.cfg > 1:
+        raise ValueError("parallel: got cfg=2 with an edit, whose attention sees two rows at once, want cfg=1")
 
     def double(_module: object, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         x, text, timestep = args
