@@ -37,11 +37,11 @@ CPU = torch.device("cpu")
 # kind, batch, frames (of latents to decode), rows and columns of latents: uneven, few and many rows, every kind of
 # chunk, and fewer rows than processes.
 CASES = [
-    ("decode", 2, 3, 5, 3),
+    ("decode", 2, 5, 5, 3),
     ("decode", 1, 1, 1, 4),
     ("decode", 1, 4, 8, 2),
-    ("encode", 2, 9, 5, 3),
-    ("encode", 1, 1, 3, 2),
+    ("encode", 1, 17, 5, 3),
+    ("encode", 2, 1, 3, 2),
     ("encode", 1, 16, 1, 2),
     ("whole", 1, 17, 4, 2),
 ]
@@ -109,9 +109,8 @@ def check_results(ranks: Ranks, config: VAEConfig, cases: list[Any], dtype: torc
         assert rel_rms(got, want) <= limit, case
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_the_result_is_that_of_one_process(ranks: OfRanks, count: int) -> None:
-    check_results(ranks(count), VAE_CONFIG, FEW, torch.float32, VAE_SPLIT_FP32)
+def test_the_result_is_that_of_one_process(ranks: OfRanks) -> None:
+    check_results(ranks(3), VAE_CONFIG, FEW, torch.float32, VAE_SPLIT_FP32)
 
 
 def test_it_is_exact(ranks: OfRanks) -> None:
@@ -279,8 +278,8 @@ def test_what_a_loaded_vae_does_it_goes_on_doing(ranks: OfRanks) -> None:
         assert each["first chunk"] == [1, 3, 9, 24, 16]
         assert each["ops"]
         assert each["refused"] == [
-            "ops: got norms of your own on 2 devices, want those of 'torch' or 'triton'",
-            "z: got shapes [[1, 16, 1, 2, 2], [1, 16, 2, 2, 2]], want the same on each rank",
+            "ops: got norms of your own on 3 devices, want those of 'torch' or 'triton'",
+            "z: got shapes [[1, 16, 1, 2, 2], [1, 16, 2, 2, 2], [1, 16, 3, 2, 2]], want the same on each rank",
             "vae: got a backward pass on several devices, want forward only; train on one",
             "vae: got a SplitVAE, want a VAE that is not split",
         ]
