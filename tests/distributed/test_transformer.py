@@ -213,6 +213,32 @@ def operations() -> dict[str, Any]:
     return told | {"whole": {heads for _, heads in seen}}
 
 
+def test_each_group_is_told_its_branch_and_rows(ranks: AllRanks) -> None:
+    """Of six rows with both branches, three each; of three rows of one branch, two and one."""
+    assert ranks(2).run(branches, 6, "both") == [("uncond", 0, 3), ("cond", 3, 6)]
+    assert ranks(2).run(branches, 3, "cond") == [("cond", 0, 2), ("cond", 2, 3)]
+
+
+def branches(batch: int, branch: Any) -> tuple[str, int, int]:
+    """Return the branch, and which rows of the timestep's embedding came with it."""
+    seen: list[BlockContext] = []
+
+    def listening(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
+        seen.append(context)
+        return torch_attention(q, k, v)
+
+    custom = dataclasses.replace(Ops.torch(), attention=listening)
+    tiny(KINDS["5B"], ops=custom)(*inputs(KINDS["5B"], batch=batch), branch=branch)
+    split_tiny(KINDS["5B"], P(cfg=2), ops=custom)(*inputs(KINDS["5B"], batch=batch), branch=branch)
+    whole, part = seen[0], seen[-1]
+    assert whole.emb is not None
+    assert part.emb is not None
+    first = next(i for i in range(batch) if torch.equal(whole.temb[i], part.temb[0]))
+    assert torch.equal(part.temb, whole.temb[first : first + len(part.temb)])
+    assert torch.equal(part.emb, whole.emb[first : first + len(part.temb)])
+    return part.branch, first, first + len(part.temb)
+
+
 def test_sat_positions_stay(ranks: AllRanks) -> None:
     size = (3, 6, 10)
     expected = tiny(KINDS["5B"], kind=CutPositions)(*inputs(KINDS["5B"], size=size))
