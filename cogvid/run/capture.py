@@ -31,6 +31,7 @@ from cogvid.ops import AttentionOp, BlockContext, Shard
 from cogvid.options import check_int
 from cogvid.run.settings import Settings, schedule_of
 from cogvid.run.side_files import check_new_directory
+from cogvid.weights.parallel_option import check_one_process
 
 if TYPE_CHECKING:
     from cogvid.run.pipeline import Pipeline
@@ -61,6 +62,7 @@ def capture_attention(
             `LARGEST` bytes; at the end, a step that did not run.
         OSError: no space for it.
     """
+    check_one_process("capture", directory)
     transformer, own = pipe.transformer, pipe.transformer.ops
     blocks = len(transformer.blocks)
     layers = first_middle_last(blocks) if layers is None else layers

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from cogvid.ops import AttentionOp, BlockContext
 from cogvid.options import check_choice, takes_options
+from cogvid.parallel.share import agree
 from cogvid.run.conditioning import encode_conditions, encode_prompts
 from cogvid.run.given import as_lists, frames_of, resized
 from cogvid.run.inputs import check_inputs
@@ -35,6 +36,7 @@ from cogvid.run.pipeline import Pipeline, denoise
 from cogvid.run.settings import OPTIONS, Settings, resolve_settings
 from cogvid.sampling.samplers import Generators, State, Step
 from cogvid.sampling.schedule import make_schedule
+from cogvid.weights.parallel_option import check_one_process, rank
 
 _SAME = ("height", "width", "num_frames", "num_inference_steps", "previous_timestep")  # an edit has those of its video
 
@@ -84,6 +86,8 @@ def invert(
         ValueError: the model takes a condition that this has not; an option cannot be; `scheduler` or `strength` is
             given.
     """
+    told = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "generator": generator}
+    agree({"video": video, **told, **options})
     for name in ("scheduler", "strength"):
         if name in options:
             raise ValueError(f"{name}: got {options[name]!r} for an inversion, which is all of DDIM, want none")
@@ -107,7 +111,7 @@ def invert(
     embeds = encode_prompts(pipe.text_encoder, inputs.prompts, inputs.negatives, pipe.model.text_length)
     embeds = embeds.to(pipe.device, pipe.dtype)
     latents: list[Tensor] = []
-    with tqdm(total=len(schedule), desc="invert", unit="step", disable=not progress) as bar:
+    with tqdm(total=len(schedule), desc="invert", unit="step", disable=not (progress and rank() == 0)) as bar:
 
         def keep(step: Step, x: Tensor, state: State) -> None:  # noqa: ARG001 - the driver's signature
             latents.append(_swap(x).to(pipe.dtype))
@@ -148,6 +152,7 @@ def edit(pipe: Pipeline, inversion: Inversion, prompt: str | list[str], **option
         inversion: with the same size and steps, which need not be given again. One video, or one for each.
         options: the arguments of the pipeline's call; `scheduler` is "ddim" if not given.
     """
+    check_one_process("edit", prompt)  # whose rows of two kinds cannot be cut
     for name in _SAME:
         value = getattr(inversion.settings, name)
         if options.get(name) not in (None, value):
