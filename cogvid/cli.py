@@ -475,11 +475,13 @@ def _fail_of_one(said: BaseException | str, status: int, error: BaseException | 
     cause = said if isinstance(said, BaseException) else error
     assert cause is not None
     line, status = judge(_line_of(said), status, cause)
-    return status if line is None else _fail(line, status)
+    if line is not None:
+        _say_error(sys.stderr, line)
+    return status
 
 
 def _say_error(stream: TextIO, line: str) -> None:
-    _say(f"cogvid: error: {line}", stream)
+    _say(f"\ncogvid: error: {line}", stream)  # a bar may be there that has not ended its line
 
 
 def _end(stream: TextIO, interrupted: Interrupted) -> None:

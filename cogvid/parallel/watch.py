@@ -43,7 +43,7 @@ class Watch:
     def _run(self) -> None:
         seen: dict[int, tuple[int, int]] = {}  # rank -> its count of signs, and for how many beats it is the same
         try:
-            store = connect().clone()
+            store = _own_connection()
             while not self._ended.wait(BEAT):
                 store.add(_beat(rank()), 1)
                 for other in range(world_size()):
@@ -112,9 +112,15 @@ def _beat(rank: int) -> str:
     return f"cogvid/beat/{rank}"
 
 
+def _own_connection() -> Store:
+    """Another thread may be waiting in the first one."""
+    store: Any = connect()  # torch's stubs lack `clone`
+    return store.clone()
+
+
 def _ask(question: Callable[[Store], Any], otherwise: Any) -> Any:
-    """Ask the store, with a connection of its own, because another thread may be waiting in the first."""
+    """Ask the store, and return `otherwise` if it is gone."""
     try:
-        return question(connect().clone())
+        return question(_own_connection())
     except (RuntimeError, ValueError):
         return otherwise

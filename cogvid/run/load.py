@@ -9,9 +9,9 @@ from typing import Any
 from cogvid import versions
 from cogvid.options import takes_options
 from cogvid.parallel.share import agree, all_or_none
+from cogvid.parallel.text import SharedEncoder
 from cogvid.run.compiled import compile_modules
 from cogvid.run.memory import Offload
-from cogvid.run.parallel import SharedEncoder, agree_on_load, parallelize
 from cogvid.run.pipeline import Pipeline
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
 from cogvid.weights.files import load_state
@@ -63,11 +63,14 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement, local_files_on
     local_files_only: take the adapters from the local cache.
     """
     placement = with_split(placement, checkpoint.model)
-    if placement.parallel is not None:
-        agree_on_load(checkpoint, placement)
+    if placement.parallel is None:
+        return _load(checkpoint, placement, local_files_only)
+    from cogvid.run import parallel  # here, because it takes a second to import
+
+    parallel.agree_on_load(checkpoint, placement)
     with all_or_none():
         pipe = _load(checkpoint, placement, local_files_only)
-    return parallelize(pipe)
+    return parallel.parallelize(pipe)
 
 
 def _load(checkpoint: Checkpoint, placement: Placement, local_files_only: bool) -> Pipeline:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from cogvid.media.image import load_image
-from cogvid.models.text import TextEncoder, Tokenizer
-from cogvid.ops import Ops
 from cogvid.parallel.mesh import Mesh, make_mesh
 from cogvid.parallel.share import agree, share
 from cogvid.parallel.transformer import split_transformer
@@ -20,6 +16,7 @@ from cogvid.parallel.vae import split_vae
 from cogvid.run.given import IMAGES, is_picture
 from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline
+from cogvid.run.saved_run import SavedRun
 from cogvid.weights.checkpoint import Checkpoint
 from cogvid.weights.parallel_option import rank
 from cogvid.weights.placement import Placement
@@ -38,41 +35,15 @@ class ParallelPipeline(Pipeline):
     mesh: Mesh
 
     @functools.wraps(Pipeline.__call__)
-    def __call__(self, prompt: Any = None, **given: Any) -> Output:
-        agree({"prompt": prompt, **given})
+    def __call__(self, prompt: Any = None, *, saved_run: SavedRun | None = None, **given: Any) -> Output:
+        agree({"prompt": prompt, "saved_run": saved_run and saved_run.directory, **given})
+        if saved_run is not None:
+            saved_run.mesh = self.mesh
         for name in (*IMAGES, "mask"):
             given[name] = share(functools.partial(_read, given.get(name)))
         given["progress"] = given.get("progress", True) and rank() == 0
-        out = super().__call__(prompt, **given)
+        out = super().__call__(prompt, saved_run=saved_run, **given)
         return dataclasses.replace(out, provenance=share(lambda: out.provenance))
-
-
-class SharedEncoder(TextEncoder):
-    """A text encoder whose weights only rank 0 has: it encodes for all. encoder: None in the other processes."""
-
-    def __init__(self, encoder: TextEncoder | None, tokenizer: Tokenizer, device: torch.device) -> None:
-        super().__init__(encoder.t5 if encoder else _NoT5(), tokenizer, device)  # pyright: ignore[reportArgumentType]
-        self._encoder = encoder
-
-    def set_ops(self, ops: Ops) -> None:
-        if self._encoder is not None:
-            self._encoder.set_ops(ops)
-
-    def __call__(self, prompts: Sequence[str], max_length: int) -> Tensor:
-        def encoded() -> Tensor:
-            assert self._encoder is not None
-            return self._encoder(prompts, max_length)
-
-        return share(encoded, self.device)
-
-
-class _NoT5(nn.Module):
-    """What a process without T5 has in its place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Module()
-        self.encoder.block = nn.ModuleList()
 
 
 def agree_on_load(checkpoint: Checkpoint, placement: Placement) -> None:
@@ -89,7 +60,9 @@ def parallelize(pipe: Pipeline) -> Pipeline:
     mesh = make_mesh(pipe.placement.parallel, pipe.device)
     split_transformer(pipe.transformer, mesh)
     split_vae(pipe.vae, mesh)
-    pipe.__class__, pipe.mesh = ParallelPipeline, mesh
+    pipe.__class__ = ParallelPipeline
+    assert isinstance(pipe, ParallelPipeline)
+    pipe.mesh = mesh
     return pipe
 
 

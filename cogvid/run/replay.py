@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
-_NEEDED = (*_STRINGS, *OPTIONS, *(name for name in ENVIRONMENT if name != "parallel"),
-           "given", "num_videos_per_prompt", "negative_prompt", "image", "video", "revision", "variant", "fps", "seed", "noise")  # fmt: skip
+_NEEDED = (*_STRINGS, *OPTIONS, *(name for name in ENVIRONMENT if name != "parallel"), "given", "noise", "image",
+           "num_videos_per_prompt", "negative_prompt", "video", "revision", "variant", "fps", "seed")  # fmt: skip
 
 
 _LONGEST = 2000  # characters of a name

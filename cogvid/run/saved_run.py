@@ -22,6 +22,8 @@ from torch import Generator, Tensor
 
 from cogvid.media.whole_file import sweep, try_lock, write_bytes
 from cogvid.options import check_int
+from cogvid.parallel.cache_state import gather_state, scatter_state
+from cogvid.parallel.mesh import Mesh
 from cogvid.parallel.share import share
 from cogvid.sampling.samplers import Generators, State, Step
 
@@ -44,8 +46,10 @@ class SavedRun:
         every: steps between two saves; the last step is saved in any case. None is what the directory says, or 1.
 
     Raises:
-        ValueError: another process uses the directory; `every` is below 1; what is saved cannot be read.
+        ValueError: another run uses the directory; `every` is below 1; what is saved cannot be read.
     """
+
+    mesh: Mesh | None = None  # of the processes that make the video; the pipeline sets it
 
     def __init__(self, directory: str | os.PathLike[str], every: int | None = None) -> None:
         if every is not None:
@@ -125,7 +129,8 @@ class SavedRun:
         for each, state in zip(self._generators, saved["generators"], strict=True):
             each.set_state(state)
         if step_cache is not None:
-            step_cache.state = saved["step_cache"]
+            state = saved["step_cache"]
+            step_cache.state = state if self.mesh is None else scatter_state(state, self.mesh)
         return saved["steps"], saved["latents"], saved["sampler"], dict(self._first)
 
     def on_step(self, step: Step, x: Tensor, state: State) -> None:
@@ -133,12 +138,15 @@ class SavedRun:
         done = step.index + 1
         if done % self.every and done < len(step.schedule):
             return
+        cache = None if self._step_cache is None else self._step_cache.state
+        if self.mesh is not None and cache is not None:
+            cache = gather_state(cache, self.mesh)
         values = {
             "steps": done,
             "latents": x,
             "sampler": state,
             "generators": [each.get_state() for each in self._generators],
-            "step_cache": None if self._step_cache is None else self._step_cache.state,
+            "step_cache": cache,
             "first": self._first,
             "record": self._record,
         }
