@@ -39,6 +39,7 @@ QK_NORM_RMS_FP32 = 4e-6  # rel rms of runs with qk_norm="rms"; its weights are r
 QK_NORM_RMS_BF16 = 1.1  # pooled errors against fp64, over those of "layer"; weights rounded once more (measured 1.006)
 BATCH_FP32 = 1e-6  # rel rms; matrix products block other batches otherwise (measured 2.9e-7)
 SPLIT_FP32 = 2e-6  # rel rms on several processes against one; BLAS orders sums by size, a ring merges (measured 0.0)
+SPLIT_LATENTS = 2e-6  # rel rms of the final latents on several processes against one (measured 0.0)
 SPLIT_BF16 = 1.5  # pooled errors against fp32, several processes over one; the ring rounds its parts (measured 0.0)
 
 # Kernels

@@ -126,13 +126,13 @@ def agree(values: Mapping[str, Any]) -> None:
     """
     if not together():
         return
-    mine = {name: (fingerprint(value), f"{value!r:.60}") for name, value in values.items()}
+    mine = {name: (fingerprint(value), _shown(value)) for name, value in values.items()}
     others = _meet(answer=mine)
     for other, theirs in enumerate(others):
         for name in [*others[0], *(name for name in theirs if name not in others[0])]:
             (first, shown), (now, got) = (each.get(name, ("", "none")) for each in (others[0], theirs))
             if first != now:
-                wanted = f"{shown} as on rank 0" if got != shown else "the same as on rank 0"
+                wanted = f"{shown} as on rank 0" if got != shown else "that of rank 0"
                 raise _marked(ValueError(f"{name}: got {got} on rank {other}, want {wanted}"))
 
 
@@ -141,6 +141,11 @@ def fingerprint(value: Any) -> str:
     digest = hashlib.sha256()
     _feed(digest.update, value)
     return digest.hexdigest()
+
+
+def _shown(value: Any) -> str:
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return f"{value!r:.60}" if plain else f"a {type(value).__name__}"
 
 
 def _feed(update: Callable[[bytes], None], value: Any) -> None:
