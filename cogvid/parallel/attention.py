@@ -58,13 +58,17 @@ class SplitAttention:
     def __init__(self, attention: AttentionOp, mesh: Mesh) -> None:
         self._attention, self._mesh = attention, mesh
         self._with_lse = with_lse(attention) if mesh.split.ring > 1 else None
-        # The context of the ring piece in the present block; None outside of `run_blocks`, where nothing is shared.
-        self.shared: BlockContext | None = None
+        self.share(None)
         self._key = next(_keys)
         _BY_KEY[self._key] = self
 
+    def share(self, context: BlockContext | None) -> None:
+        """Take the context of the ring piece in the block that runs next; with None, tensors are whole again."""
+        split = self._mesh.split
+        self._shared, self._sharing = context, context is not None and split.ulysses * split.ring > 1
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: BlockContext, /) -> Tensor:
-        if self.shared is None:
+        if not self._sharing:
             return self._attention(q, k, v, context)
         if torch.compiler.is_compiling():  # which cannot trace messages, but calls an operator as it is
             return _operator(q, k, v, self._key)
@@ -72,10 +76,10 @@ class SplitAttention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the output of this process's tokens: from `[B, n, H, hd]` to `[B, n, H * hd]`, contiguous."""
-        assert self.shared is not None
+        assert self._shared is not None
         for x in (q, k, v):
             check_no_gradients(x)
-        mesh, split, total = self._mesh, self._mesh.split, self.shared.shard.total
+        mesh, split, total = self._mesh, self._mesh.split, self._shared.shard.total
         heads = costs.sizes(q.shape[2], split.ulysses)
         first = mesh.index("ring") * split.ulysses
         tokens = costs.sizes(total, split.ring * split.ulysses)[first : first + split.ulysses]
@@ -83,7 +87,7 @@ class SplitAttention:
             begun = [_begin_heads(x, tokens, heads, mesh.group("ulysses")) for x in (q, k, v)]
             q, k, v = (finish() for finish in begun)
         if self._with_lse is None:
-            out = self._attention(q, k, v, self.shared)
+            out = self._attention(q, k, v, self._shared)
         else:
             parts = [stop - start for start, stop in costs.ring_pieces(split, total)]
             out = _ring(self._with_lse, q, k, v, parts, mesh.group("ring"))
@@ -165,7 +169,7 @@ def with_lse(attention: AttentionOp) -> AttentionWithLse:
         return functools.partial(kernels.attention, return_lse=True)
     name = getattr(attention, "__qualname__", type(attention).__qualname__)
     raise ValueError(
-        f"parallel: got ring above 1 with the attention {name:.60}, which has no log-sum-exp, want ulysses"
+        f"parallel: got a ring and the attention {name:.60}, which tells no log-sum-exp, want ulysses alone"
     )
 
 

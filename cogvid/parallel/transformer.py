@@ -12,7 +12,6 @@ import dataclasses
 import functools
 
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from cogvid.models.transformer import Transformer
 from cogvid.ops import BlockContext, Ops, Shard
@@ -40,16 +39,16 @@ def split_transformer(transformer: Transformer, mesh: Mesh) -> None:
         raise ValueError(
             f"parallel: got ulysses={mesh.split.ulysses} for a model of {heads} heads, want at most {heads}"
         )
-    if isinstance(transformer, _Split):
+    if isinstance(transformer, SplitTransformer):
         raise ValueError(f"transformer: got one that is split by {transformer.mesh.split}, want one that is whole")
     attention = SplitAttention(transformer.ops.attention, mesh)  # before anything changes, because it may raise
     transformer.__class__ = _split_class(type(transformer))
-    assert isinstance(transformer, _Split)
+    assert isinstance(transformer, SplitTransformer)
     transformer.mesh = mesh
     transformer.use(transformer.ops, attention)
 
 
-class _Split(Transformer):
+class SplitTransformer(Transformer):
     """What a split transformer does otherwise. No instance is built: the class of one that exists changes."""
 
     mesh: Mesh
@@ -79,6 +78,8 @@ class _Split(Transformer):
         if first < last:
             out = self._run_rows(x[first:last], _rows(context, first, last, batch), layers)
         else:
+            from torch.distributed.fsdp import FSDPModule  # here, because it takes a second to import
+
             out = x[:0]
             if any(isinstance(block, FSDPModule) for block in self.blocks):
                 # They collect their weights from all processes, so all must call them.
@@ -92,13 +93,14 @@ class _Split(Transformer):
         found, groups = costs.pieces(x.shape[1], split.ring * split.ulysses), costs.ring_pieces(split, x.shape[1])
         begin, end = groups[mesh.index("ring")]
         start, stop = found[mesh.piece]
-        piece, shared, x = context.part(start, stop), context.part(begin, end), x[:, start:stop]
+        piece, shared = context.part(start, stop), context.part(begin, end)
+        x = x[:, start:stop].contiguous()  # as it is between blocks: other strides would be compiled once more
         try:
             for layer in layers:
-                self._attention.shared = shared.at(layer)
+                self._attention.share(shared.at(layer))
                 x = super().run_blocks(x, piece, layer, layer + 1)
         finally:
-            self._attention.shared = None
+            self._attention.share(None)
         neighbours = [stop - start for start, stop in found if begin <= start < end]
         x = gather(x, 1, neighbours, mesh.group("ulysses"))
         return gather(x, 1, [stop - start for start, stop in groups], mesh.group("ring"))
@@ -116,5 +118,5 @@ def _rows(context: BlockContext, first: int, last: int, batch: int) -> BlockCont
 
 
 @functools.cache
-def _split_class(kind: type[Transformer]) -> type[_Split]:
-    return type(f"Split{kind.__name__}", (_Split, kind), {})
+def _split_class(kind: type[Transformer]) -> type[SplitTransformer]:
+    return type(f"Split{kind.__name__}", (SplitTransformer, kind), {})

@@ -29,9 +29,9 @@ from cogvid.media.download import shown
 from cogvid.media.whole_file import try_lock
 from cogvid.ops import AttentionOp, BlockContext, Shard
 from cogvid.options import check_int
+from cogvid.parallel.transformer import SplitTransformer
 from cogvid.run.settings import Settings, schedule_of
 from cogvid.run.side_files import check_new_directory
-from cogvid.weights.parallel_option import check_one_process
 
 if TYPE_CHECKING:
     from cogvid.run.pipeline import Pipeline
@@ -58,12 +58,14 @@ def capture_attention(
         steps: which steps of the sampler, from 0. layers: which blocks; the first, middle and last if not given.
 
     Raises:
-        ValueError: the directory holds something; a layer that the model does not have; a capture of more than
-            `LARGEST` bytes; at the end, a step that did not run.
+        ValueError: the directory holds something; a model on several processes; a layer that the model does not have; a
+            capture of more than `LARGEST` bytes; at the end, a step that did not run.
         OSError: no space for it.
     """
-    check_one_process("capture", directory)
     transformer, own = pipe.transformer, pipe.transformer.ops
+    if isinstance(transformer, SplitTransformer):
+        split = transformer.mesh.split
+        raise ValueError(f"parallel: got {split} with a capture, which needs all tokens and heads, want one process")
     blocks = len(transformer.blocks)
     layers = first_middle_last(blocks) if layers is None else layers
     for layer in layers:

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from cogvid.ops import AttentionOp, BlockContext
 from cogvid.options import check_choice, takes_options
 from cogvid.parallel.share import agree
+from cogvid.parallel.transformer import SplitTransformer
 from cogvid.run.conditioning import encode_conditions, encode_prompts
 from cogvid.run.given import as_lists, frames_of, resized
 from cogvid.run.inputs import check_inputs
@@ -36,7 +37,7 @@ from cogvid.run.pipeline import Pipeline, denoise
 from cogvid.run.settings import OPTIONS, Settings, resolve_settings
 from cogvid.sampling.samplers import Generators, State, Step
 from cogvid.sampling.schedule import make_schedule
-from cogvid.weights.parallel_option import check_one_process, rank
+from cogvid.weights.parallel_option import rank
 
 _SAME = ("height", "width", "num_frames", "num_inference_steps", "previous_timestep")  # an edit has those of its video
 
@@ -152,7 +153,6 @@ def edit(pipe: Pipeline, inversion: Inversion, prompt: str | list[str], **option
         inversion: with the same size and steps, which need not be given again. One video, or one for each.
         options: the arguments of the pipeline's call; `scheduler` is "ddim" if not given.
     """
-    check_one_process("edit", prompt)  # whose rows of two kinds cannot be cut
     for name in _SAME:
         value = getattr(inversion.settings, name)
         if options.get(name) not in (None, value):
@@ -168,6 +168,8 @@ def edit(pipe: Pipeline, inversion: Inversion, prompt: str | list[str], **option
 def _reference(pipe: Pipeline, latents: Tensor) -> Iterator[None]:
     """Let the transformer see `latents` `[steps, B, T, C, h, w]` beside its own, in attention."""
     transformer, ops = pipe.transformer, pipe.transformer.ops
+    if isinstance(transformer, SplitTransformer) and transformer.mesh.split.cfg > 1:
+        raise ValueError("parallel: got cfg=2 with an edit, whose attention sees two rows at once, want cfg=1")
 
     def double(_module: object, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         x, text, timestep = args

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import cogvid
 from cogvid.config import TransformerConfig
 from cogvid.models.cut_positions import CutPositions
 from cogvid.models.quantize import quantized
-from cogvid.ops import BlockContext, Ops
+from cogvid.models.transformer import Transformer
+from cogvid.ops import BlockContext, Ops, Shard
 from cogvid.ops import attention as torch_attention
+from cogvid.parallel.cache_state import gather_state, scatter_state
+from cogvid.parallel.costs import Traffic, bytes_of_block, bytes_of_gather
+from cogvid.parallel.transformer import split_transformer
+from cogvid.run.capture import capture_attention
+from cogvid.run.compiled import compile_modules
+from cogvid.sampling.cache import make_step_cache
+from cogvid.sampling.schedule import make_schedule
 from cogvid.weights.lora import Loras
 from cogvid.weights.lora_file import Adapter, Update
 from cogvid.weights.lora_option import Lora
 from cogvid.weights.parallel_option import Parallel
 from measure import pooled_ratio, rel_rms
-from tests.distributed.models import KINDS, inputs, split_tiny, tiny
+from tests.distributed.models import KINDS, inputs, mesh_of, split_tiny, tiny
 from tests.distributed.ranks import Ranks
-from tests.tolerances import SPLIT_BF16, SPLIT_FP32
+from tests.tolerances import COMPILED_RMS_FP32, SPLIT_BF16, SPLIT_CACHE_FP32, SPLIT_FP32
 
 P = Parallel
 AllRanks = Callable[[int], Ranks]
@@ -215,34 +227,22 @@ def cut_positions(size: tuple[int, int, int]) -> Tensor:
     return model(*inputs(KINDS["5B"], size=size))
 
 
-@pytest.mark.parametrize("how", ["lora", "int8", "fp8-storage", "hook", "triton"])
-def test_what_changes_modules_or_operations(ranks: AllRanks, how: str) -> None:
-    """Adapters, quantised linears, hooks and the kernels, in the interpreter, give what they give on one process."""
-    if how == "triton":
-        pytest.importorskip("triton", reason="the kernels need it")
+@pytest.mark.parametrize("how", ["lora", pytest.param("int8", marks=pytest.mark.slow), "fp8-storage", "hook"])
+def test_what_changes_modules(ranks: AllRanks, how: str) -> None:
+    """Adapters, quantised linears and hooks give what they give on one process."""
     if how == "int8":
         pytest.importorskip("torchao", reason="int8 weights need it")
-    if how == "triton":  # only processes of their own can have the kernels interpreted
-        expected = tiny(KINDS["5B"])(*inputs(KINDS["5B"], size=_SMALL))
-    else:
-        expected = changed(how, None)
-        assert rel_rms(tiny(KINDS["5B"])(*inputs(KINDS["5B"])), expected) > 1e-3
+    expected = changed(how, None)
+    assert rel_rms(tiny(KINDS["5B"])(*inputs(KINDS["5B"])), expected) > 1e-3
     for split in (P(cfg=2), P(ulysses=2), P(ring=2)):
         found = ranks(2).run(changed, how, split)
         assert torch.equal(*found)
         assert rel_rms(found[0], expected) < SPLIT_FP32
 
 
-_SMALL = (1, 4, 6)
-
-
 def changed(how: str, split: Parallel | None) -> Tensor:
     config = KINDS["5B"]
     model = tiny(config) if split is None else split_tiny(config, split)
-    if how == "triton":
-        os.environ["TRITON_INTERPRET"] = "1"
-        model.set_ops(Ops.triton())
-        return model(*inputs(config, size=_SMALL), branch="both")
     generator = torch.Generator().manual_seed(3)
     updates = {}
     for name in [f"blocks.{layer}.{linear}" for layer in range(2) for linear in ("q_proj", "out", "mlp_in")]:
@@ -256,3 +256,288 @@ def changed(how: str, split: Parallel | None) -> Tensor:
     if how == "lora":
         Loras(model).add([Adapter(Lora("a.safetensors", 1.0, "a"), updates)])
     return model(*inputs(config), branch="both")
+
+
+# Bytes: what goes through torch.distributed, counted, against the formulas of costs.py.
+
+
+@pytest.mark.parametrize(
+    ("split", "batch"),
+    [(P(cfg=2), 2), (P(cfg=2), 1), (P(ulysses=2), 2), (P(ring=2), 3), (P(ulysses=3), 1), (P(ring=3), 2)],
+    ids=str,
+)
+def test_no_more_bytes_than_the_formula(ranks: AllRanks, split: Parallel, batch: int) -> None:
+    count_bytes(ranks, split, batch)
+
+
+@pytest.mark.slow  # 4 and 6 processes
+@pytest.mark.parametrize("split", MANY, ids=str)
+def test_no_more_bytes_than_the_formula_on_many(ranks: AllRanks, split: Parallel) -> None:
+    for batch in (1, 2, 3):
+        count_bytes(ranks, split, batch)
+
+
+def count_bytes(ranks: AllRanks, split: Parallel, batch: int) -> None:
+    """53 tokens and 7 heads of 16 channels, so that all pieces are uneven; 2 bytes an element and 2 blocks."""
+    found = ranks(split.devices).run(counted, split, batch)
+    for rank, traffic in enumerate(found):
+        block = bytes_of_block(split, rank, batch, 53, 7, 16, 2)
+        assert traffic == block.plus(block).plus(bytes_of_gather(split, rank, batch, 53, 7 * 16, 2))
+
+
+def counted(split: Parallel, batch: int) -> Traffic:
+    config = dataclasses.replace(KINDS["5B"], num_attention_heads=7)
+    model = split_tiny(config, split).bfloat16()
+    latents, text, timestep = inputs(config, batch=batch, size=(3, 6, 10), text_len=8)
+    sent = received = 0
+
+    def count_all_to_all(out: Tensor, x: Tensor, outs: list[int], ins: list[int], **options: Any) -> Any:
+        nonlocal sent, received
+        own = dist.get_rank(options["group"])
+        sent += (len(x) - ins[own]) * x[:1].nbytes
+        received += (len(out) - outs[own]) * out[:1].nbytes
+        assert sum(ins) == len(x)
+        return all_to_all(out, x, outs, ins, **options)
+
+    def count_messages(messages: list[Any]) -> Any:
+        nonlocal sent, received
+        sent += sum(each.tensor.nbytes for each in messages if each.op is dist.isend)
+        received += sum(each.tensor.nbytes for each in messages if each.op is dist.irecv)
+        return batch_isend_irecv(messages)
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective that is not counted")
+
+    all_to_all, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
+    with ExitStack() as stack:
+        for name in COLLECTIVES:
+            stack.enter_context(patch.object(dist, name, forbidden))
+        stack.enter_context(patch.object(dist, "all_to_all_single", count_all_to_all))
+        stack.enter_context(patch.object(dist, "batch_isend_irecv", count_messages))
+        model(latents.bfloat16(), text.bfloat16(), timestep, branch="both" if batch % 2 == 0 else "cond")
+    return Traffic(sent, received)
+
+
+COLLECTIVES = [
+    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all",
+    "broadcast", "broadcast_object_list", "gather", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "scatter", "send",
+]  # fmt: skip
+
+
+# Step caches: what they decide, and their state on another number of processes.
+
+CACHES = ("first-block=0.6", "teacache=0.9:coefficients=1/0", "pyramid=2")
+
+
+@pytest.mark.parametrize(
+    ("split", "guided"),
+    [
+        (P(cfg=2), True),
+        (P(cfg=2), False),
+        (P(ulysses=2), True),
+        *(pytest.param(split, False, marks=pytest.mark.slow) for split in (P(ring=3), P(cfg=2, ulysses=2))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("named", CACHES)
+def test_step_caches(ranks: AllRanks, named: str, split: Parallel, guided: bool) -> None:
+    """The same steps are skipped as on one process; a state from it or for it is that of one process."""
+    expected, skipped, _ = denoise(None, named, guided, 0, 8)
+    assert skipped
+    found = ranks(split.devices).run(denoise, split, named, guided, 0, 8)
+    assert all(torch.equal(x, found[0][0]) for x, _, _ in found)
+    assert [each for _, each, _ in found] == [skipped] * split.devices
+    assert rel_rms(found[0][0], expected) < SPLIT_CACHE_FP32
+
+    halfway, _, alone = denoise(None, named, guided, 0, 5)
+    found = ranks(split.devices).run(denoise, split, named, guided, 0, 5)
+    state = found[0][2]
+    assert [each for _, _, each in found[1:]] == [None] * (split.devices - 1)
+    assert_same(state, alone)
+    assert rel_rms(denoise(None, named, guided, 5, 8, found[0][0], state)[0], expected) < SPLIT_CACHE_FP32
+    found = ranks(2).run(denoise, P(ulysses=2), named, guided, 5, 8, halfway, alone)
+    assert rel_rms(found[0][0], expected) < SPLIT_CACHE_FP32
+    assert found[1][1] == skipped
+
+
+def assert_same(state: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert list(state) == list(expected)
+        for key in expected:
+            assert_same(state[key], expected[key])
+    elif isinstance(expected, Tensor):
+        assert state.shape == expected.shape
+        assert state.is_contiguous()
+        assert rel_rms(state, expected) < SPLIT_CACHE_FP32
+    else:
+        assert state == pytest.approx(expected)
+
+
+def denoise(
+    split: Parallel | None, named: str, guided: bool, start: int, stop: int, x: Tensor | None = None, state: Any = None
+) -> tuple[Tensor, list[int], Any]:
+    """Take some of 8 steps of a sampler that subtracts; return x, the steps skipped so far and the whole state."""
+    config, model_config = KINDS["5B"], cogvid.CONFIGS["tiny-t2v"]
+    model = tiny(config) if split is None else split_tiny(config, split)
+    schedule = make_schedule(model_config.schedule, 8)
+    cache: Any = make_step_cache(named, model_config, schedule)
+    latents, text, _ = inputs(config)
+    x = latents[:1] if x is None else x
+    if state is not None:
+        cache.state = state if split is None else scatter_state(state, mesh_of(split))
+    for step in range(start, stop):
+        rows = 2 if guided else 1
+        timestep = torch.full((rows,), float(schedule.timesteps[step]))
+        branch = "both" if guided else "cond"
+        v = model(x.expand(rows, -1, -1, -1, -1), text[-rows:], timestep, step=step, branch=branch, step_cache=cache)
+        x = x - 0.02 * (v[:1] + 2 * (v[1:] - v[:1]) if guided else v)
+    return x, cache.skipped, cache.state if split is None else gather_state(cache.state, mesh_of(split))
+
+
+def test_a_state_that_cannot_be_put_together_is_refused(ranks: AllRanks) -> None:
+    for error in ranks(2).run(broken_states):
+        assert error == [
+            "step_cache: got a state['kept'] that differs between processes, want the same on all, or a key 'held' for "
+            "what around_attention keeps",
+            "step_cache: got a state['held'][0] of [((1,), torch.float32), ((2,), torch.float32)], want tensors "
+            "[rows, tokens, ...]",
+        ]
+
+
+def broken_states() -> list[str]:
+    mesh, errors = mesh_of(P(ulysses=2)), []
+    for state in ({"kept": torch.ones(2, 3 + mesh.rank)}, {"held": {0: torch.ones(1 + mesh.rank)}}):
+        with pytest.raises(ValueError, match=r"^step_cache: ") as error:
+            gather_state(state, mesh)
+        errors.append(str(error.value))
+    return errors
+
+
+# What cannot be.
+
+
+def test_what_cannot_be_is_refused_in_one_line(ranks: AllRanks) -> None:
+    for errors in ranks(3).run(refusals):
+        assert errors == [
+            "parallel: got ulysses=3 for a model of 2 heads, want at most 2",
+            "transformer: got one that is split by cfg=1,ulysses=3,ring=1, want one that is whole",
+            "parallel: got cfg=1,ulysses=3,ring=1 for 2 tokens, want ulysses * ring at most 2",
+            "shard: got Shard(start=1, stop=9, total=9) of 8 tokens, want all, which the processes share",
+            "gradients: got a tensor that needs one on several processes, want torch.no_grad()",
+            "parallel: got a ring and the attention refusals.<locals>.custom, which tells no log-sum-exp, want "
+            "ulysses alone",
+            "parallel: got a ring and the attention refusals.<locals>.custom, which tells no log-sum-exp, want "
+            "ulysses alone",
+        ]
+
+
+def refusals() -> list[str]:
+    errors: list[str] = []
+
+    def refused(call: Callable[[], Any]) -> None:
+        with pytest.raises(ValueError, match="want") as error:
+            call()
+        errors.append(str(error.value))
+
+    def custom(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:  # noqa: ARG001
+        return torch_attention(q, k, v)
+
+    refused(lambda: split_tiny(KINDS["1.5-I2V"], P(ulysses=3)))
+    config = KINDS["5B"]
+    model = split_tiny(config, P(ulysses=3))
+    refused(lambda: split_transformer(model, mesh_of(P(ulysses=3))))
+    refused(lambda: model(*inputs(config, size=(1, 2, 2), text_len=1)))
+    context = BlockContext(torch.zeros(1, 32), None, 0, (1, 1, 1), Shard(1, 9, 9))
+    refused(lambda: model.run_blocks(torch.zeros(1, 8, config.hidden_size), context))
+    model.requires_grad_(True)
+    refused(lambda: model(*inputs(config)))
+    with torch.no_grad():
+        model(*inputs(config))
+    ops = dataclasses.replace(Ops.torch(), attention=custom)
+    whole = tiny(config, ops=ops)
+    refused(lambda: split_transformer(whole, mesh_of(P(ring=3))))
+    assert type(whole) is Transformer
+    ring = split_tiny(config, P(ring=3))
+    refused(lambda: ring.set_ops(ops))
+    assert ring.ops is Ops.torch()
+    return errors
+
+
+@pytest.mark.slow  # compilations
+@pytest.mark.parametrize(("split", "backend", "most"), [(P(ulysses=2), "eager", 2), (P(ring=2), "inductor", 3)])
+def test_compiled_blocks(ranks: AllRanks, split: Parallel, backend: str, most: int) -> None:
+    """Messages are an operator in the graph. There are no more graphs than on one process, for two sizes."""
+    found = ranks(2).run(compiled, split, backend)
+    assert torch.equal(found[0][0], found[1][0])
+    assert rel_rms(found[0][0], tiny(KINDS["5B"])(*inputs(KINDS["5B"]))) < COMPILED_RMS_FP32
+    assert max(graphs for _, graphs in found) <= most
+
+
+def compiled(split: Parallel, backend: str) -> tuple[Tensor, int]:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    counter: Any = CompileCounterWithBackend(backend)
+    model = split_tiny(KINDS["5B"], split)
+    compile_modules(model.blocks, counter)
+    with torch.no_grad():
+        out = model(*inputs(KINDS["5B"]), branch="both")
+        model(*inputs(KINDS["5B"], batch=4, size=(3, 6, 10), text_len=5), branch="both")
+    torch.compiler.reset()
+    return out, counter.frame_count
+
+
+@pytest.mark.slow  # FSDP
+def test_a_group_without_rows_still_gathers_sharded_weights(ranks: AllRanks) -> None:
+    expected = tiny(KINDS["5B"])(*inputs(KINDS["5B"], batch=1))
+    for found in [*ranks(2).run(sharded, True), *ranks(2).run(sharded, False)]:
+        assert rel_rms(found, expected) < SPLIT_FP32
+
+
+def sharded(before: bool) -> Tensor:
+    model, everyone = tiny(KINDS["5B"]), init_device_mesh("cpu", (2,))
+    if before:
+        split_transformer(model, mesh_of(P(cfg=2)))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=everyone)
+    if not before:
+        split_transformer(model, mesh_of(P(cfg=2)))
+    with torch.no_grad():
+        return model(*inputs(KINDS["5B"], batch=1), branch="cond")
+
+
+@pytest.mark.slow  # whole runs
+def test_an_edit_shares_tokens_but_not_rows_and_a_capture_nothing(ranks: AllRanks) -> None:
+    expected = edited(None)
+    for found in ranks(2).run(edited, P(ulysses=2)):
+        assert isinstance(found, Tensor)
+        assert rel_rms(found, expected) < SPLIT_CACHE_FP32
+    assert set(ranks(2).run(edited, P(cfg=2))) == {
+        "parallel: got cfg=2 with an edit, whose attention sees two rows at once, want cfg=1"
+    }
+    for error in ranks(2).run(captured):
+        assert error == (
+            "parallel: got cfg=1,ulysses=2,ring=1 with a capture, which needs all tokens and heads, want one process"
+        )
+
+
+def captured() -> str:
+    pipe = cogvid.load("tiny-t2v", device="cpu", dtype="float32")
+    split_transformer(pipe.transformer, mesh_of(P(ulysses=2)))
+    with pytest.raises(ValueError, match=r"^parallel: ") as error, capture_attention(pipe, "never", steps=[0]):
+        pass
+    return str(error.value)
+
+
+def edited(split: Parallel | None) -> Tensor | str:
+    pipe = cogvid.load("tiny-t2v", device="cpu", dtype="float32")
+    video = torch.linspace(0, 255, 9 * 64 * 64 * 3).reshape(9, 64, 64, 3).to(torch.uint8)
+    options: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
+    inversion = cogvid.invert(pipe, video, **options)
+    if split is not None:
+        split_transformer(pipe.transformer, mesh_of(split))
+    try:
+        return cogvid.edit(pipe, inversion, "a blue square", output_type="latent", progress=False).frames
+    except ValueError as error:
+        return str(error)
