@@ -19,6 +19,7 @@ A rank without rows (N > h) runs the same modules on tensors of no rows: it take
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,9 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cogvid import ops as plain
 from cogvid.models.tiling import TiledVAE
 from cogvid.models.vae import LATENT_CHUNK, LAYOUT, VAE, CausalConv3d, ConvCache, Downsample, Upsample, chunk_sizes
-from cogvid.ops import Ops, channel_statistics, norm_silu
+from cogvid.ops import Ops
 from cogvid.parallel.mesh import Mesh, gather, pieces
 
 
@@ -227,9 +229,7 @@ class _ForwardOnly(torch.autograd.Function):
 
 def _over_rows(ops: Ops, mesh: Mesh) -> Ops:
     """Return operations whose norms take their statistics over the rows of all ranks."""
-    plain, own = Ops.torch(), (ops.group_norm_silu, ops.spatial_norm_silu)
-    if own != (plain.group_norm_silu, plain.spatial_norm_silu):
-        raise ValueError(f"ops: got norms of your own on {mesh.size} devices, want those of 'torch' or 'triton'")
+    channel_statistics, norm_silu = _halves(ops, mesh)
 
     def statistics(x: Tensor) -> Tensor:
         mine = torch.zeros(3, *x.shape[:2], dtype=torch.float64, device=x.device)
@@ -239,17 +239,22 @@ def _over_rows(ops: Ops, mesh: Mesh) -> Ops:
         dist.all_gather(every, mine, group=mesh.world)
         return merge_statistics(torch.stack(every))
 
-    def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float) -> Tensor:
-        found = statistics(x)
-        return norm_silu(x, found, weight, bias, num_groups=num_groups, eps=eps) if x.numel() else x
+    def norm(x: Tensor, *weights: Tensor, num_groups: int, eps: float) -> Tensor:
+        found = statistics(x)  # on a rank without rows too
+        return norm_silu(x, found, *weights, num_groups=num_groups, eps=eps) if x.numel() else x
 
-    def spatial_norm_silu(
-        x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int, eps: float
-    ) -> Tensor:
-        found = statistics(x)
-        return norm_silu(x, found, weight, bias, scale, shift, num_groups=num_groups, eps=eps) if x.numel() else x
+    return dataclasses.replace(ops, group_norm_silu=norm, spatial_norm_silu=norm)
 
-    return dataclasses.replace(ops, group_norm_silu=group_norm_silu, spatial_norm_silu=spatial_norm_silu)
+
+def _halves(ops: Ops, mesh: Mesh) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:
+    """Return the functions `channel_statistics` and `norm_silu` that make up the norms of these operations."""
+    norms = {ops.group_norm_silu, ops.spatial_norm_silu}
+    if norms == {plain.group_norm_silu, plain.spatial_norm_silu}:
+        return plain.channel_statistics, plain.norm_silu
+    kernels = sys.modules.get("cogvid_kernels")  # imported, if the norms are its own
+    if kernels is not None and norms == {kernels.group_norm_silu, kernels.spatial_norm_silu}:
+        return kernels.channel_statistics, kernels.norm_silu
+    raise ValueError(f"ops: got norms of your own on {mesh.size} devices, want those of 'torch' or 'triton'")
 
 
 def merge_statistics(parts: Tensor) -> Tensor:

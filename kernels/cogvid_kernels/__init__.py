@@ -14,7 +14,7 @@ rms_norm are differentiable; a backward pass through the others raises.
 """
 
 from cogvid_kernels.attention import attention
-from cogvid_kernels.group_norm_silu import group_norm_silu, spatial_norm_silu
+from cogvid_kernels.group_norm_silu import channel_statistics, group_norm_silu, norm_silu, spatial_norm_silu
 from cogvid_kernels.layer_norm_modulate import gate_residual, gate_residual_norm_modulate, layer_norm_modulate
 from cogvid_kernels.linear_gelu import linear_gelu
 from cogvid_kernels.qk_norm_rope import qk_norm_rope
@@ -22,11 +22,13 @@ from cogvid_kernels.rms_norm import rms_norm
 
 __all__ = [
     "attention",
+    "channel_statistics",
     "gate_residual",
     "gate_residual_norm_modulate",
     "group_norm_silu",
     "layer_norm_modulate",
     "linear_gelu",
+    "norm_silu",
     "qk_norm_rope",
     "rms_norm",
     "spatial_norm_silu",

@@ -3,6 +3,7 @@
     group_norm_silu      silu(GroupNorm(x)), the encoder's norm
     spatial_norm_silu    silu(GroupNorm(x) * up(scale) + up(shift)): diffusers' `CogVideoXSpatialNorm3D` after its
                          convolutions, which run at latent resolution; `up` takes the nearest latent
+    channel_statistics   the first half of both, and norm_silu the second: for a picture that several devices share
 
 Bound by memory: x is read twice and written once. Three kernels:
 
@@ -39,6 +40,7 @@ MAX_SPLITS = 1024
 # With fewer tiles per program, reading the first one twice would cost a large share of the time.
 _MIN_TILES = 8
 _MERGE_BLOCK = 64
+_LATENTS = ("scale", "shift")
 
 
 @triton.jit
@@ -256,6 +258,40 @@ def spatial_norm_silu(
     return _spatial_norm_silu_operator(x, weight, bias, scale, shift, num_groups, eps)
 
 
+def channel_statistics(x: Tensor) -> Tensor:
+    """Return the mean and the variance of each channel; forward only.
+
+    Args:
+        x: `[B, C, T, H, W]` fp32, bf16 or fp16, contiguous or channels-last.
+
+    Returns:
+        `[2, B, C]` fp64.
+
+    Raises:
+        ValueError: x is not as described.
+    """
+    want_tensors(x=x)
+    return _channel_statistics_operator(x)
+
+
+def norm_silu(
+    x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, *modulation: Tensor, num_groups: int, eps: float
+) -> Tensor:
+    """Compute `group_norm_silu`, or `spatial_norm_silu` if modulation is scale and shift, from given statistics.
+
+    Args:
+        statistics: `[2, B, C]` fp64, the mean and the variance of each channel.
+        The others are those of `spatial_norm_silu`; forward only.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+    """
+    if len(modulation) not in (0, 2):
+        raise ValueError(f"modulation: got {len(modulation)} tensors, want scale and shift or none")
+    want_tensors(x=x, statistics=statistics, weight=weight, bias=bias, **dict(zip(_LATENTS, modulation, strict=False)))
+    return _norm_silu_operator(x, statistics, weight, bias, list(modulation), num_groups, eps)
+
+
 def _group_norm_silu_outputs(
     x: Tensor,
     weight: Tensor,
@@ -284,10 +320,7 @@ def _spatial_norm_silu_outputs(
     eps: float,  # noqa: ARG001 - the operator's arguments
 ) -> Tensor:
     _check(x, weight, bias, num_groups)
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        _check_latent(name, tensor, x)
-    if shift.shape != scale.shape:
-        raise ValueError(f"shift: got shape {list(shift.shape)}, want that of scale, {list(scale.shape)}")
+    _check_modulation(scale, shift, x)
     return torch.empty_like(x)
 
 
@@ -300,22 +333,86 @@ def _spatial_norm_silu(
     return out
 
 
+def _channel_statistics_outputs(x: Tensor) -> Tensor:
+    _check_x(x)
+    return x.new_empty(2, *x.shape[:2], dtype=torch.float64)
+
+
+def _channel_statistics(x: Tensor) -> Tensor:
+    _check_x(x)
+    check_alignment(x=x)
+    with torch.cuda.device_of(x):
+        means, squares, span = _statistics(x)
+    means, squares, positions = means.double(), squares.double(), x[0, 0].numel()
+    counts = (positions - span * torch.arange(means.shape[1], device=x.device)).clamp(max=span).double()
+    shares = (counts / positions)[:, None]
+    mean = (shares * means).sum(1)  # [B, C]
+    return torch.stack([mean, squares.sum(1) / positions + (shares * (means - mean[:, None]) ** 2).sum(1)])
+
+
+def _norm_silu_outputs(
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    modulation: list[Tensor],
+    num_groups: int,
+    eps: float,  # noqa: ARG001
+) -> Tensor:
+    _check(x, weight, bias, num_groups)
+    if modulation:
+        _check_modulation(*modulation, x)
+    wanted = [2, *x.shape[:2]]
+    if list(statistics.shape) != wanted:
+        raise ValueError(f"statistics: got shape {list(statistics.shape)}, want {wanted}")
+    if (statistics.dtype, statistics.device) != (torch.float64, x.device):
+        raise ValueError(f"statistics: got {statistics.dtype} on {statistics.device}, want float64 on {x.device}")
+    return torch.empty_like(x)
+
+
+def _norm_silu(
+    x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, modulation: list[Tensor], num_groups: int, eps: float
+) -> Tensor:
+    out = _norm_silu_outputs(x, statistics, weight, bias, modulation, num_groups, eps)
+    check_alignment(x=x, weight=weight, bias=bias, **dict(zip(_LATENTS, modulation, strict=False)))
+    mean, variance = statistics.unflatten(2, (num_groups, -1))  # [B, groups, C / groups]
+    # The variance of a group is the mean of the variances of its channels plus the variance of their means.
+    between, group_means = torch.var_mean(mean, dim=2, correction=0)
+    group_inverses = (variance.mean(2) + between + eps).rsqrt()
+    with torch.cuda.device_of(x):
+        _apply(x, out, group_means.float(), group_inverses.float(), weight, bias, *(modulation or (None, None)))
+    return out
+
+
 _group_norm_silu_operator = register(_group_norm_silu, _group_norm_silu_outputs)
 _spatial_norm_silu_operator = register(_spatial_norm_silu, _spatial_norm_silu_outputs)
+_channel_statistics_operator = register(_channel_statistics, _channel_statistics_outputs)
+_norm_silu_operator = register(_norm_silu, _norm_silu_outputs)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
+def _check_x(x: Tensor) -> None:
     if x.ndim != 5:
         raise ValueError(f"x: got shape {list(x.shape)}, want [B, C, T, H, W]")
     check_tensor("x", x, any_strides=True)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)):
         raise ValueError(f"x: got strides {x.stride()} of shape {list(x.shape)}, want contiguous or channels-last")
+    check_runnable("x", x, _apply_kernel)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
+    _check_x(x)
     channels = x.shape[1]
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_parameter(name, parameter, (channels,), x.device)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, want a divisor of {channels}, the number of channels")
-    check_runnable("x", x, _apply_kernel)
+
+
+def _check_modulation(scale: Tensor, shift: Tensor, x: Tensor) -> None:
+    for name, tensor in zip(_LATENTS, (scale, shift), strict=True):
+        _check_latent(name, tensor, x)
+    if shift.shape != scale.shape:
+        raise ValueError(f"shift: got shape {list(shift.shape)}, want that of scale, {list(scale.shape)}")
 
 
 def _check_latent(name: str, latent: Tensor, x: Tensor) -> None:
@@ -345,23 +442,38 @@ def _launch(
     num_groups: int,
     eps: float,
 ) -> None:
-    arch, batch, channels = architecture(x), *x.shape[:2]
-
-    def buffer(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
     with torch.cuda.device_of(x):
-        statistics = _statistics_arguments(x, arch)
-        splits, blocks = _statistics_grid(x, statistics)
-        means, squares = (buffer(batch, splits, channels) for _ in range(2))
-        _statistics_kernel[splits, blocks, batch](means=means, squares=squares, **statistics)
-        group_means, group_inverses = (buffer(batch, num_groups) for _ in range(2))
-        _merge_kernel[num_groups, batch](
-            **_merge_arguments(means, squares, group_means, group_inverses, x, statistics["span"], eps)
-        )
-        apply = _apply_arguments(x, out, group_means, group_inverses, weight, bias, scale, shift, arch)
-        rows, pieces = triton.cdiv(apply["num_rows"], apply["ROWS"]), triton.cdiv(apply["width"], apply["BLOCK_P"])
-        _apply_kernel[rows * pieces, triton.cdiv(channels, apply["BLOCK_C"]), batch](**apply)
+        means, squares, span = _statistics(x)
+        group_means, group_inverses = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
+        _merge_kernel[num_groups, len(x)](**_merge_arguments(means, squares, group_means, group_inverses, x, span, eps))
+        _apply(x, out, group_means, group_inverses, weight, bias, scale, shift)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return the mean and the sum of squared differences of each channel in each range, and the positions of a range.
+
+    The first two are `[B, ranges, C]` fp32.
+    """
+    arguments = _statistics_arguments(x, architecture(x))
+    splits, blocks = _statistics_grid(x, arguments)
+    means, squares = (x.new_empty(len(x), splits, x.shape[1], dtype=torch.float32) for _ in range(2))
+    _statistics_kernel[splits, blocks, len(x)](means=means, squares=squares, **arguments)
+    return means, squares, arguments["span"]
+
+
+def _apply(
+    x: Tensor,
+    out: Tensor,
+    group_means: Tensor,
+    group_inverses: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    apply = _apply_arguments(x, out, group_means, group_inverses, weight, bias, scale, shift, architecture(x))
+    rows, pieces = triton.cdiv(apply["num_rows"], apply["ROWS"]), triton.cdiv(apply["width"], apply["BLOCK_P"])
+    _apply_kernel[rows * pieces, triton.cdiv(x.shape[1], apply["BLOCK_C"]), len(x)](**apply)
 
 
 def _layout(x: Tensor) -> tuple[str, int, int]:

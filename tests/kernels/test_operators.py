@@ -53,6 +53,8 @@ def make(name: str) -> tuple[list[Any], dict[str, Any]]:
         "rms_norm": ([x, weight], {"eps": 1e-6}),
         "group_norm_silu": ([video, weight[:8], bias[:8]], groups),
         "spatial_norm_silu": ([video, weight[:8], bias[:8], *latents], groups),
+        "channel_statistics": ([video], {}),
+        "norm_silu": ([video, ops.channel_statistics(video), weight[:8], bias[:8], *latents], groups),
     }
     return made[name]
 
@@ -129,7 +131,7 @@ def test_fake_outputs_are_like_the_real_ones(case: str) -> None:
         assert (f.shape, f.dtype, f.stride(), f.device) == (r.shape, r.dtype, r.stride(), r.device)
 
 
-@pytest.mark.parametrize("case", [name for name in NAMES if name != "attention"])
+@pytest.mark.parametrize("case", [name for name in NAMES if name not in ("attention", "channel_statistics")])
 def test_fake_and_meta_tensors_are_checked_too(case: str) -> None:
     """A weight (q's, x's) of another width is named before anything is computed."""
     arguments, options = make(case)

@@ -2,16 +2,18 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from cogvid import ops
-from cogvid_kernels import group_norm_silu, spatial_norm_silu
+from cogvid_kernels import channel_statistics, group_norm_silu, norm_silu, spatial_norm_silu
 from cogvid_kernels._tiles import INTERPRETER, TILES, Tile
 from measure import rel_rms
 from tests.kernels.accuracy import DTYPES, assert_accurate, assert_same_specials, randn
+from tests.tolerances import KERNEL_FP32
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -168,6 +170,34 @@ def test_a_large_mean_does_not_cancel(mean: float, layout: torch.memory_format, 
     want = ops.group_norm_silu(x.double(), weight.double(), bias.double(), num_groups=4, eps=EPS)
     # The mean is one fp32 number: half a unit in its last place is 6e-8 of it, whatever the spread.
     assert rel_rms(got, want) <= 1e-7 * mean
+
+
+@each_layout
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_the_two_halves(mean: float, layout: torch.memory_format, device: torch.device) -> None:
+    """The statistics are those of the reference, and a norm from them is the whole one."""
+    arguments = make((2, 8, 9, 24, 40), (3, 12, 20), layout)
+    arguments[0] += mean
+    want = ops.channel_statistics(arguments[0].double())
+    x, weight, bias, scale, shift = (t.to(device) for t in arguments)
+    found = channel_statistics(x)
+    assert rel_rms(found.cpu(), want) <= KERNEL_FP32
+    options: Any = {"num_groups": 4, "eps": EPS}
+    whole = group_norm_silu(x, weight, bias, **options)
+    assert rel_rms(norm_silu(x, found, weight, bias, **options), whole) <= KERNEL_FP32
+    whole = spatial_norm_silu(x, weight, bias, scale, shift, **options)
+    assert rel_rms(norm_silu(x, found, weight, bias, scale, shift, **options), whole) <= KERNEL_FP32
+
+
+def test_what_is_no_statistics_is_refused(device: torch.device) -> None:
+    x, weight, bias, scale, _ = (t.to(device) for t in make((1, 8, 2, 6, 10), (1, 3, 5), torch.channels_last_3d))
+    options: Any = {"num_groups": 4, "eps": EPS}
+    with pytest.raises(ValueError, match=r"^statistics: got torch.float32 on .*, want float64 on "):
+        norm_silu(x, channel_statistics(x).float(), weight, bias, **options)
+    with pytest.raises(ValueError, match=r"^statistics: got shape \[2, 1, 4\], want \[2, 1, 8\]"):
+        norm_silu(x, channel_statistics(x)[..., :4], weight, bias, **options)
+    with pytest.raises(ValueError, match=r"^modulation: got 1 tensors, want scale and shift or none"):
+        norm_silu(x, channel_statistics(x), weight, bias, scale, **options)
 
 
 def test_channels_of_a_group_with_different_means(device: torch.device) -> None:
