@@ -25,8 +25,8 @@ from cogvid.run.together import RememberingEncoder, sample_together
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
 from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.lora_option import find_loras
-from cogvid.weights.parallel_option import Parallel, parse_parallel, world_size
-from cogvid.weights.placement import resolve_placement, with_split
+from cogvid.weights.parallel_option import parse_parallel, world_size
+from cogvid.weights.placement import Placement, resolve_placement, with_split
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,10 +95,8 @@ def replay(
         return _jobs(record, checkpoint, read_embedded_images(path), output, image=image, given=given, files=files)
 
     jobs = share(prepared)
-    recorded = {**{name: record.get(name) for name in LOAD_OPTIONS}, "parallel": _split_here(record)}
     options = {"device": device, "dtype": dtype, "ops": ops, "lora": find_loras(record["lora"], lora)}
-    changed = {name: value for name, value in options.items() if value}
-    placement = with_split(resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype), checkpoint.model)
+    placement = _placement(record, checkpoint, {name: value for name, value in options.items() if value})
     here = environment(checkpoint, placement)
     for line in differences({name: record.get(name) for name in ENVIRONMENT}, here):
         say(line)
@@ -113,10 +111,12 @@ def replay(
     return made
 
 
-def _split_here(record: dict[str, Any]) -> Parallel | None:
-    """Return the recorded split if it is of as many devices as there are here; it is no part of what is made."""
+def _placement(record: dict[str, Any], checkpoint: Checkpoint, changed: dict[str, Any]) -> Placement:
+    """Return the recorded placement, with what is changed; its split is taken if it is of as many devices as here."""
     split = parse_parallel(record.get("parallel"))
-    return split if split is not None and split.devices == world_size() else None
+    here = split if split is not None and split.devices == world_size() else None
+    recorded = {**{name: record.get(name) for name in LOAD_OPTIONS}, "parallel": here}
+    return with_split(resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype), checkpoint.model)
 
 
 def _with_origin(job: Job, record: dict[str, Any], here: dict[str, Any]) -> Job:

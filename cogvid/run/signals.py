@@ -93,7 +93,7 @@ class StopOnSignals:
             raise self.received
 
 
-def _watch(reader: int, at_last: Callable[[Interrupted], None] | None) -> None:
+def _watch(reader: int, at_last: Callable[[Interrupted], None] | None = None) -> None:
     """End the process at the second signal. Python's handler in C writes each signal's number to the pipe."""
     first: tuple[int, float] | None = None
     with open(reader, "rb", buffering=0) as pipe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from cogvid import cli
@@ -21,6 +22,7 @@ def main(fault: str, at_rank: str, at_step: str, *arguments: str) -> int:
     argv = list(arguments)
     if rank() == int(at_rank):
         if fault in ("option", "parse"):
+            print(f"\nfault at {time.monotonic()}", file=sys.stderr, flush=True)
             argv += ["--height", "48"] if fault == "option" else ["--no-such-option"]
         else:
             break_at(fault, int(at_step))
@@ -39,6 +41,8 @@ def break_at(fault: str, at_step: int) -> None:
     forward = Transformer.forward
 
     def broken(self: Transformer, *inputs: Any, step: int, **options: Any) -> torch.Tensor:
+        if step == at_step:
+            print(f"\nfault at {time.monotonic()}", file=sys.__stderr__, flush=True)
         if step == at_step and fault in signals:
             os.kill(os.getpid(), signals[fault])
         if step == at_step and fault == "memory":

@@ -16,8 +16,8 @@ from tests import tolerances
 from tests.distributed import torchrun
 
 QUICK = ["a red circle moves right", "--seed", "3", "--height", "32", "--width", "32", "--num-frames", "9", "--device",
-         "cpu", "--num-inference-steps"]  # fmt: skip
-SOON = 60.0  # seconds for a start of torchrun on a busy machine and the end; the end alone takes 10 at most
+         "cpu", "--guidance-scale", "2", "--num-inference-steps"]  # fmt: skip
+SOON = 30.0  # seconds, on a machine that does other things; the README says 4, which are measured on an idle one
 KILLED = "want one: the process was killed, or hangs"
 FAULTS = {
     "kill": f"rank 1: got no answer for 3 s, {KILLED}",
@@ -57,11 +57,12 @@ def test_a_signal_to_torchrun_ends_all(number: signal.Signals, tmp_path: Path) -
     while not (tmp_path / "run" / "state.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.1)
+    begun = time.monotonic()
     process.send_signal(number)
     ended = torchrun.wait(process)
     assert len(ended.errors) == 1, ended.err
     assert ended.errors[0].startswith("cogvid: error: interrupted")
-    assert ended.seconds < 40
+    assert ended.ended - begun < SOON
     assert sorted(os.listdir(tmp_path / "run")) == ["inputs.safetensors", "lock", "state.safetensors"]
     assert not (tmp_path / "out.mp4").exists()
 

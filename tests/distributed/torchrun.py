@@ -16,12 +16,18 @@ FAULTY = str(Path(__file__).with_name("faulty.py"))
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command left. errors: the lines of cogvid's errors. seconds: until it ended."""
+    """What a command left. errors: the lines of cogvid's errors. ended: when it did, by the monotonic clock."""
 
     status: int
     out: str
     err: str
-    seconds: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it lived after a fault of faulty.py."""
+        [fault] = [line for line in self.err.splitlines() if line.startswith("fault at ")]
+        return self.ended - float(fault.removeprefix("fault at "))
 
     @property
     def errors(self) -> list[str]:
@@ -38,14 +44,13 @@ def start(count: int, program: Sequence[str], *, nodes: Sequence[str] = ()) -> s
 
 def wait(process: subprocess.Popen[str], limit: float = 200) -> Ended:
     """Wait for a program of `start`; what takes longer than `limit` seconds fails, and is killed with its group."""
-    begun = time.monotonic()
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.terminate()
         process.communicate(timeout=60)
         raise
-    return Ended(process.returncode, out, err, time.monotonic() - begun)
+    return Ended(process.returncode, out, err, time.monotonic())
 
 
 def cogvid(count: int, *arguments: str) -> Ended:
