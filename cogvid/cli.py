@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import json
 import logging
@@ -29,12 +30,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from cogvid.arguments import UNSET, make_parser
 from cogvid.run import settings
 from cogvid.run.enhance import chat_address
-from cogvid.run.signals import StopOnSignals
+from cogvid.run.signals import Interrupted, StopOnSignals
 from cogvid.weights.load_options import LOAD_OPTIONS
+from cogvid.weights.parallel_option import world_size
 
 if TYPE_CHECKING:
     from cogvid.config import ModelConfig
     from cogvid.run.generate import Job
+    from cogvid.run.jobs import BatchJob
     from cogvid.run.plan import Plan, Subject
     from cogvid.run.saved_run import SavedRun
     from cogvid.weights.placement import Placement
@@ -55,20 +58,22 @@ _LONGEST_LINE = 1000  # characters
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; an error becomes one line on stderr."""
-    status = 0
+    status, at_last = 0, None
     try:
-        with StopOnSignals() as stop:
-            status = _main(sys.argv[1:] if argv is None else list(argv))
-    except OSError as error:  # there is no descriptor left, even for the pipe that signals are watched with
+        if several := world_size() > 1:
+            at_last = functools.partial(_end, sys.stderr)
+        with StopOnSignals(at_last) as stop:
+            status = _main(sys.argv[1:] if argv is None else list(argv), several)
+    except (OSError, ValueError) as error:  # there is no descriptor left for the pipe that signals are watched with
         return _fail(*_judged(error))
     if stop.received is None:
         return status
     with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal to write to
-        _fail(stop.received, stop.received.status)
+        (_fail_of_one if several else _fail)(stop.received, stop.received.status)
     return stop.received.status
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], several: bool) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"cogvid(\.|$)")
@@ -82,13 +87,20 @@ def _main(argv: list[str]) -> int:
             arguments = _parser().parse_args(argv)
             arguments.given = _given(argv, arguments)
             _check_directory()
-            status = arguments.run(arguments) or 0
+            status = (_on_ranks(arguments) if several else arguments.run(arguments)) or 0
             sys.stdout.flush()
         except Exception as error:
             if getattr(arguments, "traceback", False):
                 traceback.print_exc()
-            return _fail(*_judged(error))
+            return _fail_of_one(*_judged(error), error) if several else _fail(*_judged(error))
     return status
+
+
+def _on_ranks(arguments: argparse.Namespace) -> int | None:
+    """Run a command in one of several processes."""
+    from cogvid.run.ranks import run_on_ranks
+
+    return run_on_ranks(arguments, functools.partial(_say_error, sys.stderr))
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -98,6 +110,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from cogvid import versions
 
     versions.check()
+    from cogvid.parallel.share import share
     from cogvid.run import resume
     from cogvid.run.stages import listen, print_stage
 
@@ -108,14 +121,15 @@ def generate(arguments: argparse.Namespace) -> None:
         if saved is not None:
             stack.enter_context(saved)
             if arguments.resume:
-                vars(arguments).update(resume.restore(saved, arguments.given))
+                vars(arguments).update(share(lambda: resume.restore(saved, arguments.given)))
                 _check_given(arguments)
             if arguments.seed is None:
-                arguments.seed = secrets.randbelow(2**32)
+                arguments.seed = share(lambda: secrets.randbelow(2**32))
         _generate(arguments, saved)
 
 
 def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
+    from cogvid.parallel.share import share
     from cogvid.run import resume
     from cogvid.run.generate import default_model, run
     from cogvid.run.load import load_checkpoint
@@ -128,7 +142,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     source = arguments.model or default_model(task)
     origin = {"defaults": arguments.defaults, "hash_weights": arguments.hash_weights, **_origin(arguments)}
     subject = survey(source, fetch=True, **origin)
-    job = _job(arguments, subject.model, saved)
+    job = share(lambda: _job(arguments, subject.model, saved))
     if arguments.model is None and task != "text-to-video":
         # For text alone, the tokenizer warns of the words that the model does not know.
         warnings.warn(
@@ -143,13 +157,16 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
     if checkpoint is None or checkpoint.source_kind == "hub":
         # So far it was known from its name or the local cache; the hub may have a newer one.
         checkpoint = read_checkpoint(source, **origin)
-        job = _job(arguments, checkpoint.model, saved) if checkpoint.model != subject.model else job
+        found = checkpoint.model
+        job = share(lambda: _job(arguments, found, saved)) if found != subject.model else job
     if arguments.record_paths and checkpoint.source_kind == "directory":
         job = dataclasses.replace(job, origin={**job.origin, "source": str(checkpoint.directory)})
     if arguments.enhance is not None or arguments.enhanced is not None:
-        job = _enhanced(arguments, job, saved)
+        short = job
+        job = share(lambda: _enhanced(arguments, short, saved))
     if saved is not None:
-        resume.keep(saved, vars(arguments), job)
+        whole = job
+        share(lambda: resume.keep(saved, vars(arguments), whole))
     try:
         with stage("load"):
             pipe = load_checkpoint(checkpoint, placement, arguments.local_files_only)
@@ -285,6 +302,21 @@ def _check_given(arguments: argparse.Namespace) -> None:
 
 def batch(arguments: argparse.Namespace) -> int:
     """Make a video of each job in a directory, and print the path of its manifest; options are of all jobs."""
+    from cogvid.parallel.share import share
+    from cogvid.run.batch import run_batch
+    from cogvid.run.stages import listen, print_stage
+
+    made = share(lambda: _jobs_of(arguments))
+    with listen(print_stage) if arguments.verbose else contextlib.nullcontext():
+        failed = run_batch(made, arguments.output, arguments.batch_size)
+    _say(os.path.join(arguments.output, "manifest.jsonl"), sys.stdout)
+    if failed:
+        places = ", ".join(str(entry["place"]) for entry in failed[:10])
+        return _fail(f"jobs: got {len(failed)} of {len(made)} that failed ({places}), want none", JOBS_FAILED)
+    return 0
+
+
+def _jobs_of(arguments: argparse.Namespace) -> list[BatchJob]:
     from cogvid.run import jobs
 
     sources = {"JOBS": arguments.jobs, "--prompt": arguments.prompt, "--prompt-file": arguments.prompt_file}
@@ -298,18 +330,7 @@ def batch(arguments: argparse.Namespace) -> int:
     else:
         listed = jobs.read_prompts(arguments.prompt_file) if arguments.prompt_file else [{"prompt": arguments.prompt}]
     given = {name: value for name, value in arguments.given.items() if name in jobs.KINDS and name != "prompt"}
-    made = jobs.make_jobs(listed, arguments.sweep, given)
-
-    from cogvid.run.batch import run_batch
-    from cogvid.run.stages import listen, print_stage
-
-    with listen(print_stage) if arguments.verbose else contextlib.nullcontext():
-        failed = run_batch(made, arguments.output, arguments.batch_size)
-    _say(os.path.join(arguments.output, "manifest.jsonl"), sys.stdout)
-    if failed:
-        places = ", ".join(str(entry["place"]) for entry in failed[:10])
-        return _fail(f"jobs: got {len(failed)} of {len(made)} that failed ({places}), want none", JOBS_FAILED)
-    return 0
+    return jobs.make_jobs(listed, arguments.sweep, given)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -445,6 +466,29 @@ def _fail(error: BaseException | str, status: int) -> int:
     _say("", sys.stdout, end="")  # what is left there
     _say(f"cogvid: error: {_line_of(error)}", sys.stderr)
     return status
+
+
+def _fail_of_one(said: BaseException | str, status: int, error: BaseException | None = None) -> int:
+    """Fail as one of several processes, of which one prints its line. error: the cause, if it is not `said`."""
+    from cogvid.parallel.watch import judge
+
+    cause = said if isinstance(said, BaseException) else error
+    assert cause is not None
+    line, status = judge(_line_of(said), status, cause)
+    if line is not None:
+        _say_error(sys.stderr, line)
+    return status
+
+
+def _say_error(stream: TextIO, line: str) -> None:
+    _say(f"\ncogvid: error: {line}", stream)  # a bar may be there that has not ended its line
+
+
+def _end(stream: TextIO, interrupted: Interrupted) -> None:
+    """End a process that waits for others and does not come back after a signal."""
+    from cogvid.parallel.watch import end
+
+    end(functools.partial(_say_error, stream), str(interrupted), interrupted.status)
 
 
 def _line_of(error: BaseException | str) -> str:

@@ -17,6 +17,7 @@ import stat
 from collections.abc import Iterator
 
 _HIDDEN = re.compile(r"\.cogvid-[0-9a-f]{12}(\.\w+)?")
+_mine: set[str] = set()  # the hidden files of this process
 
 
 @contextlib.contextmanager
@@ -45,6 +46,7 @@ def whole_file(target: str | os.PathLike[str]) -> Iterator[str]:
         if hidden is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(hidden)
+            _mine.discard(hidden)
         os.close(descriptor)
 
 
@@ -61,6 +63,13 @@ def sweep(directory: str) -> None:
             if _HIDDEN.fullmatch(name):
                 with contextlib.suppress(OSError):  # another process was faster, or the file is not ours
                     _remove_if_left(os.path.join(directory, name))
+
+
+def remove_hidden() -> None:
+    """Remove the hidden files of this process, which ends at once."""
+    for path in list(_mine):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def try_lock(descriptor: int, *, wait: bool = False) -> bool:
@@ -101,6 +110,7 @@ def _open_hidden(directory: str, suffix: str) -> tuple[int, str]:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         try_lock(descriptor)
         if os.path.exists(path):  # else another process swept it before it was locked
+            _mine.add(path)
             return descriptor, path
         os.close(descriptor)
 

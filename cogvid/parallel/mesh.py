@@ -5,7 +5,6 @@ Every process runs the same program on the same inputs. Rank 0 is the one that w
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +56,6 @@ class Mesh:
     def piece(self) -> int:
         """The index of this rank's piece of the sequence, of `ulysses * ring` pieces."""
         return self.index("ring") * self.split.ulysses + self.index("ulysses")
-
-
-def world_size() -> int:
-    """Return how many processes torchrun started; 1 without it. It imports nothing that waits for the others."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def make_mesh(split: Parallel, device: torch.device) -> Mesh:

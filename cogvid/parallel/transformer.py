@@ -12,7 +12,6 @@ import dataclasses
 import functools
 
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from cogvid.models.transformer import Transformer
 from cogvid.ops import BlockContext, Ops, Shard
@@ -79,6 +78,8 @@ class SplitTransformer(Transformer):
         if first < last:
             out = self._run_rows(x[first:last], _rows(context, first, last, batch), layers)
         else:
+            from torch.distributed.fsdp import FSDPModule  # here, because it takes a second to import
+
             out = x[:0]
             if any(isinstance(block, FSDPModule) for block in self.blocks):
                 # They collect their weights from all processes, so all must call them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from cogvid.media.download import one_line
 from cogvid.options import check_int
+from cogvid.parallel.share import all_or_none, is_common, share
 from cogvid.run.generate import Job, default_model, prepare
 from cogvid.run.given import IMAGES, VIDEOS
 from cogvid.run.jobs import LOADING, BatchJob
@@ -31,19 +33,24 @@ def run_batch(jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch
     """Make the videos of all jobs in a directory, and return what the manifest has of those that failed.
 
     Several processes may do this at once with the same jobs: each job is done by one of them. What was finished before
-    is left out. A job that fails is reported on stderr and in the manifest.
+    is left out. A job that fails is reported on stderr and in the manifest. Processes of torchrun do each job together;
+    what then fails in one of them alone, such as for want of memory, raises.
 
     Args:
         batch_size: the most videos that are sampled together. Jobs are sampled together if they differ only in prompt,
             seed and image, and have no step cache; the result differs from that of single ones by rounding.
     """
     check_int("batch_size", batch_size, 1)
-    manifest, begun = Manifest(directory), time.time()
+    manifest, begun = share(lambda: Manifest(directory)), time.time()
     waiting = list(jobs)
     for wait in (False, True):  # at last, for the jobs of other processes, which may end before they finish them
         waiting = _Run(manifest, begun, batch_size, len(jobs)).work(waiting, wait)
-    entries = manifest.entries()
-    return [entries[job.place] for job in jobs if manifest.failed_since(job, begun)]
+
+    def failed() -> list[dict[str, Any]]:
+        entries = manifest.entries()
+        return [entries[job.place] for job in jobs if manifest.failed_since(job, begun)]
+
+    return share(failed)
 
 
 class _Run:
@@ -62,14 +69,16 @@ class _Run:
             stop_if_asked()
             first = left.pop(0)
             with ExitStack() as claims:
-                claimed = self._claim(first, wait, claims)
+                claimed = share(functools.partial(self._claim, first, wait, claims))
                 if claimed is None:
                     others.append(first)
                 if not claimed:
                     continue
                 together = [first]
                 for job in [each for each in left if _go_together(first, each)]:
-                    if len(together) < self.batch_size and self._claim(job, False, claims):
+                    if len(together) == self.batch_size:
+                        break
+                    if share(functools.partial(self._claim, job, False, claims)):
                         together.append(job)
                         left.remove(job)
                 self._do(together)
@@ -100,12 +109,16 @@ class _Run:
                 pipe = self._load(_loading(together[0]))
                 for job in together:
                     try:
-                        ready.append((job, _prepare(pipe, job, self.manifest)))
+                        ready.append((job, share(functools.partial(_prepare, pipe, job, self.manifest))))
                     except Exception as error:  # of whatever kind: the others go on
+                        if not is_common(error):
+                            raise
                         failed[job.place] = error
                 if ready:
                     failed |= _run_together(pipe, ready)
             except Exception as error:
+                if not is_common(error):
+                    raise
                 failed |= {job.place: error for job in together if job.place not in failed}
         measured = {
             "batch_size": len(ready),
@@ -114,7 +127,7 @@ class _Run:
             "stages": {each.name: round(each.seconds, 3) for each in stages},
         }
         entries = [_entry(job, failed.get(job.place), measured) for job in together]
-        self.manifest.add(entries)
+        share(lambda: self.manifest.add(entries))
         for entry in entries:
             said = f"failed: {entry['error']}" if entry["error"] else f"{entry['output']}, {entry['seconds']} s"
             tqdm.write(f"cogvid: job {entry['place']} of {self.total}: {said}", file=sys.stderr)
@@ -122,7 +135,7 @@ class _Run:
     def _load(self, loading: dict[str, Any]) -> Pipeline:
         if self.loaded is None or self.loaded[0] != loading:
             self.loaded = None  # so that two models are never in memory
-            with stage("load"):
+            with stage("load"), all_or_none():
                 pipe = load(loading["model"], **{name: value for name, value in loading.items() if name != "model"})
             pipe.text_encoder = RememberingEncoder(pipe.text_encoder)
             self.loaded = loading, pipe
@@ -155,6 +168,8 @@ def _run_together(pipe: Pipeline, ready: list[tuple[BatchJob, Job]]) -> dict[int
         try:
             video.write()
         except Exception as error:
+            if not is_common(error):
+                raise
             failed[job.place] = error
     return failed
 

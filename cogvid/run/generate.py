@@ -16,6 +16,7 @@ from cogvid.config import ModelConfig
 from cogvid.media.image import resize_image
 from cogvid.media.tokenizer import check_text
 from cogvid.media.video import VideoWriter
+from cogvid.parallel.share import lead, share
 from cogvid.run.capture import capture_attention, captured_steps
 from cogvid.run.conditioning import draws_before_noise
 from cogvid.run.given import VIDEOS, count_given, read_given
@@ -130,10 +131,11 @@ def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
         with Watched(job.files, draws, job.noise) as watched, _capturing(pipe, job):
             out = pipe(**job.inputs, output_type="stream", callback_on_step_end=watched.callback, saved_run=saved_run)
         provenance = {**out.provenance, "given": []}  # the callback only looks
-        watched.save(record_of(job, provenance))
-        record = write_video(job, out.frames[0], provenance)
+        share(lambda: watched.save(record_of(job, provenance)))
+        record = lead(lambda frames: write_video(job, frames, provenance), out.frames[0])
     if job.files.sidecar is not None:
-        write_sidecar(job.files.sidecar, record, stages)
+        sidecar = job.files.sidecar
+        share(lambda: write_sidecar(sidecar, record, stages))
     return replace(out, seed=record["seed"], provenance=record)
 
 

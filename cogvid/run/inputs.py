@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from cogvid.config import ModelConfig
 from cogvid.media.tokenizer import check_text
 from cogvid.options import check_int
+from cogvid.parallel.share import share
 from cogvid.run.settings import check_seed
 from cogvid.sampling.samplers import Generators
 
@@ -127,7 +128,7 @@ def _generators(seed: int | None, generator: Generators | None, batch: int) -> t
             raise ValueError(f"generator: got a list of {len(generator)}, want one per video, {batch}")
         return generator, None
     if seed is None:
-        seed = secrets.randbelow(2**32)
+        seed = share(lambda: secrets.randbelow(2**32))
     check_seed(seed, batch)
     seeds = [seed + k for k in range(batch)]
     return [Generator("cpu").manual_seed(each) for each in seeds], seeds

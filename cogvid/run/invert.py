@@ -24,8 +24,10 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cogvid.config import ModelConfig
 from cogvid.ops import AttentionOp, BlockContext
 from cogvid.options import check_choice, takes_options
+from cogvid.parallel.share import agree
 from cogvid.parallel.transformer import SplitTransformer
 from cogvid.run.conditioning import encode_conditions, encode_prompts
 from cogvid.run.given import as_lists, frames_of, resized
@@ -35,7 +37,8 @@ from cogvid.run.output import Output
 from cogvid.run.pipeline import Pipeline, denoise
 from cogvid.run.settings import OPTIONS, Settings, resolve_settings
 from cogvid.sampling.samplers import Generators, State, Step
-from cogvid.sampling.schedule import make_schedule
+from cogvid.sampling.schedule import Schedule, make_schedule
+from cogvid.weights.parallel_option import rank
 
 _SAME = ("height", "width", "num_frames", "num_inference_steps", "previous_timestep")  # an edit has those of its video
 
@@ -85,6 +88,8 @@ def invert(
         ValueError: the model takes a condition that this has not; an option cannot be; `scheduler` or `strength` is
             given.
     """
+    told = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "generator": generator}
+    agree({"video": video, **told, **options})
     for name in ("scheduler", "strength"):
         if name in options:
             raise ValueError(f"{name}: got {options[name]!r} for an inversion, which is all of DDIM, want none")
@@ -98,17 +103,14 @@ def invert(
         raise ValueError("prediction_type: got 'sample', from which no noise follows at a clean video, want another")
     negative = (negative_prompt, None, settings.unconditional_text) if settings.guided else None
     inputs = check_inputs(pipe.model, prompt, None, negative, 1, seed, generator)
-    schedule = make_schedule(pipe.model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
-    schedule = dataclasses.replace(
-        schedule, timesteps=schedule.timesteps[::-1], prev_timesteps=schedule.prev_timesteps[::-1]
-    )
+    schedule = _reversed_schedule(pipe.model, settings)
     frames, _, _ = pipe.model.latent_size(settings.height, settings.width, settings.num_frames)
     padding = pipe.model.padding(settings.num_frames)
     x = encoded_video(pipe.vae, resized(pictures, settings)["video"], settings, inputs, padding, pipe.placement)
     embeds = encode_prompts(pipe.text_encoder, inputs.prompts, inputs.negatives, pipe.model.text_length)
     embeds = embeds.to(pipe.device, pipe.dtype)
     latents: list[Tensor] = []
-    with tqdm(total=len(schedule), desc="invert", unit="step", disable=not progress) as bar:
+    with tqdm(total=len(schedule), desc="invert", unit="step", disable=not (progress and rank() == 0)) as bar:
 
         def keep(step: Step, x: Tensor, state: State) -> None:  # noqa: ARG001 - the driver's signature
             latents.append(_swap(x).to(pipe.dtype))
@@ -121,6 +123,13 @@ def invert(
         conditioning = encode_conditions(pipe.vae, pipe.model, {}, settings, inputs, frames, pipe.placement)
         denoise(pipe.transformer, x, embeds, schedule, run, conditioning=conditioning, on_step=keep)
     return Inversion(_swap(x), torch.stack(latents), schedule.timesteps, settings)
+
+
+def _reversed_schedule(model: ModelConfig, settings: Settings) -> Schedule:
+    schedule = make_schedule(model.schedule, settings.num_inference_steps, previous=settings.previous_timestep)
+    return dataclasses.replace(
+        schedule, timesteps=schedule.timesteps[::-1], prev_timesteps=schedule.prev_timesteps[::-1]
+    )
 
 
 def ddim_inverse(x: Tensor, step: Step, state: State, clip: float | None = None) -> tuple[Tensor, State]:

@@ -272,6 +272,8 @@ def memory_lines(pipe: Pipeline) -> list[str]:
     if pipe.placement.quantize is not None:
         for name, part in (("transformer", pipe.transformer), ("text encoder", pipe.text_encoder.t5)):
             found = quantized_linears(part)
+            if not found:  # a process without T5
+                continue
             narrow, wide = (sum(sizes) for sizes in zip(*found.values(), strict=True))
             lines.append(
                 f"quantize {pipe.placement.quantize}: {name}: {len(found)} linears of "

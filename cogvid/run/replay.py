@@ -13,6 +13,7 @@ import numpy as np
 
 from cogvid.media.download import shown
 from cogvid.media.video import read_video
+from cogvid.parallel.share import share
 from cogvid.run.generate import Job, prepare, run
 from cogvid.run.given import IMAGES, VIDEOS, as_lists, resized
 from cogvid.run.load import load_checkpoint
@@ -24,14 +25,15 @@ from cogvid.run.together import RememberingEncoder, sample_together
 from cogvid.weights.checkpoint import Checkpoint, read_checkpoint
 from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.lora_option import find_loras
-from cogvid.weights.placement import resolve_placement
+from cogvid.weights.parallel_option import parse_parallel, world_size
+from cogvid.weights.placement import Placement, resolve_placement, with_split
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
-_NEEDED = (*_STRINGS, *OPTIONS, *ENVIRONMENT, "given", "num_videos_per_prompt", "negative_prompt",
-           "image", "video", "revision", "variant", "fps", "seed", "noise")  # fmt: skip
+_NEEDED = (*_STRINGS, *OPTIONS, *(name for name in ENVIRONMENT if name != "parallel"), "given", "noise", "image",
+           "num_videos_per_prompt", "negative_prompt", "video", "revision", "variant", "fps", "seed")  # fmt: skip
 
 
 _LONGEST = 2000  # characters of a name
@@ -41,7 +43,7 @@ _KINDS = {
     "revision": (str, NoneType), "variant": (str, NoneType), "step_cache": (str, NoneType), "seed": (int, NoneType),
     "last_image": (list, NoneType), "mask": (str, NoneType), "control_video": (str, NoneType), "fps": (int, float),
     "video_start": (int, float, NoneType), "video_fps": (int, float, NoneType), "lora": list,
-    "enhanced": (dict, NoneType),
+    "enhanced": (dict, NoneType), "parallel": (str, NoneType),
 }  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def replay(
     Raises:
         ValueError: the record does not hold all that the run was given; an input is another one.
     """
-    record = read_record(path)
+    record = share(lambda: read_record(path))
     check_replayable(record, path, together=True)
     if os.path.realpath(output) == os.path.realpath(path):
         raise ValueError(f"output: got {shown(os.fspath(output))}, which is the video itself, want another file")
@@ -88,13 +90,15 @@ def replay(
     given = {"last_image": last_image, "video": video, "mask": mask, "control_video": control_video}
     given = {name: _by_hash(name, record, value) for name, value in given.items()}
     files = SideFiles(noise=_by_hash("noise", record, noise))
-    jobs = _jobs(record, checkpoint, read_embedded_images(path), output, image=image, given=given, files=files)
-    recorded = {name: record[name] for name in LOAD_OPTIONS}
+
+    def prepared() -> list[Job]:
+        return _jobs(record, checkpoint, read_embedded_images(path), output, image=image, given=given, files=files)
+
+    jobs = share(prepared)
     options = {"device": device, "dtype": dtype, "ops": ops, "lora": find_loras(record["lora"], lora)}
-    changed = {name: value for name, value in options.items() if value}
-    placement = resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype)
+    placement = _placement(record, checkpoint, {name: value for name, value in options.items() if value})
     here = environment(checkpoint, placement)
-    for line in differences({name: record[name] for name in ENVIRONMENT}, here):
+    for line in differences({name: record.get(name) for name in ENVIRONMENT}, here):
         say(line)
     jobs = [_with_origin(job, record, here) for job in jobs]
     pipe = load_checkpoint(checkpoint, placement, local_files_only)
@@ -103,8 +107,16 @@ def replay(
     else:
         pipe.text_encoder = RememberingEncoder(pipe.text_encoder)
         made = sample_together(pipe, jobs)[record["batch_index"]].write()
-    say(_outcome(path, output))
+    say(share(lambda: _outcome(path, output)))
     return made
+
+
+def _placement(record: dict[str, Any], checkpoint: Checkpoint, changed: dict[str, Any]) -> Placement:
+    """Return the recorded placement, with what is changed; its split is taken if it is of as many devices as here."""
+    split = parse_parallel(record.get("parallel"))
+    here = split if split is not None and split.devices == world_size() else None
+    recorded = {**{name: record.get(name) for name in LOAD_OPTIONS}, "parallel": here}
+    return with_split(resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype), checkpoint.model)
 
 
 def _with_origin(job: Job, record: dict[str, Any], here: dict[str, Any]) -> Job:

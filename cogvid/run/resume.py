@@ -17,10 +17,12 @@ from cogvid.run.generate import Job
 from cogvid.run.given import IMAGES, VIDEOS
 from cogvid.run.saved_run import SavedRun
 
-# What says where a run is saved or what is shown of it, and what may be another when it goes on. A URL to enhance the
+# What says where a run is saved or what is shown of it, how many devices it is on, and what may be another when it goes
+# on. A URL to enhance the
 # prompt may have secrets; the run goes on with the prompt that it gave.
 _PICTURES = (*IMAGES, *VIDEOS)
-NOT_OF_THE_RUN = ("command", "checkpoint", "resume", "every", *_PICTURES, "verbose", "traceback", "sidecar", "enhance")
+NOT_OF_THE_RUN = ("command", "checkpoint", "resume", "every", *_PICTURES, "verbose", "traceback", "sidecar", "enhance",
+                  "parallel")  # fmt: skip
 MAY_CHANGE = ("output", "device", "ops", "local_files_only")
 
 

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import IO, Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +22,13 @@ from torch import Generator, Tensor
 
 from cogvid.media.whole_file import sweep, try_lock, write_bytes
 from cogvid.options import check_int
+from cogvid.parallel.cache_state import gather_state, scatter_state
+from cogvid.parallel.mesh import Mesh
+from cogvid.parallel.share import share
 from cogvid.sampling.samplers import Generators, State, Step
 
 _STATE, _INPUTS, _LOCK = "state.safetensors", "inputs.safetensors", "lock"
-_MAY_DIFFER = ("versions", "machine", "device", "ops")  # the run can go on, but not to the same bytes
+_MAY_DIFFER = ("versions", "machine", "device", "ops", "parallel")  # the run can go on, but not to the same bytes
 _SAME_TENSORS = 0.05  # relative RMS: rounding in bfloat16 is below 0.01, and other inputs are above 0.1
 
 
@@ -36,30 +39,39 @@ class HasState(Protocol):
 class SavedRun:
     """Save a run as it goes, and go on from what is saved; given to `Pipeline.__call__`.
 
+    Of several processes that make one video, all make one of this, and the first of them alone reads and writes.
+
     Args:
-        directory: made if it is not there. One process at a time may use it.
+        directory: made if it is not there. One run at a time may use it.
         every: steps between two saves; the last step is saved in any case. None is what the directory says, or 1.
 
     Raises:
-        ValueError: another process uses the directory; `every` is below 1; what is saved cannot be read.
+        ValueError: another run uses the directory; `every` is below 1; what is saved cannot be read.
     """
+
+    mesh: Mesh | None = None  # of the processes that make the video; the pipeline sets it
 
     def __init__(self, directory: str | os.PathLike[str], every: int | None = None) -> None:
         if every is not None:
             check_int("every", every, 1)
         self._every, self.every = every, every or 1
         self.directory = Path(directory)
+        self._lock: IO[str] | None = None
+        share(self._open)
+        self._first: dict[str, Tensor | None] = {}
+        self._record: dict[str, Any] = {}
+        self._generators: list[Generator] = []
+        self._step_cache: HasState | None = None
+
+    def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / _LOCK
         self._lock = open(path, "a")  # noqa: SIM115 - until `close`, or the end of the process
         if not (try_lock(self._lock.fileno()) and path.exists()):  # a run that saved nothing removes the file
             self._lock.close()
-            raise ValueError(f"checkpoint: got {directory}, which another process uses, want a directory of its own")
+            name = self.directory
+            raise ValueError(f"checkpoint: got {name}, which another process uses, want a directory of its own")
         sweep(str(self.directory))
-        self._first: dict[str, Tensor | None] = {}
-        self._record: dict[str, Any] = {}
-        self._generators: list[Generator] = []
-        self._step_cache: HasState | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -69,7 +81,9 @@ class SavedRun:
 
     def close(self) -> None:
         """Let other processes use the directory; remove it if it holds nothing."""
-        if not self._lock.closed and self.is_empty:
+        if self._lock is None or self._lock.closed:
+            return
+        if not any((self.directory / name).exists() for name in (_STATE, _INPUTS)):
             with contextlib.suppress(OSError):  # it holds files of others
                 (self.directory / _LOCK).unlink()
                 self.directory.rmdir()
@@ -78,12 +92,12 @@ class SavedRun:
     @property
     def is_empty(self) -> bool:
         """True when nothing of a run is saved."""
-        return not (self.has_state or (self.directory / _INPUTS).exists())
+        return share(lambda: not any((self.directory / name).exists() for name in (_STATE, _INPUTS)))
 
     @property
     def has_state(self) -> bool:
         """True when a step is saved."""
-        return (self.directory / _STATE).exists()
+        return share(lambda: (self.directory / _STATE).exists())
 
     def begin(
         self,
@@ -109,13 +123,14 @@ class SavedRun:
         assert latents is not None
         if not self.has_state:
             return 0, latents, {}, dict(first)
-        saved = _read(self.directory / _STATE, latents.device)
+        saved = share(lambda: _read(self.directory / _STATE, latents.device), latents.device)
         self._check(saved)
         self._first = saved["first"]
         for each, state in zip(self._generators, saved["generators"], strict=True):
             each.set_state(state)
         if step_cache is not None:
-            step_cache.state = saved["step_cache"]
+            state = saved["step_cache"]
+            step_cache.state = state if self.mesh is None else scatter_state(state, self.mesh)
         return saved["steps"], saved["latents"], saved["sampler"], dict(self._first)
 
     def on_step(self, step: Step, x: Tensor, state: State) -> None:
@@ -123,27 +138,30 @@ class SavedRun:
         done = step.index + 1
         if done % self.every and done < len(step.schedule):
             return
+        cache = None if self._step_cache is None else self._step_cache.state
+        if self.mesh is not None and cache is not None:
+            cache = gather_state(cache, self.mesh)
         values = {
             "steps": done,
             "latents": x,
             "sampler": state,
             "generators": [each.get_state() for each in self._generators],
-            "step_cache": None if self._step_cache is None else self._step_cache.state,
+            "step_cache": cache,
             "first": self._first,
             "record": self._record,
         }
-        _write(self.directory / _STATE, values)
+        share(lambda: _write(self.directory / _STATE, values))
 
     def save_inputs(self, values: Mapping[str, Any]) -> None:
         """Keep what a program needs to begin the run again: JSON's values and tensors."""
-        _write(self.directory / _INPUTS, {**values, "every": self.every})
+        share(lambda: _write(self.directory / _INPUTS, {**values, "every": self.every}))
 
     def inputs(self) -> dict[str, Any] | None:
         """Return what `save_inputs` kept, or None; `every` is taken from it unless it was given."""
         path = self.directory / _INPUTS
-        if not path.exists():
+        values = share(lambda: _read(path, torch.device("cpu")) if path.exists() else None)
+        if values is None:
             return None
-        values = _read(path, torch.device("cpu"))
         every = values.pop("every")
         self.every = self._every or every
         return values

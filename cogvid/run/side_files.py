@@ -17,6 +17,7 @@ from cogvid.run.noise import Noise, RecordedNoise, ReplayedNoise, save_noise
 from cogvid.run.stages import Stage
 from cogvid.run.trajectory import Trajectory
 from cogvid.weights.files import write_whole
+from cogvid.weights.parallel_option import check_one_process
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class SideFiles:
 
     def check(self, output: str) -> None:
         """Raise unless each file can be written, and no two are the same."""
+        if self.capture is not None:
+            check_one_process("capture", self.capture)
         taken = {os.path.realpath(output): "output"}
         for name in ("sidecar", "save_trajectory", "save_noise", "capture"):
             path = getattr(self, name)

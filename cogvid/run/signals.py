@@ -10,11 +10,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _entered: list[StopOnSignals] = []  # the blocks that the process is in
+PATIENCE = 10.0  # seconds
 _SAME = 0.1  # seconds; `timeout` and a closed terminal send one signal twice
 
 
@@ -45,6 +47,10 @@ def stop_if_asked() -> None:
 class StopOnSignals:
     """Within the block, the first signal raises `Interrupted` in the main thread, and a second one ends the process.
 
+    at_last: called with `Interrupted` from another thread if the process is still there `PATIENCE` seconds after the
+    first signal, as one that waits for other processes may be. Then a second signal, which torchrun may send, does not
+    end it.
+
     A signal that is ignored stays so, as `nohup` wants it. Outside of the main thread the block does nothing. Python
     runs a handler only between two of its own instructions, so a thread of its own waits for the second signal, which
     need not wait for a long call into a library.
@@ -52,8 +58,9 @@ class StopOnSignals:
     After a signal no exception leaves the block. received: the first signal's `Interrupted`; None before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_last: Callable[[Interrupted], None] | None = None) -> None:
         self.received: Interrupted | None = None
+        self._at_last = at_last
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -61,7 +68,7 @@ class StopOnSignals:
             return self
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+        threading.Thread(target=_watch, args=(reader, self._at_last), daemon=True).start()
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -86,7 +93,7 @@ class StopOnSignals:
             raise self.received
 
 
-def _watch(reader: int) -> None:
+def _watch(reader: int, at_last: Callable[[Interrupted], None] | None = None) -> None:
     """End the process at the second signal. Python's handler in C writes each signal's number to the pipe."""
     first: tuple[int, float] | None = None
     with open(reader, "rb", buffering=0) as pipe:
@@ -97,5 +104,9 @@ def _watch(reader: int) -> None:
             now = time.monotonic()
             if first is None:
                 first = number, now
-            elif number != first[0] or now - first[1] > _SAME:
+                if at_last is not None:
+                    timer = threading.Timer(PATIENCE, at_last, [Interrupted(number)])
+                    timer.daemon = True
+                    timer.start()
+            elif at_last is None and (number != first[0] or now - first[1] > _SAME):
                 os._exit(128 + number)

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from cogvid.models.text import TextEncoder
+from cogvid.parallel.share import lead
 from cogvid.run.generate import Job, covers_of, write_video
 from cogvid.run.pipeline import Pipeline
 
@@ -22,13 +23,14 @@ class RememberingEncoder(TextEncoder):
 
     def __init__(self, encoder: TextEncoder) -> None:
         super().__init__(encoder.t5, encoder.tokenizer, encoder.device)
+        self._encoder = encoder
         self._one = functools.lru_cache(_KEPT_PROMPTS)(self._encode)
 
     def __call__(self, prompts: Sequence[str], max_length: int) -> Tensor:
         return torch.cat([self._one(prompt, max_length).to(self.device) for prompt in prompts])
 
     def _encode(self, prompt: str, max_length: int) -> Tensor:
-        return super().__call__([prompt], max_length).cpu()
+        return self._encoder([prompt], max_length).cpu()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Sampled:
 
     def write(self) -> dict[str, Any]:
         """Write the file of the job, whole or not at all, and return its record."""
-        return write_video(self.job, self.frames, self.record, self.covers)
+        return lead(lambda frames: write_video(self.job, frames, self.record, self.covers), self.frames)
 
 
 def sample_together(pipe: Pipeline, jobs: Sequence[Job]) -> list[Sampled]:

@@ -33,6 +33,7 @@ from cogvid.run.record import ENVIRONMENT, read_embedded_image, read_record
 from cogvid.run.replay import check_replayable, find_checkpoint
 from cogvid.run.settings import OPTIONS
 from cogvid.weights.load_options import LOAD_OPTIONS
+from cogvid.weights.parallel_option import check_one_process
 from cogvid.weights.placement import resolve_placement
 
 TOLERANCE = 4
@@ -101,6 +102,7 @@ def trace(
     Raises:
         ValueError: the records differ in something else, or do not hold all that the run was given.
     """
+    check_one_process("trace", os.fspath(first))
     records = [read_record(path) for path in (first, second)]
     for record, path in zip(records, (first, second), strict=True):
         check_replayable(record, path)
@@ -118,7 +120,7 @@ def trace(
     pipes = []
     for each in records:
         options = {name: each[name] for name in LOAD_OPTIONS}
-        options["offload"] = None  # it changes no result, and moves weights that are read here
+        options |= {"offload": None, "parallel": None}  # they change no result but by rounding, and move weights
         place = resolve_placement(**options)
         pipes.append(load_checkpoint(checkpoint, place(checkpoint.model.dtype)))
     call = {"image": image, "negative_prompt": (record["negative_prompt"] or [""])[0], "seed": record["seed"]}

@@ -149,8 +149,7 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
     """Build a text encoder from its config, the folder of its tokenizer and its state dict."""
     from transformers import T5Config, T5EncoderModel
 
-    pieces, options = (tokenizer / name for name in TOKENIZER_FILES)
-    tokens = Tokenizer(pieces, read_tokenizer_config(options).extra_ids)
+    tokens = read_tokenizer(tokenizer)
     config = read_text_config(directory)
     with on_meta(directory):
         encoder = T5EncoderModel(T5Config(**config.to_dict()))
@@ -170,6 +169,12 @@ def make_text_encoder(directory: Path, tokenizer: Path, state: dict[str, Tensor]
         raise ValueError(f"{directory}: got {reason:.400}, want the weights of the config") from None
     _quantize(encoder, placement)
     return TextEncoder(encoder.eval().requires_grad_(False), tokens, placement.device)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint from its folder."""
+    pieces, options = (folder / name for name in TOKENIZER_FILES)
+    return Tokenizer(pieces, read_tokenizer_config(options).extra_ids)
 
 
 def _place(

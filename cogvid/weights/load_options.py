@@ -12,6 +12,7 @@ from typing import Any
 from cogvid.config import UPSTREAMS
 from cogvid.options import check_choice, option, options_of
 from cogvid.weights.lora_option import parse_loras
+from cogvid.weights.parallel_option import Parallel, parse_parallel
 
 QK_NORMS = ("layer", "rms")
 OFFLOADS = ("model", "block")
@@ -82,6 +83,13 @@ class LoadOptions:
         str,
         "8-bit weights: int8, int8-dynamic, fp8 (with torchao) or fp8-storage; the dtype's own if not given",
         parse=_none_or("quantize", QUANTIZATIONS),
+    )
+    parallel: Parallel | None = option(  # noqa: RUF009 - a field, as the others
+        None,
+        str,
+        "how the processes of torchrun share one video, such as cfg=2,ulysses=2,ring=2, in Python also a "
+        "cogvid.Parallel; the best split if not given",
+        parse=parse_parallel,
     )
 
 

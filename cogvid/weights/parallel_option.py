@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,57 @@ def parse_parallel(value: Any) -> Parallel | None:
             )
         found[match[1]] = int(match[2])
     return Parallel(**found)
+
+
+def world_size() -> int:
+    """Return how many processes make a video together: as many as torchrun started; 1 without it."""
+    begun = _begun()
+    return begun.get_world_size() if begun else _number("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Return which of these processes this is, from 0."""
+    begun = _begun()
+    return begun.get_rank() if begun else _number("RANK", 0) if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Return which of the processes on this machine this is."""
+    return _number("LOCAL_RANK", rank())
+
+
+def _begun() -> Any:
+    """Return torch.distributed if a program has begun its processes, in whatever way."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
+
+
+def _number(name: str, without: int) -> int:
+    """Return what torchrun says in the environment."""
+    text = os.environ.get(name, str(without))
+    if not text.isdigit():
+        raise ValueError(f"{name}: got {text!r:.60} in the environment, want a number, as torchrun sets it")
+    return int(text)
+
+
+def check_one_process(name: str, value: object) -> None:
+    """Raise if several processes share a video: what the option or argument asks for needs one."""
+    if (count := world_size()) > 1:
+        raise ValueError(f"{name}: got {value!s:.60} on {count} processes, want it on one")
+
+
+def check_devices(split: Parallel | None, processes: int) -> Parallel | None:
+    """Return a split, which must be of so many processes; None for one process.
+
+    Raises:
+        ValueError: it is of others.
+    """
+    if split is not None and split.devices != processes:
+        raise ValueError(
+            f"parallel: got {split} on {processes} process{'es' if processes > 1 else ''}, want {split.devices}: "
+            f"torchrun --nproc-per-node {split.devices} ..."
+        )
+    return split if processes > 1 else None
 
 
 def best_split(devices: int, heads: int, *, guided: bool, per_node: int | None = None) -> Parallel:

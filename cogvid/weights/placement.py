@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -12,12 +13,21 @@ from typing import Any
 
 import torch
 
+from cogvid.config import ModelConfig
 from cogvid.models.quantize import check_torchao
 from cogvid.ops import Ops
 from cogvid.options import check, fill, upstream_defaults
 from cogvid.weights.files import DTYPES
 from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.lora_option import Lora
+from cogvid.weights.parallel_option import (
+    Parallel,
+    best_split,
+    check_devices,
+    check_one_process,
+    local_rank,
+    world_size,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class Placement:
     """Where and how a model runs, resolved once: the fields of `LoadOptions`, none of them open.
 
     ops_name: "torch", "triton" or "custom", for the record. lora: the adapters, which a pipeline keeps as they are now.
+    parallel: the split over several processes, see `with_split`; None in one process.
     """
 
     device: torch.device
@@ -39,11 +50,14 @@ class Placement:
     offload: str | None = None
     vae_tiling: bool = False
     quantize: str | None = None
+    parallel: Parallel | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, ready for JSON."""
         plain: dict[str, Any] = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
         plain |= {"ops": self.ops_name, "lora": [each.to_dict() for each in self.lora]}
+        if self.parallel is not None:  # each process has a device of its own
+            plain |= {"device": self.device.type, "parallel": str(self.parallel)}
         return {name: plain.get(name, getattr(self, name)) for name in LOAD_OPTIONS}
 
 
@@ -62,6 +76,9 @@ def resolve_placement(**options: Any) -> Callable[..., Placement]:
     values["device"] = device = resolve_device(values["device"])
     values["ops"], values["ops_name"] = resolve_ops(values["ops"], device)
     _check_memory(values["quantize"], values["offload"], device)
+    values["parallel"] = check_devices(values["parallel"], world_size())
+    if values["compile"]:
+        check_one_process("compile", True)
 
     def place(recommended: str, follows: str = "diffusers") -> Placement:
         followed = upstream_defaults(LOAD_OPTIONS, follows)
@@ -69,6 +86,16 @@ def resolve_placement(**options: Any) -> Callable[..., Placement]:
         return Placement(dtype=resolve_dtype(dtype, device, stored=DTYPES[recommended]), **{**values, **followed})
 
     return place
+
+
+def with_split(placement: Placement, model: ModelConfig) -> Placement:
+    """Return a placement with the split of the processes that are here: that of the option, or else the best one."""
+    count, here = world_size(), os.environ.get("LOCAL_WORLD_SIZE", "")
+    if placement.parallel is not None or count == 1:
+        return placement
+    guided, per_node = model.guidance_scale > 1, int(here) if here.isdigit() else None
+    split = best_split(count, model.transformer.num_attention_heads, guided=guided, per_node=per_node)
+    return dataclasses.replace(placement, parallel=split)
 
 
 def _check_memory(quantize: str | None, offload: str | None, device: torch.device) -> None:
@@ -90,7 +117,10 @@ def run_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the device, which must be a CPU or a CUDA GPU that is there; None is CUDA where there is a GPU."""
+    """Return the device, which must be a CPU or a CUDA GPU that is there; None is CUDA where there is a GPU.
+
+    Of several processes each has a GPU of its own, the one with its number on the machine.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -99,8 +129,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device: got {str(device)!r}, want 'cpu', 'cuda' or 'cuda:N'")
+    if resolved.type == "cuda" and world_size() > 1:
+        if resolved.index not in (None, local_rank()):
+            raise ValueError(f"device: got {str(device)!r} on {world_size()} processes, want 'cuda': each has its own")
+        resolved = torch.device("cuda", local_rank())
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: got {str(device)!r}, want one of the {torch.cuda.device_count()} CUDA GPUs here")
+        raise ValueError(f"device: got {str(resolved)!r}, want one of the {torch.cuda.device_count()} CUDA GPUs here")
     return resolved
 
 
