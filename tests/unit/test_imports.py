@@ -24,6 +24,7 @@ STEPS = (
     {"parallel"},
     {"run"},
     {"compat"},
+    {"ui"},
     {"arguments"},
     {"cli"},
     {"__main__"},
@@ -85,6 +86,9 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.signals": (set(), set()),
     "run.stages": (TENSORS | {"tqdm"}, set()),
     "run.steps": (TENSORS | {"tqdm"}, set()),
+    "ui.report": ({"jinja2", "markupsafe"}, set()),
+    "ui.report_charts": (set(), set()),
+    "ui.report_sweep": ({"tqdm"}, set()),
 }
 MODULES = sorted((ROOT / "cogvid").rglob("*.py"))
 BENCH = sorted((ROOT / "kernels" / "cogvid_kernels" / "bench").glob("*.py"))
@@ -244,7 +248,7 @@ def test_help_imports_no_torch() -> None:
     code = """
 import sys
 from cogvid.cli import main
-for argv in ("--help", "generate --help", "inspect --help", "batch --help", "enhance --help", "--version"):
+for argv in ("--help", "generate --help", "inspect --help", "batch --help", "enhance --help", "report --help", "--version"):
     try:
         main(argv.split())
     except SystemExit as exit:

@@ -1,0 +1,314 @@
+"""`cogvid report`: what is in the page, what is refused, and, in a browser, what a person can do with it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cogvid
+from cogvid.cli import main
+from cogvid.run.compare import compare
+from cogvid.ui import report_sweep
+from cogvid.ui.report import write_report
+
+HOSTILE = '</script><script>window.hacked = 1</script>"\'><img src=x onerror="window.hacked = 1">'
+FRAMES, FPS = 12, 8
+
+
+def write_batch(directory: Path, jobs: list[dict[str, Any]], **changes: Any) -> Path:
+    """Write what `cogvid batch` writes: a video of a moving bar for each job, and the manifest. changes: of entries."""
+    directory.mkdir()
+    for place, job in enumerate(jobs):
+        video = torch.full((FRAMES, 48, 64, 3), 40 + 12 * place, dtype=torch.uint8)
+        for frame in range(FRAMES):
+            video[frame, :, 5 * frame : 5 * frame + 5] = 255
+        record = {"prompt": job.get("prompt", "x"), "seeds": [job.get("seed", 0)], "versions": {"cogvid": "0.1.0"}}
+        record |= {"weights": "none", "timesteps": [999, 499]}
+        with cogvid.VideoWriter(directory / name_of(place), 48, 64, fps=FPS, metadata=record) as writer:
+            writer.write(video)
+    entries = [
+        {
+            "place": place, "output": name_of(place), "status": "done", "seed": job.get("seed", 0), "batch_size": 1,
+            "seconds": 10.5 - place, "peak_memory": 1_500_000_000 + place, "stages": {"denoise": 2.5}, "error": None,
+            "ended": 1.7e9, "job": job, "job_sha256": "0" * 64, **changes,
+        }
+        for place, job in enumerate(jobs)
+    ]  # fmt: skip
+    write_manifest(directory, entries)
+    return directory
+
+
+def name_of(place: int) -> str:
+    return f"{place:04d}-seed0.mp4"
+
+
+def write_manifest(directory: Path, entries: list[dict[str, Any]]) -> None:
+    (directory / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def read_manifest(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "manifest.jsonl").read_text().splitlines()]
+
+
+def sweep_jobs(**values: list[Any]) -> list[dict[str, Any]]:
+    jobs: list[dict[str, Any]] = [{"prompt": "a red circle"}]
+    for name, each in values.items():
+        jobs = [{**job, name: value} for job in jobs for value in each]
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A batch of 2x3 jobs. It is not to be changed."""
+    jobs = sweep_jobs(scheduler=["dpm", "ddim"], guidance_scale=[1.0, 3.0, 6.0])
+    return write_batch(tmp_path_factory.mktemp("report") / "batch", jobs)
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and the text within each kind of tag."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.inside: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.inside.setdefault(self._open[-1] if self._open else "", []).append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def data(self) -> dict[str, Any]:
+        return json.loads(next(text for text in self.inside["script"] if text.startswith('{"')))
+
+
+@pytest.fixture
+def failed(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command, check that it is refused in one line, and return the line without its start."""
+
+    def run(*arguments: object) -> str:
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        [line] = capfd.readouterr().err.splitlines()
+        return line.removeprefix("cogvid: error: ")
+
+    return run
+
+
+def report(tmp_path: Path, *arguments: object) -> Page:
+    output = tmp_path / "report.html"
+    assert main(["report", *map(str, arguments), "-o", str(output)]) == 0
+    return Page(output)
+
+
+def assert_self_contained(page: Page) -> None:
+    """Nothing is fetched: no address of a network, and no file beside the page."""
+    assert not re.search("https?:", page.text)
+    for _, attributes in page.tags:
+        for name in ("src", "data-src"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+        assert (attributes.get("href") or "#").startswith("#")
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "url(" not in page.text
+    assert "@import" not in page.text
+
+
+def test_a_batch_is_one_file_with_all_that_is_known(
+    batch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = report(tmp_path, batch)
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert_self_contained(page)
+    assert len(page.all("video")) == 6
+    data = page.data()
+    assert [each["name"] for each in data["settings"]] == ["scheduler", "guidance_scale"]
+    assert (data["rows"], data["columns"], data["frame"]) == (0, 1, 1 / FPS)  # three columns, two rows
+    assert [job["at"] for job in data["jobs"]] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    # Each pair that differs in one setting: three of each scheduler, one of each guidance scale.
+    assert sorted((a, b) for a, b, *_ in data["pairs"]) == [
+        (0, 1), (0, 2), (0, 3), (1, 2), (1, 4), (2, 5), (3, 4), (3, 5), (4, 5),
+    ]  # fmt: skip
+    found = next(pair for pair in data["pairs"] if pair[:2] == [0, 1])[2:]
+    rows = compare(batch / name_of(0), batch / name_of(1)).rows
+    assert found[0] == pytest.approx(-10 * torch.tensor([10 ** (-row["psnr"] / 10) for row in rows]).mean().log10())
+    assert found[1] == pytest.approx(sum(row["ssim"] for row in rows) / FRAMES)
+    assert found[2] == max(row["max_abs"] for row in rows)
+    for text in ("10.5", "1,500 MB", "2023-11-14 22:13:20 UTC", "timesteps", "[999, 499]", "seconds of denoise"):
+        assert text in page.text
+    assert not (set(os.listdir(batch)) - {"manifest.jsonl", *map(name_of, range(6))})  # nothing was made there
+
+
+def test_videos_can_be_linked(batch: Path, tmp_path: Path) -> None:
+    (tmp_path / "a b#c").mkdir()
+    moved = shutil.copytree(batch, tmp_path / "a b#c" / "batch")
+    page = report(tmp_path, moved, "--link")
+    assert [video["data-src"] for video in page.all("video")] == [f"a%20b%23c/batch/{name_of(i)}" for i in range(6)]
+    assert len(page.text) < 100_000
+
+
+@pytest.mark.parametrize(("baseline", "pairs"), [
+    ("guidance-scale=3.0", [(0, 1), (1, 2), (3, 4), (4, 5)]),
+    ("scheduler=ddim", [(0, 3), (1, 4), (2, 5)]),
+    ("none", []),
+])  # fmt: skip
+def test_a_baseline_can_be_named(batch: Path, tmp_path: Path, baseline: str, pairs: list[tuple[int, int]]) -> None:
+    data = report(tmp_path, batch, "--baseline", baseline).data()
+    assert sorted((a, b) for a, b, *_ in data["pairs"]) == pairs
+    if pairs:
+        setting = data["settings"][data["columns"]]
+        assert f"{setting['name']}={setting['values'][data['only'][1]]}" == baseline.replace("-", "_")
+
+
+def test_the_first_axes_are_the_two_settings_with_most_values() -> None:
+    def axes(**counts: int) -> tuple[str, str]:
+        varying = [report_sweep.Setting(name, list(map(str, range(count)))) for name, count in counts.items()]
+        rows, columns = report_sweep._axes(varying, None)
+        return varying[rows].name if rows >= 0 else "", varying[columns].name if columns >= 0 else ""
+
+    assert axes(a=2, b=4, c=3) == ("c", "b")
+    assert axes(a=2, b=40, c=3) == ("b", "c")  # forty columns do not fit
+    assert axes(seed=8, a=2, b=2) == ("b", "a")
+    assert axes(seed=8, a=2) == ("seed", "a")
+    assert axes(a=3) == ("", "a")
+    assert axes() == ("", "")
+
+
+def test_failed_jobs_missing_videos_and_foreign_videos_are_shown(batch: Path, tmp_path: Path) -> None:
+    here = shutil.copytree(batch, tmp_path / "batch")
+    entries = read_manifest(here)
+    entries[0] |= {"status": "failed", "error": "height: got 100, want a multiple of 16", "peak_memory": None}
+    (here / name_of(1)).unlink()
+    (here / name_of(2)).write_bytes(b"no video")
+    (here / name_of(3)).unlink()
+    (here / name_of(3)).symlink_to(batch / name_of(3))  # it leads out of the directory
+    with cogvid.VideoWriter(here / name_of(4), 32, 32, fps=FPS) as writer:
+        writer.write(torch.zeros(FRAMES, 32, 32, 3, dtype=torch.uint8))
+    write_manifest(here, entries)
+    page = report(tmp_path, here)
+    assert len(page.all("video")) == 2
+    text = html.unescape(page.text)
+    assert "failed: height: got 100, want a multiple of 16" in text
+    for place in (1, 3):
+        assert f"missing: {name_of(place)} is not in the directory" in text
+    assert "not a video: video: got" in text
+    assert "which holds no record of how it was made" in text
+    [[a, b, reason]] = page.data()["pairs"]
+    assert (a, b) == (4, 5)
+    assert "want videos of one size" in reason
+
+
+def test_equal_videos_and_jobs_that_are_alike(tmp_path: Path) -> None:
+    jobs = [{"prompt": "x", "scheduler": name} for name in ("dpm", "dpm", "ddim", "ddim")]
+    here = write_batch(tmp_path / "batch", jobs)
+    for place in (1, 2):
+        shutil.copy(here / name_of(0), here / name_of(place))
+    data = report(tmp_path, here).data()
+    assert [job["twin"] for job in data["jobs"]] == [0, 1, 0, 1]
+    first, second = data["pairs"]
+    assert first == [0, 2, None, pytest.approx(1), 0]
+    assert second[:2] == [1, 3]
+    assert second[4] > 0
+
+
+def test_a_hostile_manifest_is_text(tmp_path: Path) -> None:
+    here = write_batch(tmp_path / "batch", [{"prompt": HOSTILE}, {"prompt": "مرحبا 你好 \ud800 \x00 " + "x" * 5000}])
+    entries = read_manifest(here)
+    for entry in entries:
+        entry["stages"] = {HOSTILE: HOSTILE}
+        entry["job"] |= {HOSTILE: entry["place"], "model": HOSTILE}
+    entries[1] |= {
+        "status": HOSTILE,
+        "error": HOSTILE,
+        "seconds": float("nan"),
+        "peak_memory": "much",
+        "seed": [HOSTILE],
+    }
+    write_manifest(here, entries)
+    page = report(tmp_path, here)
+    assert_self_contained(page)
+    assert not page.all("img")
+    assert [tag.get("type") for tag in page.all("script")] == ["application/json", None]
+    assert page.data()["settings"][0]["values"][0] == HOSTILE
+    policy = next(tag["content"] for tag in page.all("meta") if "http-equiv" in tag) or ""
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "مرحبا 你好" in page.text
+
+
+@pytest.mark.parametrize("output", ["../secret.mp4", "/etc/passwd", "manifest.jsonl", "a\0.mp4", 7, None])
+def test_a_manifest_cannot_bring_other_files_into_the_page(
+    batch: Path, tmp_path: Path, failed: Callable[..., str], output: Any
+) -> None:
+    here = shutil.copytree(batch, tmp_path / "batch")
+    shutil.copy(batch / name_of(0), tmp_path / "secret.mp4")
+    entries = read_manifest(here)
+    entries[0]["output"] = output
+    write_manifest(here, entries)
+    assert re.fullmatch(
+        r"source: got .* with the output .*, want names of MP4s in the directory",
+        failed("report", here, "-o", tmp_path / "r.html"),
+    )
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_mistakes_are_one_line_and_leave_nothing(
+    batch: Path, tmp_path: Path, failed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object) -> str:
+        said = failed("report", *arguments, "-o", output)
+        assert output.read_text() == "before"
+        return said
+
+    output = tmp_path / "report.html"
+    output.write_text("before")
+    (tmp_path / "empty").mkdir()
+    assert "which has no manifest.jsonl, want a directory of a batch" in refused(tmp_path / "empty")
+    (tmp_path / "empty" / "manifest.jsonl").write_text("")
+    assert "which has no jobs" in refused(tmp_path / "empty")
+    (tmp_path / "empty" / "manifest.jsonl").write_text('{"place": 1}\n')
+    assert "got a broken file" in refused(tmp_path / "empty")
+    assert "which is no file or directory" in refused(tmp_path / "nothing.json")
+    for text in ("", "no JSON", "[1, 2]", '{"header": {}, "rows": []}', '{"kind": "parity", "rows": 1}', "[" * 100_000):
+        (tmp_path / "unknown.json").write_text(text)
+        assert "which is none of the known kinds" in refused(batch, tmp_path / "unknown.json", "--baseline", "none")
+    for wrong in ("guidance_scale=2", "seed=1", "x", "=", ""):
+        assert "want none, or NAME=VALUE of scheduler=dpm|ddim, guidance_scale=1.0|3.0|6.0" in refused(
+            batch, "--baseline", wrong
+        )
+    monkeypatch.setattr(report_sweep, "MOST_PAIRS", 8)
+    assert re.match(
+        "baseline: got none and 9 pairs of videos to compare, want at most 8, or --baseline", refused(batch)
+    )
+    monkeypatch.setattr(report_sweep, "MOST_BYTES", 2000)
+    assert re.match(r"videos: got 0 MB in .*, want at most 0 MB, or --link", refused(batch, "--baseline", "none"))
+    assert "want a file name ending in .html or .htm" in failed("report", batch, "-o", tmp_path / "report.pdf")
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "empty", "unknown.json"}
+
+
+def test_a_page_that_fails_while_it_is_written_leaves_nothing(
+    batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_card: object) -> str:
+        raise FileNotFoundError("the video went away")
+
+    monkeypatch.setattr(report_sweep.Card, "url", gone)
+    with pytest.raises(FileNotFoundError, match="went away"):
+        write_report([batch], tmp_path / "report.html", baseline="none")
+    assert not list(tmp_path.iterdir())
