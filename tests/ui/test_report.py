@@ -18,7 +18,7 @@ import torch
 import cogvid
 from cogvid.cli import main
 from cogvid.run.compare import compare
-from cogvid.ui import report_sweep
+from cogvid.ui import report_charts, report_sweep
 from cogvid.ui.report import write_report
 
 HOSTILE = '</script><script>window.hacked = 1</script>"\'><img src=x onerror="window.hacked = 1">'
@@ -312,3 +312,126 @@ def test_a_page_that_fails_while_it_is_written_leaves_nothing(
     with pytest.raises(FileNotFoundError, match="went away"):
         write_report([batch], tmp_path / "report.html", baseline="none")
     assert not list(tmp_path.iterdir())
+
+
+def kernels_run(commit: str, slow: float) -> dict[str, Any]:
+    """A run of the benchmark, as `cogvid_kernels.bench` writes it, with times made up."""
+    header = {
+        "device": "a GPU",
+        "commit": commit,
+        "date": "2026-11-21",
+        "machine": "a GPU, 1980 MHz",
+        "copy_gbs": 3000.0,
+    }
+    rows = []
+    for op, case in (("attention", "B1 N17776 H48"), ("gate_residual", "B1 N17776 D3072")):
+        common = {"op": op, "case": case, "dtype": "bf16", "cuda_graph": False}
+        unit = "TFLOP/s" if op == "attention" else "GB/s"
+        for provider, ms in (
+            ("torch", 4.0 * slow),
+            ("ours", 2.5 * slow),
+            ("FlexAttention compiled", 3.0),
+            ("mine:f", 2.2),
+        ):
+            percent = 180 / ms
+            times = {"median_ms": ms, "p20_ms": ms * 0.98, "p80_ms": ms * 1.03, "rate": 7 * percent, "unit": unit}
+            shares = {"percent_measured": percent, "percent_data_sheet": percent * 0.8}
+            more = {"provider": provider, "own": ":" in provider, "error": 1.2e-3, "tflops": 1.0, "flop_per_byte": 9.0}
+            rows.append({**common, **times, **shares, **more})
+        rows.append({**common, "provider": "FlashAttention 3", "own": False, "reason": "ModuleNotFoundError: <none>"})
+    return {"header": header, "rows": rows}
+
+
+def write_lines(path: Path, *values: object) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def test_kernels_are_bars_against_their_limit_and_lines_over_commits(tmp_path: Path) -> None:
+    runs = [kernels_run("aaaaaaa", 1.2), kernels_run("bbbbbbb", 1.1), kernels_run("ccccccc", 1.0)]
+    other = {**runs[0], "header": {**runs[0]["header"], "device": "another GPU"}}
+    source = write_lines(tmp_path / "history.jsonl", runs[0], other, *runs[1:])
+    source.write_text(source.read_text() + '{"header": {"cut sh')
+    page = report(tmp_path, source)
+    assert_self_contained(page)
+    assert [bar["width"] for bar in page.all("rect") if bar.get("class") == "bar"][:4] == [
+        f"{100 * percent / 127.5:.2f}".rstrip("0").rstrip(".") for percent in (45, 72, 60, 180 / 2.2)
+    ]  # the data sheet is at 125 %, and there is room for 2 % beyond
+    assert [path["d"] for path in page.all("path") if path.get("class") == "limit"][:4] == ["M78.43 0V20"] * 4
+    assert next(path["d"] for path in page.all("path") if path.get("class") == "limit sheet") == "M98.04 0V20"
+    assert "not timed: ModuleNotFoundError: &lt;none&gt;" in page.text
+    for op in ("attention", "gate_residual"):  # three commits of this device, four providers
+        section = page.text[page.text.index(f">{op}, ") :]
+        assert re.findall(r"<td class=.number.>([\d.]*)</td>", section[section.index("<caption>") :])[:3] == [
+            "4.8",
+            "4.4",
+            "4",
+        ]
+    assert "another GPU" not in page.text
+    single = report(tmp_path, write_lines(tmp_path / "kernels.json", runs[2]))
+    assert "<caption>" not in single.text
+
+
+def test_parity_is_a_heat_map_with_its_tolerances(tmp_path: Path) -> None:
+    errors = {"a": 1e-5, "b": 0.9e-5, "c": 0.4e-5, "d": 1e-8, "e": 0.0, "f": 1.1e-5}
+    rows = [
+        {"module": "transformer", "variant": name, "dtype": "fp32", "error": error, "tolerance": 1e-5}
+        for name, error in errors.items()
+    ]
+    rows.append({"module": "transformer", "variant": "a", "dtype": "bf16", "error": 4e-3, "tolerance": 8e-3})
+    source = write_lines(tmp_path / "parity.json", {"kind": "parity", "header": {"commit": "abc"}, "rows": rows})
+    page = report(tmp_path, source)
+    assert_self_contained(page)
+    shades = [cell["class"] for cell in page.all("td")]
+    wanted = ["heat-7", "heat-6", "heat-7", "", "heat-6", "", "heat-0", "", "heat-0", "", "heat-8", ""]
+    assert shades == [f"number {shade}".strip() for shade in wanted]
+    assert "1 above the tolerance." in page.text
+    assert "4.0e-03 <small>0.5 of 8.0e-03</small>" in page.text
+
+
+def curves_file(path: Path) -> Path:
+    names = {"first-block": (0.05, 0.1, 0.2), "teacache": (0.3, 0.5), "8-bit weights": ("int8", "fp8-storage")}
+    rows: list[dict[str, Any]] = [
+        {"kind": "none", "name": "none", "work": 1.0, "time": 1.0, "psnr": None, "ssim": None}
+    ]
+    for i, (kind, values) in enumerate(names.items()):
+        for k, value in enumerate(values):
+            row = {"kind": kind, "name": f"{kind}={value}", "work": 0.9 - 0.2 * k, "time": 0.92 - 0.2 * k + 0.02 * i}
+            rows.append({**row, "psnr": 45.0 - 6 * k - i, "ssim": 0.99 - 0.03 * k, "motion": 1.0})
+    return write_lines(path, {"kind": "curves", "header": {"commit": "abc"}, "packs": {"tiny-i2v": rows}})
+
+
+def test_curves_have_a_point_and_a_row_for_each_run(tmp_path: Path) -> None:
+    page = report(tmp_path, curves_file(tmp_path / "curves.json"))
+    assert_self_contained(page)
+    assert len(page.all("svg")) == 2
+    titles = [text for text in page.inside["title"] if ": time " in text]
+    assert titles[:2] == ["first-block=0.2: time 0.52, psnr 33", "first-block=0.1: time 0.72, psnr 39"]
+    assert len(titles) == 14
+    assert next(text for text in page.inside["th"] if "=" in text) == "first-block=0.05"
+    assert len(page.all("tr")) == 9
+
+
+def test_labels_do_not_lie_on_each_other() -> None:
+    spots = [(10.0, 50.0), (12.0, 50.0), (30.0, 52.0), (300.0, 50.0), (15.0, 20.0)]
+    assert report_charts._apart(spots) == [50, 63, 76, 50, 20]
+
+
+@pytest.mark.parametrize("values", [[1e-320, 2e-320], [99.0, 99.0], [0.0, 0.0], [1e14, -1e14], [0.3, 1.7]])
+def test_an_axis_holds_its_values(values: list[float]) -> None:
+    place, ticks = report_charts._axis(values, 0, 100)
+    assert all(0 <= place(value) <= 100 for value in values)
+    assert 2 <= len(ticks) <= 8
+    if min(values) > 1e-9:
+        place, ticks = report_charts._log_axis(values, 0, 100)
+        assert all(0 <= place(value) <= 100 for value in values)
+        assert len(ticks) >= 2
+
+
+def test_several_sources_are_sections_of_one_page(batch: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "kernels.json", kernels_run("abc", 1.0))
+    page = report(tmp_path, batch, source, curves_file(tmp_path / "curves.json"), "--baseline", "none")
+    assert [section["class"] for section in page.all("section")] == ["sweep", "kernels", "curves"]
+    assert [link["href"] for link in page.all("a")] == ["#s1", "#s2", "#s3"]
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(identifiers)) == len(identifiers)

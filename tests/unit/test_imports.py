@@ -248,7 +248,8 @@ def test_help_imports_no_torch() -> None:
     code = """
 import sys
 from cogvid.cli import main
-for argv in ("--help", "generate --help", "inspect --help", "batch --help", "enhance --help", "report --help", "--version"):
+commands = ("generate", "inspect", "batch", "enhance", "report")
+for argv in ("--help", *(f"{command} --help" for command in commands), "--version"):
     try:
         main(argv.split())
     except SystemExit as exit:
