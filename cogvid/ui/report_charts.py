@@ -5,6 +5,7 @@ Each chart is drawn here as numbers of an SVG, or as classes of a table's cells;
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from typing import Any
 
 SERIES = 8  # looks of lines and points in report.css, after which they begin again
 _HEAT = 8  # shades of a heat map
-_WIDTH, _HEIGHT = 640.0, 300.0  # of a chart, in its own units, which are pixels where there is room
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 180.0, 12.0, 40.0  # what is left free around its axes
-_LINE = 13.0  # from one label to the next
+_WIDTH, _HEIGHT = 560.0, 300.0  # of a chart, in its own units, which are pixels where there is room
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 64.0, 12.0, 44.0  # what is left free around its axes
+_LINE = 14.0  # from one label to the next
 Row = Mapping[str, Any]
 
 
@@ -39,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG with a legend at its right. ticks: (place, text) on each axis."""
+    """An SVG with a legend above it. ticks: (place, text) on each axis."""
 
     title: str
     x_name: str
@@ -218,7 +219,7 @@ def _history(
         points = [Point(xs[at], place(ms), said[at]) for at, ms in by_run.items()]
         lines.append(Line(provider, number % SERIES, points, _path(points)))
         table.append((provider, [f"{by_run[at]:.4g}" if at in by_run else "" for at in range(len(runs))]))
-    every = math.ceil(len(runs) / 8)  # there is room for eight commits
+    every = math.ceil(len(runs) / 6)  # there is room for six commits
     x_ticks = [(xs[at], commit[:9]) for at, (_, commit) in enumerate(labels) if at % every == 0]
     return Chart(f"{name}: milliseconds of each commit", "commit", "ms", x_ticks, ticks, lines), table
 
@@ -363,12 +364,11 @@ def _curve(pack: str, rows: Sequence[Row], name: str, label: str) -> Chart:
 
 
 def _apart(spots: Sequence[tuple[float, float]], near: float = 50.0) -> list[float]:
-    """Return heights of labels at these spots. They are moved down until none lies on another one within `near`."""
-    heights: dict[int, float] = {}
-    for i in sorted(range(len(spots)), key=lambda i: spots[i][1]):
-        height = spots[i][1]
-        for other in sorted(heights[k] for k in heights if abs(spots[k][0] - spots[i][0]) < near):
-            if abs(other - height) < _LINE:
-                height = other + _LINE
-        heights[i] = height
-    return [heights[i] for i in range(len(spots))]
+    """Return heights of labels at these spots, each the nearest one that overlaps none within `near`."""
+    heights: list[float] = []
+    for x, y in spots:
+        taken = [height for height, (other, _) in zip(heights, spots, strict=False) if abs(other - x) < near]
+        free = (y + _LINE * shift / 2 for step in itertools.count() for shift in (step, -step))
+        free = (height for height in free if height >= _TOP)
+        heights.append(next(height for height in free if all(abs(height - each) >= _LINE for each in taken)))
+    return heights

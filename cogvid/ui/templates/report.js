@@ -372,7 +372,7 @@ class Sweep {
 
   head(setting, value, scope) {
     const { name, values } = this.settings[setting];
-    const made = element("th", { scope, dir: "auto" }, element("small", {}, name), this.clipped(values[value]));
+    const made = element("th", { scope, dir: "auto" }, element("small", {}, name), " ", this.clipped(values[value]));
     if (scope === "col" && value === this.baseline) made.append(element("small", {}, " (baseline)"));
     return made;
   }
