@@ -264,7 +264,7 @@ class Sweep {
       this.render();
       document.getElementById(id)?.focus(); // the selects were made anew
     });
-    this.layout.append(element("label", { for: id }, name, made));
+    this.layout.append(element("span", { class: "choice" }, element("label", { for: id }, name), made));
   }
 
   drawLayout(pages) {
