@@ -26,7 +26,7 @@ from cogvid.run.signals import stop_if_asked
 
 MANIFEST = "manifest.jsonl"
 MOST_BYTES = 500 * 10**6  # of embedded videos; a browser reads a third more, and all of it at once
-MOST_PAIRS = 400  # to compare unless a baseline is named; at 49 frames of 480x720 each takes about a minute
+MOST_PAIRS = 400  # to compare unless a baseline is named; at 49 frames of 480x720 each takes 17 s of a core
 _MOST_COLUMNS = 5  # of the first grid, if its other setting has fewer values
 _ABSENT = "not given"
 _MEASURES = ("psnr", "ssim", "max_abs")
