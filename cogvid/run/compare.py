@@ -136,8 +136,9 @@ def ssim(x: Tensor, y: Tensor) -> float:
     height, width = (side - n + 1 for side, n in zip(x.shape[:2], size, strict=True))
 
     def local(values: Tensor) -> Tensor:  # [C, H, W] -> the weighted mean in each window, rows before columns
-        down = sum(tap * values[:, i : i + height] for i, tap in enumerate((rows / rows.sum()).tolist()))
-        return sum(tap * down[..., i : i + width] for i, tap in enumerate((columns / columns.sum()).tolist()))
+        zero = values.new_zeros(())
+        down = sum((tap * values[:, i : i + height] for i, tap in enumerate(rows / rows.sum())), zero)
+        return sum((tap * down[..., i : i + width] for i, tap in enumerate(columns / columns.sum())), zero)
 
     a, b = (picture.double().permute(2, 0, 1) for picture in (x, y))
     mean_a, mean_b = local(a), local(b)
