@@ -48,6 +48,7 @@ def make_parser(
     _add_replay(commands)
     _add_compare(commands)
     _add_enhance(commands)
+    _add_report(commands)
 
     look = commands.add_parser("inspect", help="say what a checkpoint or an MP4 is")
     _add_checkpoint_options(look, "checkpoint", help="or an MP4 of cogvid")
@@ -164,6 +165,26 @@ def _add_compare(commands: Any) -> None:
         help="LPIPS of each frame too; the first time it downloads the weights of AlexNet, 233 MiB; extra: metrics",
     )
     pair.add_argument("--side-by-side", metavar="MP4|PNG", help="a file for A, B and 8 times their difference")
+
+
+def _add_report(commands: Any) -> None:
+    page = commands.add_parser("report", help="one HTML page of batches and measurements")
+    page.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a batch's directory, or a file of the kernels' benchmark (--json, --history), of parity_report.py --json "
+        "or of step_cache_curve.py --json; a section each",
+    )
+    page.add_argument("-o", "--output", required=True, metavar="HTML", help="the file to write, whole or not at all")
+    page.add_argument("--link", action="store_true", help="link the videos, relative to HTML; else they are in it")
+    page.add_argument(
+        "--baseline",
+        type=_as_text,
+        metavar="NAME=VALUE",
+        help="compare videos with those of this value alone, or with none: none. If not given, any two that differ in "
+        "one setting are compared",
+    )
 
 
 def _add_enhance_options(make: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """The `cogvid` command: `generate` makes an MP4, `plan` says what one would cost, `batch` makes many.
 
 `replay` makes a video again, `compare` says how far two are apart, `inspect` says what a checkpoint or a video is,
-`enhance` makes a long prompt of a short one.
+`enhance` makes a long prompt of a short one, `report` shows batches and measurements on a page.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
 the machine (no memory, no disk) or of the program, each with one line on stderr; 3 if jobs of a batch failed; 128 + n
@@ -359,6 +359,17 @@ def compare(arguments: argparse.Namespace) -> None:
         _say(line, sys.stdout)
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """Write one HTML page of batches, benchmarks and comparisons, which needs nothing else, and print its path."""
+    from cogvid import versions
+
+    versions.check()
+    from cogvid.ui.report import write_report
+
+    write_report(arguments.sources, arguments.output, link=arguments.link, baseline=arguments.baseline)
+    _say(arguments.output, sys.stdout)
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint is (the model, its recommended settings, its weights), or the record of an MP4."""
     if os.path.isfile(arguments.checkpoint):
@@ -403,7 +414,7 @@ def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]
 
 def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     runs = {"generate": generate, "batch": batch, "plan": plan, "replay": replay, "compare": compare}
-    return make_parser({**runs, "enhance": enhance, "inspect": inspect}, unset)
+    return make_parser({**runs, "enhance": enhance, "report": report, "inspect": inspect}, unset)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -19,6 +19,7 @@ LOWEST = {  # the same as in pyproject.toml; a test compares the two
     "pillow": "10.3",
     "av": "18.0",
     "tqdm": "4.66",
+    "jinja2": "3.1",
 }
 
 

@@ -1,5 +1,7 @@
 """Compare every module with diffusers and print the table: `python scripts/parity_report.py [--markdown FILE]`.
 
+`--json FILE` writes the errors with their tolerances, for `cogvid report FILE -o report.html`.
+
 Both sides hold the same random weights (tiny configurations of the five official architectures, every parameter
 perturbed) and see the same inputs, on the CPU. In fp32 the error is ours against diffusers'. In bf16 both are compared
 with diffusers run in fp64. A ratio of at most 1 means that this implementation is at least as accurate.
@@ -10,6 +12,7 @@ Errors are relative RMS: rms(a - b) / rms(b).
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +31,9 @@ from cogvid.run.load import load
 from cogvid.sampling.samplers import SAMPLERS
 from cogvid.weights.names import map_transformer_state_dict, map_vae_state_dict
 from references import TRANSFORMER_VARIANTS, picture, save_pipeline, tiny_pipeline, tiny_transformer, tiny_vae
+
+# What tests/unit/test_parity_report.py asks for: the error in fp32, and that in bf16 over diffusers' own.
+TOLERANCE, RATIO = 1e-5, 1.05
 
 Run = Callable[[torch.dtype], Tensor]  # the output of one side, computed in a dtype
 
@@ -49,6 +55,14 @@ class Row:
             low = [f"{self.ours_bf16:.2e}", f"{self.theirs_bf16:.2e}", f"{self.ours_bf16 / self.theirs_bf16:.2f}"]
         return [self.module, self.variant, f"{self.rms:.1e}", f"{self.max_abs:.1e}", *low]
 
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return an error and its tolerance for each dtype."""
+        common = {"module": self.module, "variant": self.variant}
+        rows = [{**common, "dtype": "fp32", "error": self.rms, "tolerance": TOLERANCE}]
+        if self.ours_bf16 is not None and self.theirs_bf16 is not None:
+            rows.append({**common, "dtype": "bf16", "error": self.ours_bf16, "tolerance": RATIO * self.theirs_bf16})
+        return rows
+
 
 HEADER = ["module", "variant", "fp32 error", "fp32 max abs", "bf16 error", "diffusers' bf16 error", "ratio"]
 
@@ -57,19 +71,21 @@ HEADER = ["module", "variant", "fp32 error", "fp32 max abs", "bf16 error", "diff
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to this file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the errors to this file, for `cogvid report`")
     args = parser.parse_args(argv)
-    lines = [provenance(), "", measure.markdown_row(HEADER), "|" + "---|" * 2 + "--:|" * 5]
+    header = measure.header(torch.device("cpu"), "python scripts/parity_report.py")
+    caption = f"`{header['command']}`, {measure.caption(header)}."
+    lines = [caption, "", measure.markdown_row(HEADER), "|" + "---|" * 2 + "--:|" * 5]
     print("\n".join(lines))
+    found: list[dict[str, Any]] = []
     for row in rows():
         lines.append(measure.markdown_row(row.cells()))
+        found += row.to_dicts()
         print(lines[-1], flush=True)
     if args.markdown:
         args.markdown.write_text("\n".join(lines) + "\n")
-
-
-def provenance() -> str:
-    values = measure.header(torch.device("cpu"), "python scripts/parity_report.py")
-    return f"`{values['command']}`, {measure.caption(values)}."
+    if args.json:
+        args.json.write_text(json.dumps({"kind": "parity", "header": header, "rows": found}) + "\n")
 
 
 def rows() -> Iterator[Row]:

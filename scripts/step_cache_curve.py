@@ -1,4 +1,4 @@
-"""Measure what step caches and guidance intervals save and what they cost, and write a table and a plot.
+"""Measure what step caches, guidance intervals and 8-bit weights save and what they cost; write a table and a plot.
 
     OMP_NUM_THREADS=1 python scripts/step_cache_curve.py --samples 40 --write
 
@@ -7,12 +7,14 @@ the transformer's blocks, counted from the calls of blocks and of attention. Tim
 the first two videos, the least of several rounds in which all runs take turns; use one thread. Both are shares of
 those without a cache. PSNR and SSIM are to the videos without a cache; the other columns are what `eval_tiny.py` sees
 in the pixels. `--write` replaces the table in scripts/STEP_CACHES.md and the plot beside this file; the table is
-printed in any case.
+printed in any case. `--json FILE` writes the figures for `cogvid report FILE -o report.html`. `--kinds` names some of
+the kinds of runs alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import random
 import re
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 
 import cogvid
 from cogvid.run.compare import psnr, ssim
+from cogvid.run.figures import header
 from cogvid.run.machine import cpu_name
 from eval_tiny import judge, judge_words, to_uint8
 from tiny_world import prompt_for, render, sample_scenes
@@ -37,6 +41,7 @@ from tiny_world import prompt_for, render, sample_scenes
 PAGE = Path(__file__).parent / "STEP_CACHES.md"
 PLOT = Path(__file__).parent / "step_caches.png"
 BATCH, ROUNDS = 2, 5
+METERS = ("motion", "colour", "shape", "end IoU", "first frame dB")  # of `eval_tiny.py`, where a pack has them
 TEACACHE = "teacache={}:coefficients=1/0"  # no polynomial was fitted for the packs: the distance is taken as it is
 RUNS: dict[str, list[dict[str, Any]]] = {
     "none": [{}],
@@ -44,7 +49,9 @@ RUNS: dict[str, list[dict[str, Any]]] = {
     "teacache": [{"step_cache": TEACACHE.format(value)} for value in (0.2, 0.3, 0.5, 0.8)],
     "pyramid": [{"step_cache": f"pyramid={value}"} for value in (2, 3, 4)],
     "guidance interval": [{"guidance_interval": value} for value in ("0-0.75", "0-0.5", "0-0.25")],
+    "8-bit weights": [{"quantize": mode} for mode in ("int8", "int8-dynamic", "fp8", "fp8-storage")],
 }
+NAMED = ("guidance interval", "8-bit weights")  # kinds whose values do not name the option
 
 
 @dataclass
@@ -61,15 +68,16 @@ class Row:
 
     @property
     def name(self) -> str:
-        return next(iter(self.options.values()), "none").partition(":")[0]
+        option, value = next(iter(self.options.items()), ("", "none"))
+        return f"{option}={value}" if self.kind in NAMED else value.partition(":")[0]
 
 
 class Work:
-    """Count the FLOPs of a transformer's blocks while they run: products and attention, a multiply-add as two."""
+    """Count the FLOPs of transformers' blocks while they run: products and attention, a multiply-add as two."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformers: Iterable[nn.Module]) -> None:
         self.flops = 0
-        for block in transformer.blocks:  # pyright: ignore[reportGeneralTypeIssues]
+        for block in (block for each in transformers for block in each.blocks):  # pyright: ignore[reportGeneralTypeIssues]
             block.register_forward_pre_hook(self._block)
             block.q_proj.register_forward_pre_hook(self._attention)
 
@@ -82,21 +90,25 @@ class Work:
         self.flops += rows * (tokens * 8 * width**2 + 4 * tokens**2 * width)
 
 
-def measure(pack: str, samples: int, steps: int) -> list[Row]:
+def measure(pack: str, samples: int, steps: int, kinds: Sequence[str] = tuple(RUNS)) -> list[Row]:
     """Make the videos of a pack in each way, a batch in all ways before the next batch."""
-    pipe = cogvid.load(pack, device="cpu")
-    work = Work(pipe.transformer)
+    rows = [Row(kind, options) for kind in dict.fromkeys(("none", *kinds)) for options in RUNS[kind]]
+    modes = dict.fromkeys(row.options.get("quantize") for row in rows)
+    pipes = {mode: cogvid.load(pack, device="cpu", quantize=mode) for mode in modes}
+    pipe = pipes[None]
+    work = Work(each.transformer for each in pipes.values())
     generator, rng = torch.Generator().manual_seed(1234), random.Random(1234)
     options: dict[str, Any] = {"two": 0.0} if pipe.model.conditions else {}
     scenes = sample_scenes(samples, generator, held_out=True, **options)
     truth = to_uint8(render(scenes, pipe.model.num_frames, pipe.model.height))
     prompts = [prompt_for(scenes, i, rng) for i in range(samples)]
-    rows = [Row(kind, options) for kind, listed in RUNS.items() for options in listed]
 
     def run(row: Row, begin: int, output_type: str) -> cogvid.Output:
         some = slice(begin, begin + BATCH)
         options: dict[str, Any] = {"seed": begin, "num_inference_steps": steps, "output_type": output_type}
-        return pipe(prompts[some], **options, progress=False, **_images(pipe, truth[some]), **row.options)
+        options |= {name: value for name, value in row.options.items() if name != "quantize"}
+        call = pipes[row.options.get("quantize")]
+        return call(prompts[some], **options, progress=False, **_images(pipe, truth[some]))
 
     for _ in range(ROUNDS):
         for row in rows:
@@ -124,35 +136,48 @@ def _images(pipe: Any, truth: Tensor) -> dict[str, Any]:
     return {"image": [Image.fromarray(video[0].numpy()) for video in truth]} if pipe.model.conditions else {}
 
 
-def table(rows: list[Row], steps: int) -> tuple[list[str], list[tuple[str, float, float]]]:
-    """Return the table's lines, and (kind, share of work, PSNR) of each row for the plot."""
-    first = rows[0]
-    wanted = ("motion", "colour", "shape", "end IoU", "first frame dB")
-    meters = [name for name in wanted if any(name in each for each in first.judged)]
+def figures(rows: list[Row]) -> list[dict[str, Any]]:
+    """Return of each row its kind, name, mean of steps with a skip, shares of work and time, likeness, and meters."""
+    first, found = rows[0], []
+    for row in rows:
+        frames = [pair for a, b in zip(row.videos, first.videos, strict=True) for pair in zip(a, b, strict=True)]
+        likeness = {
+            "psnr": statistics.fmean(min(psnr(x, y, 255) or 99.0, 99.0) for x, y in frames),
+            "ssim": statistics.fmean(ssim(x, y) for x, y in frames),
+        }
+        meters = [name for name in METERS if any(name in each for each in first.judged)]
+        found.append(
+            {
+                "kind": row.kind,
+                "name": row.name,
+                "skips": statistics.fmean(row.skipped) if "step_cache" in row.options else None,
+                "work": row.work / first.work,
+                "time": min(row.seconds) / min(first.seconds),
+                **(dict.fromkeys(likeness) if row is first else likeness),
+                **{name: statistics.fmean(each[name] for each in row.judged if name in each) for name in meters},
+            }
+        )
+    return found
+
+
+def table(found: list[dict[str, Any]], steps: int) -> list[str]:
+    """Return the lines of a table."""
+    meters = [name for name in METERS if name in found[0]]
     lines = [
         f"| run | steps with a skip, of {steps} | work | time | PSNR | SSIM | {' | '.join(meters)} |",
         "|---|" + "--:|" * (5 + len(meters)),
     ]
-    points = []
-    for row in rows:
-        work = row.work / first.work
-        seconds = min(row.seconds) / min(first.seconds)
-        frames = [pair for a, b in zip(row.videos, first.videos, strict=True) for pair in zip(a, b, strict=True)]
-        likeness = ["", ""]
-        if row is not first:
-            decibels = statistics.fmean(min(psnr(x, y, 255) or 99.0, 99.0) for x, y in frames)
-            likeness = [f"{decibels:.1f}", f"{statistics.fmean(ssim(x, y) for x, y in frames):.3f}"]
-            points.append((row.kind, work, decibels))
-        means = [statistics.fmean(each[name] for each in row.judged if name in each) for name in meters]
-        shown = [f"{mean:.1f}" if "dB" in name else f"{mean:.2f}" for name, mean in zip(meters, means, strict=True)]
-        skips = f"{statistics.fmean(row.skipped):.1f}" if "step_cache" in row.options else ""
-        name = f"`{row.name}`" if row.kind != "guidance interval" else f"`guidance_interval={row.name}`"
-        cells = [name if row is not first else "none", skips, f"{work:.2f}", f"{seconds:.2f}", *likeness, *shown]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines, points
+    digits = {"skips": 1, "work": 2, "time": 2, "psnr": 1, "ssim": 3} | {
+        name: 1 if "dB" in name else 2 for name in meters
+    }
+    for row in found:
+        name = row["name"] if row["kind"] == "none" else f"`{row['name']}`"
+        cells = ["" if row[name] is None else f"{row[name]:.{places}f}" for name, places in digits.items()]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return lines
 
 
-def plot(found: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
+def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw PSNR against work, a panel for each pack and a line for each kind."""
     import matplotlib as mpl
 
@@ -160,9 +185,9 @@ def plot(found: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.8), sharey=True, squeeze=False)
-    for axis, (pack, points) in zip(axes[0], found.items(), strict=True):
+    for axis, (pack, rows) in zip(axes[0], found.items(), strict=True):
         for kind in RUNS:
-            line = sorted((work, decibels) for each, work, decibels in points if each == kind)
+            line = sorted((row["work"], row["psnr"]) for row in rows if row["kind"] == kind != "none")
             if line:
                 axis.plot(*zip(*line, strict=True), marker="o", label=kind)
         axis.set(title=pack, xlabel="FLOPs of the blocks, without a cache = 1")
@@ -178,16 +203,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--packs", nargs="+", default=["tiny-i2v", "tiny-t2v"], help="shipped packs or directories")
     parser.add_argument("--samples", type=int, default=40, help="videos for each row, at least 1")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="KIND")
     parser.add_argument("--write", action="store_true", help="write the table and the plot")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, for `cogvid report`")
     args = parser.parse_args(argv)
     if args.samples < 1:
         parser.error(f"samples: got {args.samples}, want at least 1")
     parts, found = [_conditions(args)], {}
     for pack in args.packs:
-        lines, found[pack] = table(measure(pack, args.samples, args.steps), args.steps)
-        parts.append(f"**{pack}**\n\n" + "\n".join(lines))
+        found[pack] = figures(measure(pack, args.samples, args.steps, args.kinds))
+        parts.append(f"**{pack}**\n\n" + "\n".join(table(found[pack], args.steps)))
     text = "\n\n".join(parts)
     print(text)
+    if args.json:
+        command = " ".join(["python scripts/step_cache_curve.py", *(sys.argv[1:] if argv is None else argv)])
+        values = {"kind": "curves", "header": header(torch.device("cpu"), command), "packs": found}
+        args.json.write_text(json.dumps(values) + "\n")
     if args.write:
         plot(found, PLOT)
         page = PAGE.read_text()

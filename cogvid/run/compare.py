@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cogvid.media.download import shown
 from cogvid.media.video import VideoWriter, read_metadata, read_video
@@ -46,6 +45,17 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return it ready for JSON, with the mean of each measure (None if one of its values is)."""
         return {"kind": self.kind, "first": self.first, "record": self.record, "rows": self.rows, "mean": self._mean()}
+
+    def whole(self) -> dict[str, Any]:
+        """Return what two videos are apart as wholes: psnr of all frames together (None if they are equal), the mean
+        ssim, and the largest max_abs."""
+        errors = [0.0 if row["psnr"] is None else 10 ** (-row["psnr"] / 10) for row in self.rows]
+        error = sum(errors) / len(errors)
+        return {
+            "psnr": None if error == 0 else -10 * math.log10(error),
+            "ssim": sum(row["ssim"] for row in self.rows) / len(self.rows),
+            "max_abs": max(row["max_abs"] for row in self.rows),
+        }
 
     def table(self) -> list[str]:
         """Return the lines of a table: a row for each frame or step, and the mean."""
@@ -123,10 +133,12 @@ def ssim(x: Tensor, y: Tensor) -> float:
     taps = torch.exp(-((torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
     size = [min(_WINDOW, side) for side in x.shape[:2]]
     rows, columns = (taps[(_WINDOW - n) // 2 :][:n] for n in size)
-    window = torch.outer(rows / rows.sum(), columns / columns.sum())[None, None]
+    height, width = (side - n + 1 for side, n in zip(x.shape[:2], size, strict=True))
 
-    def local(values: Tensor) -> Tensor:  # [C, H, W] -> the weighted mean in each window
-        return F.conv2d(values[:, None], window)
+    def local(values: Tensor) -> Tensor:  # [C, H, W] -> the weighted mean in each window, rows before columns
+        zero = values.new_zeros(())
+        down = sum((tap * values[:, i : i + height] for i, tap in enumerate(rows / rows.sum())), zero)
+        return sum((tap * down[..., i : i + width] for i, tap in enumerate(columns / columns.sum())), zero)
 
     a, b = (picture.double().permute(2, 0, 1) for picture in (x, y))
     mean_a, mean_b = local(a), local(b)

@@ -33,18 +33,7 @@ class Manifest:
 
     def entries(self) -> dict[int, dict[str, Any]]:
         """Return what is written of each job, by its place."""
-        if not self.path.exists():
-            return {}
-        try:
-            entries = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            for entry in entries:
-                for name, kind in _KINDS.items():
-                    if not isinstance(entry[name], kind):
-                        raise TypeError(f"{name} is {type(entry[name]).__name__}")
-            return {entry["place"]: entry for entry in entries}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = one_line(error)
-            raise ValueError(f"{self.path}: got a broken file ({reason}), want one that a batch wrote") from None
+        return read_manifest(self.path) if self.path.exists() else {}
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
         """Write what became of jobs, in place of what was written of them before."""
@@ -84,6 +73,24 @@ class Manifest:
         with open(self.directory / _CLAIMS / name, "a") as file:
             try_lock(file.fileno(), wait=True)
             yield
+
+
+def read_manifest(path: Path) -> dict[int, dict[str, Any]]:
+    """Return what a `manifest.jsonl` has of each job, by its place.
+
+    Raises:
+        ValueError: it is not as a batch writes it.
+    """
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for entry in entries:
+            for name, kind in _KINDS.items():
+                if not isinstance(entry[name], kind):
+                    raise TypeError(f"{name} is {type(entry[name]).__name__}")
+        return {entry["place"]: entry for entry in entries}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = one_line(error)
+        raise ValueError(f"{path}: got a broken file ({reason}), want one that a batch wrote") from None
 
 
 def _as_csv(entries: list[dict[str, Any]]) -> str:

@@ -24,6 +24,7 @@ STEPS = (
     {"parallel"},
     {"run"},
     {"compat"},
+    {"ui"},
     {"arguments"},
     {"cli"},
     {"__main__"},
@@ -86,6 +87,9 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.signals": (set(), set()),
     "run.stages": (TENSORS | {"tqdm"}, set()),
     "run.steps": (TENSORS | {"tqdm"}, set()),
+    "ui.report": ({"jinja2", "markupsafe"}, set()),
+    "ui.report_charts": (set(), set()),
+    "ui.report_sweep": ({"tqdm"}, set()),
 }
 MODULES = sorted((ROOT / "cogvid").rglob("*.py"))
 BENCH = sorted((ROOT / "kernels" / "cogvid_kernels" / "bench").glob("*.py"))
@@ -245,7 +249,8 @@ def test_help_imports_no_torch() -> None:
     code = """
 import sys
 from cogvid.cli import main
-for argv in ("--help", "generate --help", "inspect --help", "batch --help", "enhance --help", "--version"):
+commands = ("generate", "inspect", "batch", "enhance", "report")
+for argv in ("--help", *(f"{command} --help" for command in commands), "--version"):
     try:
         main(argv.split())
     except SystemExit as exit:

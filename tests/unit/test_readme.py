@@ -107,9 +107,10 @@ def test_the_line_of_a_feature_runs(
         if repo in line:
             write_variant(tmp_path / repo, pack, class_name, extra)
     if line.startswith("cogvid "):
-        arguments = shlex.split(os.path.expandvars(line))[1:]
-        steps = ["--num-inference-steps", "2"] if arguments[0] == "generate" and "--resume" not in arguments else []
-        assert main([*arguments, *steps]) == 0, feature
+        for command in os.path.expandvars(line).split(" && "):
+            arguments = shlex.split(command)[1:]
+            makes = arguments[0] in ("generate", "batch") and "--resume" not in arguments
+            assert main([*arguments, *(["--num-inference-steps", "2"] if makes else [])]) == 0, feature
         assert len(llm.paths) == line.count("enhance ")
         return
     if line.startswith("python "):
@@ -127,12 +128,13 @@ def test_the_commands_are_understood(
 ) -> None:
     """The commands of a block run one after the other, with a server in OPENAI_BASE_URL."""
     monkeypatch.chdir(ROOT)
+    made = set(re.findall(r" -o (\S+)", block))
     for line in block.splitlines():
         if not line.startswith("cogvid "):
             continue
         words = shlex.split(os.path.expandvars(line.split("#")[0]))
         pairs = itertools.pairwise(words)
-        arguments = [str(tmp_path / a) if before == "-o" or a.endswith(".mp4") else a for before, a in pairs]
+        arguments = [str(tmp_path / a) if a in made or a.endswith(".mp4") else a for _, a in pairs]
         if any("/CogVideoX" in a for a in arguments):  # official weights: refused before a byte is fetched, but parsed
             assert main([*arguments, "--local-files-only", "--guidance-scale", "nan"]) == 2
         else:

@@ -30,6 +30,7 @@ OLD = {
     "pillow": "10.2.0",
     "av": "17.1.0",
     "tqdm": "4.65.2",
+    "jinja2": "3.0.3",
 }
 Install = Callable[[str, str | None], None]
 
