@@ -300,11 +300,18 @@ def batch(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in arguments.given.items() if name in jobs.KINDS and name != "prompt"}
     made = jobs.make_jobs(listed, arguments.sweep, given)
 
+    if arguments.ray is None and arguments.ray_devices is not None:
+        raise ValueError(f"ray_devices: got {arguments.ray_devices} without --ray, want both or neither")
     from cogvid.run.batch import run_batch
+    from cogvid.run.ray_batch import run_batch_on_ray
     from cogvid.run.stages import listen, print_stage
 
+    options = made, arguments.output, arguments.batch_size
     with listen(print_stage) if arguments.verbose else contextlib.nullcontext():
-        failed = run_batch(made, arguments.output, arguments.batch_size)
+        if arguments.ray is None:
+            failed = run_batch(*options)
+        else:
+            failed = run_batch_on_ray(*options, address=arguments.ray, devices=arguments.ray_devices)
     _say(os.path.join(arguments.output, "manifest.jsonl"), sys.stdout)
     if failed:
         places = ", ".join(str(entry["place"]) for entry in failed[:10])

@@ -107,6 +107,14 @@ class Queue:
                 return Group(together, claims.pop_all())
         return None
 
+    def models(self) -> set[str]:
+        """Return the models of the jobs that are left, by what `Group.model` is."""
+        return {_model(job) for job in self.left}
+
+    def leave_out_finished(self) -> None:
+        """Leave out what was finished before; `take` does so too, one by one."""
+        self.left = [job for job in self.left if not self.manifest.is_done(job)]
+
     def ask_again(self) -> None:
         """Put the jobs that other processes had back among those that are left."""
         self.left, self.others = self.left + self.others, []
@@ -204,10 +212,10 @@ def _go_together(first: BatchJob, other: BatchJob) -> bool:
     return first.shape == other.shape and not any(first.values.get(name) for name in alone)
 
 
-def prepare_job(pipe: Pipeline, job: BatchJob, output: str | os.PathLike[str]) -> Job:
-    """Check a job that is run with a loaded model. output: the MP4 to write."""
+def prepare_job(pipe: Pipeline, job: BatchJob, output: str | os.PathLike[str], **inputs: str) -> Job:
+    """Check a job that is run with a loaded model. output: the MP4 to write. inputs: its files, where they are now."""
     values = {name: value for name, value in job.values.items() if name not in LOADING}
-    return prepare(pipe.model, output=output, **{**values, "seed": job.seed})
+    return prepare(pipe.model, output=output, **{**values, "seed": job.seed, **inputs})
 
 
 def _run_together(pipe: Pipeline, ready: list[tuple[BatchJob, Job]]) -> dict[int, Exception]:
@@ -230,14 +238,14 @@ def entry_of(job: BatchJob, error: Exception | None, measured: Mapping[str, Any]
         "status": "failed" if error else "done",
         "seed": job.seed,
         **measured,
-        "error": _one_line(error) if error else None,
+        "error": error_line(error) if error else None,
         "ended": time.time(),
         "job": job.shown,
         "job_sha256": job.digest,
     }
 
 
-def _one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error in one line; of a kind that a user's mistake never has, with its name."""
     text = one_line(error, _LONGEST_LINE) if str(error) else ""
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
