@@ -65,6 +65,10 @@ class Group:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes have the jobs."""
         self._claims.close()
 
 

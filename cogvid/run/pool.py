@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 import warnings
@@ -94,15 +93,14 @@ class _Dispatch:
         self.running: dict[Any, tuple[Group, int]] = {}
         self.again: list[tuple[Group, int]] = []
         self.models: dict[Any, str] = {}
-        self.begun, self.anyone, self.not_started = time.monotonic(), False, 0
+        self.begun, self.said, self.not_started = time.monotonic(), False, 0
 
     def __enter__(self) -> _Dispatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.ExitStack() as stack:  # what is left is another process's, after an error or a signal
-            for group, _ in [*self.running.values(), *self.again]:
-                stack.enter_context(group)
+        for group, _ in [*self.running.values(), *self.again]:  # after an error or a signal: others may take them
+            group.close()
 
     @property
     def open(self) -> int:
@@ -119,8 +117,8 @@ class _Dispatch:
             return False
         for event in self.pool.wait(_POLL):
             self._handle(event)
-        if not self.anyone and time.monotonic() > self.begun + _PATIENCE:
-            self.anyone = True
+        if not self.said and time.monotonic() > self.begun + _PATIENCE:
+            self.said = True
             tqdm.write(f"cogvid: no worker after {_PATIENCE:.0f} s: {self.pool.shortage()}; waiting", file=sys.stderr)
         return True
 
@@ -128,8 +126,7 @@ class _Dispatch:
         """Send jobs to idle workers: first to those that have loaded a model that there are jobs of."""
         wanted = self.queue.models()
         for worker in sorted(self.idle, key=lambda worker: self.models.get(worker) not in wanted):
-            again = self.again.pop(0) if self.again else None
-            group, runs = again or (self._take(worker), 0)
+            group, runs = self.again.pop(0) if self.again else (self._take(worker), 0)
             if group is None:
                 return
             self.idle.remove(worker)
@@ -168,7 +165,7 @@ class _Dispatch:
         if event.died is None:
             if worker in self.hired:
                 self.hired.remove(worker)
-                self.anyone, self.not_started = True, 0
+                self.said, self.not_started = True, 0
             self.idle.append(worker)
             return
         if worker in self.hired:

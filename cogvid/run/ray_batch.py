@@ -117,7 +117,7 @@ def _check_address(address: str) -> None:
     """Raise unless a cluster answers: Ray itself waits for minutes, and may end the process."""
     if address == "local":
         return
-    wanted = f"'local', 'auto', HOST:PORT or ray://HOST:PORT of a Ray cluster that answers within {CONNECT} s"
+    wanted = f"'local', 'auto', HOST:PORT, or ray:// before it, of a Ray cluster that answers within {CONNECT} s"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address != "auto":
         if not (host and port.isascii() and port.isdigit() and int(port) < 2**16):
@@ -303,11 +303,10 @@ class RayPool:
             quiet |= {"include_dashboard": False, "object_store_memory": _OBJECTS}
         try:
             self._ray.init(self._address, **quiet)
-        except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises many kinds, and plain ones
             reason = one_line(error, _REASON)
-            raise ValueError(
-                f"ray: got {self._address!r:.100} ({reason}), want a cluster that can be used from here"
-            ) from None
+            wanted = "a cluster that can be used from here"
+            raise ValueError(f"ray: got {self._address!r:.100} ({reason}), want {wanted}") from None
 
     def _resources(self) -> tuple[dict[str, int], int]:
         """Return what an actor takes, and its threads: a GPU where jobs name one or the cluster has some, else CPUs."""
