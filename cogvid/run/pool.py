@@ -191,8 +191,9 @@ class _Dispatch:
         """Write the videos and what became of the jobs, as a batch without workers does."""
         for stage in made.stages:
             announce(stage)
-        for text in made.warnings:
-            warnings.warn(text, stacklevel=1)
+        with tqdm.external_write_mode(file=sys.stderr):  # above the bar
+            for text in made.warnings:
+                warnings.warn(text, stacklevel=1)
         entries: list[dict[str, Any]] = []
         with group:
             for job, entry in zip(group.jobs, made.entries, strict=True):
