@@ -98,7 +98,7 @@ class _Dispatch:
     def __enter__(self) -> _Dispatch:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for group, _ in [*self.running.values(), *self.again]:  # after an error or a signal: others may take them
             group.close()
 

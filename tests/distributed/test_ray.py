@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cogvid.cli import main
 from cogvid.media.video import export_to_video
+from cogvid.run import ray_batch
+from cogvid.run.jobs import BatchJob
 from references import picture
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with jobs and their inputs."""
     folder = tmp_path_factory.mktemp("ray")
     picture(64, 64, seed=0).save(folder / "in.png")
-    import torch
-
     frames = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     export_to_video(frames, folder / "in.mp4", fps=8)
     (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in JOBS))
@@ -373,3 +375,53 @@ def test_without_ray_the_extra_is_named(
     assert line.startswith("cogvid: error: ray: got none (")
     assert line.endswith("want the extra 'ray' (pip install 'cogvid[ray]')")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("parallel", "asked", "count"),
+    [
+        ([None, None], None, 1),
+        ([None], 4, 4),
+        (["cfg=2,ulysses=2", "cfg=2,ring=2"], None, 4),
+        (["cfg=2", "cfg=2"], 2, 2),
+        (["cfg=2", "ulysses=3"], None, "2, 3"),
+        (["cfg=2", None], None, "2"),
+        (["cfg=2"], 4, "2, 4"),
+    ],
+)
+def test_how_many_devices_make_a_video(parallel: list[str | None], asked: int | None, count: int | str) -> None:
+    jobs = [BatchJob(i, {"prompt": "a"} | ({"parallel": each} if each else {})) for i, each in enumerate(parallel)]
+    if isinstance(count, int):
+        assert ray_batch._devices(jobs, asked) == count
+        return
+    with pytest.raises(ValueError, match=f"ray_devices, parallel: got {count} devices for one video, want one number"):
+        ray_batch._devices(jobs, asked)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "named", "devices", "needs"),
+    [
+        ([{"CPU": 8}, {"CPU": 2}], [None], 1, {"num_cpus": 3}),
+        ([{"CPU": 2}, {"CPU": 2}], [None], 1, {"num_cpus": 2}),  # no node has as many CPUs as there are threads
+        ([{"CPU": 4}], [None], 2, {"num_cpus": 2}),
+        ([{"CPU": 8}, {"CPU": 8, "GPU": 2}], [None, "cpu"], 1, {"num_gpus": 1, "num_cpus": 1}),
+        ([{"CPU": 8, "GPU": 2}], ["cpu", "cpu"], 1, {"num_cpus": 3}),
+        ([{"CPU": 8}], ["cuda", None], 1, {"num_gpus": 1, "num_cpus": 1}),  # GPUs that are to come
+    ],
+)
+def test_what_an_actor_takes(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[dict[str, int]],
+    named: list[str | None],
+    devices: int,
+    needs: dict[str, int],
+) -> None:
+    alive = [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {"GPU": 8}}]
+    monkeypatch.setattr(ray_batch, "_import_ray", lambda: SimpleNamespace(nodes=lambda: alive))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found, threads = ray_batch.RayPool("auto", named, devices)._resources()
+    assert found == needs
+    assert threads == needs["num_cpus"]
+    if "num_gpus" in needs and not any("GPU" in node for node in nodes):
+        with pytest.raises(ValueError, match="ray: got 'local' with 0 GPUs, want 1 for one video"):
+            ray_batch.RayPool("local", named, devices)._resources()
