@@ -105,6 +105,10 @@ def _add_batch_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--enhance", metavar="URL", help="not of a batch: a job's prompt would change from run to run")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="the most videos to sample at once")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS|local", help="run on a Ray cluster (auto, HOST:PORT, ray://HOST:PORT), or on one here"
+    )
+    parser.add_argument("--ray-devices", type=int, metavar="N", help="devices for one video; 1 if --parallel says none")
 
 
 def _add_saving_options(parser: argparse.ArgumentParser) -> None:

@@ -302,13 +302,20 @@ def _check_given(arguments: argparse.Namespace) -> None:
 
 def batch(arguments: argparse.Namespace) -> int:
     """Make a video of each job in a directory, and print the path of its manifest; options are of all jobs."""
+    if arguments.ray is None and arguments.ray_devices is not None:
+        raise ValueError(f"ray_devices: got {arguments.ray_devices} without --ray, want both or neither")
     from cogvid.parallel.share import share
     from cogvid.run.batch import run_batch
+    from cogvid.run.ray_batch import run_batch_on_ray
     from cogvid.run.stages import listen, print_stage
 
     made = share(lambda: _jobs_of(arguments))
+    options = made, arguments.output, arguments.batch_size
     with listen(print_stage) if arguments.verbose else contextlib.nullcontext():
-        failed = run_batch(made, arguments.output, arguments.batch_size)
+        if arguments.ray is None:
+            failed = run_batch(*options)
+        else:
+            failed = run_batch_on_ray(*options, address=arguments.ray, devices=arguments.ray_devices)
     _say(os.path.join(arguments.output, "manifest.jsonl"), sys.stdout)
     if failed:
         places = ", ".join(str(entry["place"]) for entry in failed[:10])

@@ -29,7 +29,7 @@ RESIZE_MODES = ("stretch", "crop", "pad")
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192; decoded to RGB that is 192 MiB
 MAX_DOWNLOAD = 64 * 2**20  # bytes
 MAX_FILE = 2**30  # bytes; twice what MAX_PIXELS of the widest format take
-_HAS_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|file:")
+HAS_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|file:")
 
 
 def load_image(
@@ -60,7 +60,7 @@ def load_image(
 
     if isinstance(source, pil.Image):
         return _decode(source, "a PIL image", max_pixels)
-    if isinstance(source, str) and _HAS_SCHEME.match(source):
+    if isinstance(source, str) and HAS_SCHEME.match(source):
         limits = {"max_bytes": max_bytes, "max_redirects": max_redirects, "allow_private": allow_private}
         data = download(source, timeout=timeout, **limits)
         return _decode(io.BytesIO(data), shown(source), max_pixels)

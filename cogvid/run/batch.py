@@ -6,9 +6,10 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, Self
 
 from tqdm.auto import tqdm
 
@@ -29,6 +30,9 @@ from cogvid.run.together import RememberingEncoder, sample_together
 _LONGEST_LINE = 1000  # characters
 
 
+Prepare = Callable[[Pipeline, BatchJob], Job]
+
+
 def run_batch(jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch_size: int = 1) -> list[dict[str, Any]]:
     """Make the videos of all jobs in a directory, and return what the manifest has of those that failed.
 
@@ -40,49 +44,89 @@ def run_batch(jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch
         batch_size: the most videos that are sampled together. Jobs are sampled together if they differ only in prompt,
             seed and image, and have no step cache; the result differs from that of single ones by rounding.
     """
-    check_int("batch_size", batch_size, 1)
-    manifest, begun = share(lambda: Manifest(directory)), time.time()
-    waiting = list(jobs)
+    queue, worker = Queue(jobs, directory, batch_size), Worker()
     for wait in (False, True):  # at last, for the jobs of other processes, which may end before they finish them
-        waiting = _Run(manifest, begun, batch_size, len(jobs)).work(waiting, wait)
-
-    def failed() -> list[dict[str, Any]]:
-        entries = manifest.entries()
-        return [entries[job.place] for job in jobs if manifest.failed_since(job, begun)]
-
-    return share(failed)
+        while group := queue.take(wait=wait):
+            with group:
+                queue.add(worker.run(group.jobs, lambda pipe, job: prepare_job(pipe, job, queue.path(job))))
+        queue.ask_again()
+    return queue.failed()
 
 
-class _Run:
-    def __init__(self, manifest: Manifest, begun: float, batch_size: int, total: int) -> None:
-        self.manifest, self.begun, self.batch_size, self.total = manifest, begun, batch_size, total
-        self.loaded: tuple[dict[str, Any], Pipeline] | None = None
+class Group:
+    """Jobs of one model that are sampled together. A context manager: until it ends, no other process has them."""
 
-    def work(self, jobs: list[BatchJob], wait: bool) -> list[BatchJob]:
-        """Do the jobs that are left to do, one model after the other; return those that other processes work on."""
+    def __init__(self, jobs: list[BatchJob], claims: ExitStack) -> None:
+        self.jobs, self._claims = jobs, claims
+
+    @property
+    def model(self) -> str:
+        """What tells their model from all others, with how it is loaded."""
+        return _model(self.jobs[0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes have the jobs."""
+        self._claims.close()
+
+
+class Queue:
+    """The jobs of a batch that are left to do, those of one model after the other, and their manifest.
+
+    Several processes may have such a queue of the same jobs and directory: each job is taken from one of them.
+    """
+
+    def __init__(self, jobs: Sequence[BatchJob], directory: str | os.PathLike[str], batch_size: int) -> None:
+        check_int("batch_size", batch_size, 1)
+        self.jobs, self.batch_size = jobs, batch_size
+        self.manifest, self._begun = share(lambda: Manifest(directory)), time.time()
         places: dict[str, int] = {}
         for job in jobs:
-            places.setdefault(repr(_loading(job)), len(places))
-        left = sorted(jobs, key=lambda job: places[repr(_loading(job))])
-        others: list[BatchJob] = []
-        while left:
+            places.setdefault(_model(job), len(places))
+        self.left = sorted(jobs, key=lambda job: places[_model(job)])
+        self.others: list[BatchJob] = []  # that other processes work on
+
+    def take(self, *, wait: bool = False, rank: Callable[[str], int] | None = None) -> Group | None:
+        """Return the next jobs, or None if none are left.
+
+        wait: for jobs of other processes. rank: of a model; jobs of the model with the lowest one are taken first.
+        """
+        while self.left:
             stop_if_asked()
-            first = left.pop(0)
+            index = 0 if rank is None else min(range(len(self.left)), key=lambda i: rank(_model(self.left[i])))
+            first = self.left.pop(index)
             with ExitStack() as claims:
                 claimed = share(functools.partial(self._claim, first, wait, claims))
                 if claimed is None:
-                    others.append(first)
+                    self.others.append(first)
                 if not claimed:
                     continue
                 together = [first]
-                for job in [each for each in left if _go_together(first, each)]:
+                for job in [each for each in self.left if _go_together(first, each)]:
                     if len(together) == self.batch_size:
                         break
                     if share(functools.partial(self._claim, job, False, claims)):
                         together.append(job)
-                        left.remove(job)
-                self._do(together)
-        return others
+                        self.left.remove(job)
+                return Group(together, claims.pop_all())
+        return None
+
+    def models(self) -> set[str]:
+        """Return the models of the jobs that are left, by what `Group.model` is."""
+        return {_model(job) for job in self.left}
+
+    def leave_out_finished(self) -> None:
+        """Leave out what was finished before; `take` does so too, one by one."""
+        self.left = [job for job in self.left if not self.manifest.is_done(job)]
+
+    def ask_again(self) -> None:
+        """Put the jobs that other processes had back among those that are left."""
+        self.left, self.others = self.left + self.others, []
 
     def _claim(self, job: BatchJob, wait: bool, claims: ExitStack) -> bool | None:
         """Claim a job. False: there is nothing to do. None: another process works on it."""
@@ -92,14 +136,44 @@ class _Run:
         if file is None:
             return None
         # Asked again: another process may have finished it before it was claimed here.
-        if self.manifest.is_done(job) or self.manifest.failed_since(job, self.begun):
+        if self.manifest.is_done(job) or self.manifest.failed_since(job, self._begun):
             file.close()
             return False
         claims.enter_context(file)
         return True
 
-    def _do(self, together: list[BatchJob]) -> None:
-        """Run jobs at once, and write down what became of each."""
+    def path(self, job: BatchJob) -> Path:
+        """Return where the video of a job goes."""
+        return self.manifest.directory / job.name
+
+    def add(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Write down what became of jobs, and say it on stderr."""
+        share(lambda: self.manifest.add(entries))
+        for entry in entries:
+            said = f"failed: {entry['error']}" if entry["error"] else f"{entry['output']}, {entry['seconds']} s"
+            tqdm.write(f"cogvid: job {entry['place']} of {len(self.jobs)}: {said}", file=sys.stderr)
+
+    def failed(self) -> list[dict[str, Any]]:
+        """Return what the manifest has of the jobs that failed since this queue was made."""
+
+        def failed() -> list[dict[str, Any]]:
+            entries = self.manifest.entries()
+            return [entries[job.place] for job in self.jobs if self.manifest.failed_since(job, self._begun)]
+
+        return share(failed)
+
+
+class Worker:
+    """Runs jobs, and keeps the model of the last ones."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[dict[str, Any], Pipeline] | None = None
+
+    def run(self, together: Sequence[BatchJob], prepare: Prepare) -> list[dict[str, Any]]:
+        """Run jobs of one model at once; return what the manifest is to have of each.
+
+        prepare: checks a job and says where its video goes. What it raises is that job's failure alone.
+        """
         stages: list[Stage] = []
         failed: dict[int, Exception] = {}
         ready: list[tuple[BatchJob, Job]] = []
@@ -109,7 +183,7 @@ class _Run:
                 pipe = self._load(_loading(together[0]))
                 for job in together:
                     try:
-                        ready.append((job, share(functools.partial(_prepare, pipe, job, self.manifest))))
+                        ready.append((job, share(functools.partial(prepare, pipe, job))))
                     except Exception as error:  # of whatever kind: the others go on
                         if not is_common(error):
                             raise
@@ -126,20 +200,20 @@ class _Run:
             "peak_memory": max((each.peak for each in stages), default=None),
             "stages": {each.name: round(each.seconds, 3) for each in stages},
         }
-        entries = [_entry(job, failed.get(job.place), measured) for job in together]
-        share(lambda: self.manifest.add(entries))
-        for entry in entries:
-            said = f"failed: {entry['error']}" if entry["error"] else f"{entry['output']}, {entry['seconds']} s"
-            tqdm.write(f"cogvid: job {entry['place']} of {self.total}: {said}", file=sys.stderr)
+        return [entry_of(job, failed.get(job.place), measured) for job in together]
 
     def _load(self, loading: dict[str, Any]) -> Pipeline:
-        if self.loaded is None or self.loaded[0] != loading:
-            self.loaded = None  # so that two models are never in memory
+        if self._loaded is None or self._loaded[0] != loading:
+            self._loaded = None  # so that two models are never in memory
             with stage("load"), all_or_none():
                 pipe = load(loading["model"], **{name: value for name, value in loading.items() if name != "model"})
             pipe.text_encoder = RememberingEncoder(pipe.text_encoder)
-            self.loaded = loading, pipe
-        return self.loaded[1]
+            self._loaded = loading, pipe
+        return self._loaded[1]
+
+
+def _model(job: BatchJob) -> str:
+    return repr(_loading(job))
 
 
 def _loading(job: BatchJob) -> dict[str, Any]:
@@ -155,9 +229,10 @@ def _go_together(first: BatchJob, other: BatchJob) -> bool:
     return first.shape == other.shape and not any(first.values.get(name) for name in alone)
 
 
-def _prepare(pipe: Pipeline, job: BatchJob, manifest: Manifest) -> Job:
+def prepare_job(pipe: Pipeline, job: BatchJob, output: str | os.PathLike[str], **inputs: str) -> Job:
+    """Check a job that is run with a loaded model. output: the MP4 to write. inputs: its files, where they are now."""
     values = {name: value for name, value in job.values.items() if name not in LOADING}
-    return prepare(pipe.model, output=manifest.directory / job.name, **{**values, "seed": job.seed})
+    return prepare(pipe.model, output=output, **{**values, "seed": job.seed, **inputs})
 
 
 def _run_together(pipe: Pipeline, ready: list[tuple[BatchJob, Job]]) -> dict[int, Exception]:
@@ -174,21 +249,22 @@ def _run_together(pipe: Pipeline, ready: list[tuple[BatchJob, Job]]) -> dict[int
     return failed
 
 
-def _entry(job: BatchJob, error: Exception | None, measured: dict[str, Any]) -> dict[str, Any]:
+def entry_of(job: BatchJob, error: Exception | None, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the manifest is to have of a job. error: why it failed. measured: seconds, memory and such."""
     return {
         "place": job.place,
         "output": job.name,
         "status": "failed" if error else "done",
         "seed": job.seed,
         **measured,
-        "error": _one_line(error) if error else None,
+        "error": error_line(error) if error else None,
         "ended": time.time(),
         "job": job.shown,
         "job_sha256": job.digest,
     }
 
 
-def _one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error in one line; of a kind that a user's mistake never has, with its name."""
     text = one_line(error, _LONGEST_LINE) if str(error) else ""
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

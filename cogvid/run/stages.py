@@ -71,8 +71,13 @@ def stage(name: str) -> Iterator[None]:
     if gpus:
         memory = sum(torch.cuda.memory_allocated(gpu) for gpu in gpus)
         peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
-    for listener in listeners:
-        listener(Stage(name, seconds, memory, peak))
+    announce(Stage(name, seconds, memory, peak))
+
+
+def announce(stage: Stage) -> None:
+    """Tell whoever listens of a stage that ended, here or in another process."""
+    for listener in _listeners.get():
+        listener(stage)
 
 
 def print_stage(stage: Stage) -> None:

@@ -77,6 +77,8 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.pipeline": (TENSORS | {"tqdm"}, set()),
     "run.enhance": (set(), set()),
     "run.batch": (TENSORS | {"tqdm"}, set()),
+    "run.pool": (TENSORS | {"tqdm"}, set()),
+    "run.ray_batch": (TENSORS, {"ray"}),
     "run.invert": (TENSORS | {"tqdm"}, set()),
     "run.jobs": (set(), set()),
     "run.manifest": (set(), set()),

@@ -93,13 +93,19 @@ STAND_INS = {  # for models that are not shipped, a pack with as many channels, 
 }
 
 
-@pytest.mark.parametrize(("feature", "line"), FEATURES, ids=[feature for feature, _ in FEATURES])
+def _case(feature: str, line: str) -> Any:
+    return pytest.param(feature, line, id=feature, marks=pytest.mark.slow if "--ray" in line else ())  # Ray starts long
+
+
+@pytest.mark.parametrize(("feature", "line"), [_case(*each) for each in FEATURES])
 def test_the_line_of_a_feature_runs(
     feature: str, line: str, out_mp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: LLMServer
 ) -> None:
     """With two steps, which are enough to run all that it names, and with a server in OPENAI_BASE_URL."""
     if "--quantize int8" in line:
         pytest.importorskip("torchao", reason="needs the extra quant")
+    if "--ray" in line:
+        pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     shutil.copy(out_mp4, tmp_path / "out.mp4")
