@@ -19,7 +19,8 @@ from measure import rel_rms
 from tests import tolerances
 from tests.distributed import torchrun
 
-SMALL = ["--height", "32", "--width", "32", "--num-frames", "9", "--num-inference-steps", "2", "--device", "cpu"]
+SMALL = ["--height", "32", "--width", "32", "--num-frames", "9", "--num-inference-steps", "4", "--guidance-scale", "2",
+         "--device", "cpu"]  # fmt: skip
 RED = ["a red circle moves right", *SMALL, "--seed", "3"]
 
 
