@@ -89,7 +89,7 @@ def replay(
     given = {name: _by_hash(name, record, value) for name, value in given.items()}
     files = SideFiles(noise=_by_hash("noise", record, noise))
     jobs = _jobs(record, checkpoint, read_embedded_images(path), output, image=image, given=given, files=files)
-    recorded = {name: record[name] for name in LOAD_OPTIONS}
+    recorded = {name: record[name] for name in LOAD_OPTIONS} | {"shard_weights": False}  # which needs more processes
     options = {"device": device, "dtype": dtype, "ops": ops, "lora": find_loras(record["lora"], lora)}
     changed = {name: value for name, value in options.items() if value}
     placement = resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype)

@@ -83,6 +83,9 @@ class LoadOptions:
         "8-bit weights: int8, int8-dynamic, fp8 (with torchao) or fp8-storage; the dtype's own if not given",
         parse=_none_or("quantize", QUANTIZATIONS),
     )
+    shard_weights: bool = option(
+        False, bool, "with several processes, each keeps a part of the transformer's and T5's weights (FSDP2)"
+    )
 
 
 LOAD_OPTIONS = options_of(LoadOptions)

@@ -39,6 +39,7 @@ class Placement:
     offload: str | None = None
     vae_tiling: bool = False
     quantize: str | None = None
+    shard_weights: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, ready for JSON."""
@@ -61,6 +62,8 @@ def resolve_placement(**options: Any) -> Callable[..., Placement]:
     dtype = values.pop("dtype")
     values["device"] = device = resolve_device(values["device"])
     values["ops"], values["ops_name"] = resolve_ops(values["ops"], device)
+    if values["shard_weights"]:
+        _check_shards(values["quantize"], values["offload"])
     _check_memory(values["quantize"], values["offload"], device)
 
     def place(recommended: str, follows: str = "diffusers") -> Placement:
@@ -82,6 +85,16 @@ def _check_memory(quantize: str | None, offload: str | None, device: torch.devic
             "offload='model', or on CUDA 'fp8-storage'"
         )
     check_torchao(quantize)
+
+
+def _check_shards(quantize: str | None, offload: str | None) -> None:
+    """Raise unless weights can be sharded here and with the other options that save memory."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun's number of processes
+        raise ValueError("shard_weights: got it for one process, want several, which torchrun starts")
+    if offload is not None:
+        raise ValueError(f"shard_weights: got it with offload={offload!r}, want one of the two")
+    if quantize not in (None, "fp8-storage"):  # fully_shard takes none of torchao's tensors
+        raise ValueError(f"shard_weights: got it with quantize={quantize!r}, want 'fp8-storage' or none")
 
 
 def run_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
