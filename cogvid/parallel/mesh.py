@@ -5,7 +5,6 @@ Every process runs the same program on the same inputs. Rank 0 is the one that w
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DeviceMesh, ProcessGroup, init_device_mesh
 
+from cogvid.parallel.costs import pieces as pieces
 from cogvid.weights.parallel_option import Parallel
 
 _DIMENSIONS = ("cfg", "ring", "ulysses")
@@ -70,21 +70,27 @@ def make_mesh(split: Parallel, device: torch.device) -> Mesh:
     return Mesh(split, init_device_mesh(device.type, shape, mesh_dim_names=_DIMENSIONS))
 
 
-def pieces(total: int, count: int) -> list[tuple[int, int]]:
-    """Cut `total` into `count` pieces, (start, stop) each, that differ by one at most; the larger ones come first."""
-    size, larger = divmod(total, count)
-    starts = [index * size + min(index, larger) for index in range(count + 1)]
-    return list(itertools.pairwise(starts))
-
-
 def gather(x: Tensor, dim: int, sizes: list[int], group: ProcessGroup) -> Tensor:
     """Concatenate the tensors of all processes of a group along `dim`, where they have these sizes; on each process.
 
-    x: any strides; the other dimensions are the same on all processes. Empty tensors are fine.
+    x: any strides; the other dimensions are the same on all processes. Empty tensors are fine. The result is
+    contiguous. A process sends its tensor once to each of the others, and nothing else.
+
+    Raises:
+        ValueError: x needs a gradient.
     """
-    x, largest = x.movedim(dim, 0), max(sizes)
-    padded = x.new_zeros(largest, *x.shape[1:])  # gloo gathers equal sizes alone
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
+    check_no_gradients(x)
+    if len(sizes) == 1:
+        return x.contiguous()
+    x = x.movedim(dim, 0)
+    whole = x.new_empty(sum(sizes), *x.shape[1:])
+    # Not `all_gather`, which gloo has for equal sizes alone.
+    copies = x.expand(len(sizes), *x.shape).flatten(0, 1).contiguous()
+    dist.all_to_all_single(whole, copies, sizes, [len(x)] * len(sizes), group=group)
+    return whole.movedim(0, dim).contiguous()
+
+
+def check_no_gradients(x: Tensor) -> None:
+    """Raise ValueError if x needs a gradient: nothing goes back through what processes exchange."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("gradients: got a tensor that needs one on several processes, want torch.no_grad()")

@@ -60,6 +60,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "weights.load_options": (set(), set()),
     "weights.lora_option": (set(), set()),
     "weights.parallel_option": (set(), set()),
+    "parallel.costs": (set(), set()),
     "weights.lora_file": (TENSORS | {"safetensors"}, set()),
     "weights.hub": (set(), {"huggingface_hub"}),
     "weights.files": (TENSORS | {"safetensors"}, set()),
