@@ -5,7 +5,7 @@ is one unit each. A unit is gathered from all processes when it is called, and f
 most the rest of one model and one of its blocks in full; on CUDA also the block after it, because FSDP2 begins to
 gather it, on a stream of its own, while the one before computes. Nothing was added for that.
 
-All processes must call every unit equally often. One that has no work for a block calls `gather_along` instead.
+All processes must call every unit equally often, also one that has no work for a block (`transformer.py`).
 
 Inside a call the weights are ordinary parameters, whole, so that fused operations and adapters work as without. At
 rest they are `DTensor`s, which nothing computes with: `can_fuse` says no, and adapters cannot be put into them. Buffers
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from cogvid.models.text import TextEncoder
 from cogvid.models.transformer import Transformer
@@ -52,14 +52,6 @@ def shard_weights(transformer: Transformer, text_encoder: TextEncoder, mesh: Mes
             stored = _bring(unit, blocks if unit is model else (), like)
             fully_shard(unit, mesh=everyone, reshard_after_forward=True)
             drop_pages(stored)
-
-
-def gather_along(blocks: Iterable[nn.Module]) -> None:
-    """Take part in gathering the weights of blocks that the other processes call and this one has no work for."""
-    for block in blocks:
-        if isinstance(block, FSDPModule):
-            block.unshard()
-            block.reshard()
 
 
 def _bring(module: nn.Module, without: Iterable[nn.Module], like: Tensor) -> list[Tensor]:

@@ -19,7 +19,7 @@ from cogvid.models.transformer import Transformer
 from cogvid.ops import Ops, can_fuse
 from cogvid.parallel import shard
 from cogvid.parallel.mesh import make_mesh
-from cogvid.parallel.shard import gather_along, shard_weights
+from cogvid.parallel.shard import shard_weights
 from cogvid.run.compiled import compile_modules
 from cogvid.weights.checkpoint import read_config
 from cogvid.weights.files import load_state
@@ -328,33 +328,6 @@ def _compiled() -> dict[str, Any]:
         errors += [rel_rms(model(*inputs), before) for _ in range(2)]
     sharded = all(isinstance(p, DTensor) for p in model.parameters())
     return {"errors": errors, "graphs": len(graphs), "sharded": sharded}
-
-
-@pytest.mark.slow
-def test_a_process_without_work_gathers_along(ranks: Callable[[int], Ranks]) -> None:
-    first, *others = ranks(3).run(_without_work)
-    assert first == others[0] == others[1] == (True, True)
-
-
-def _without_work() -> tuple[bool, bool]:
-    model = _transformer()
-    inputs = _inputs(model)
-    before = model(*inputs)
-    shard_weights(model, _text_encoder(), _mesh())
-    model(*inputs)
-    gather_along([nn.Linear(2, 2)])  # nothing that is sharded
-    run_blocks = model.run_blocks
-
-    def only_on_rank_0(x: Tensor, context: Any, start: int = 0, stop: int | None = None) -> Tensor:
-        if torch.distributed.get_rank() == 0:
-            x = run_blocks(x, context, start, stop)
-        else:
-            gather_along(model.blocks[start:stop])
-        torch.distributed.broadcast(x, 0)
-        return x
-
-    model.run_blocks = only_on_rank_0
-    return torch.equal(model(*inputs), before), all(isinstance(p, DTensor) for p in model.parameters())
 
 
 def _is_stored(parameter: nn.Parameter, states: dict[str, Any]) -> bool:
