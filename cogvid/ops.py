@@ -95,7 +95,8 @@ AroundAttention = Callable[[Tensor, BlockContext, Callable[[Tensor, BlockContext
 class StepCache(Protocol):
     """Wrap the block loop, or attention in each block, to skip what can be predicted; make one per generation.
 
-    state: what is carried from step to step, as tensors and plain values that can be saved and put back.
+    state: what is carried from step to step, as tensors and plain values that can be saved and put back. What is kept
+        inside `around_attention`, `[B, N, ...]` tensors of the rows and tokens held, lies in dicts under a key "held".
     skipped, if there is one: the steps, from 0, in which something was skipped; the run reports it.
     """
 

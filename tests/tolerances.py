@@ -38,6 +38,8 @@ UNFUSED_FP32 = 1e-6  # rel rms; modules called one by one, or parts of a sequenc
 QK_NORM_RMS_FP32 = 4e-6  # rel rms of runs with qk_norm="rms"; its weights are rounded once more (measured 7.8e-7)
 QK_NORM_RMS_BF16 = 1.1  # pooled errors against fp64, over those of "layer"; weights rounded once more (measured 1.006)
 BATCH_FP32 = 1e-6  # rel rms; matrix products block other batches otherwise (measured 2.9e-7)
+SPLIT_FP32 = 2e-6  # rel rms on several processes against one; BLAS orders sums by size, a ring merges (measured 0.0)
+SPLIT_BF16 = 1.5  # pooled errors against fp32, several processes over one; the ring rounds its parts (measured 0.0)
 
 # Kernels
 ATTENTION_FP32 = 1e-6  # rel rms of output and log-sum-exp against fp64; order of sums, exp2 (measured 4.7e-7)

@@ -152,7 +152,7 @@ class PyramidAttention(_Cache):
 
     def run(self, x: Tensor, context: BlockContext, blocks: Callable[..., Tensor]) -> Tensor:
         step, kept = self._begin(context)
-        calls, outputs = kept.get("calls", 0), kept.setdefault("outputs", {})
+        calls, outputs = kept.get("calls", 0), kept.setdefault("held", {})
         kept["calls"] = calls + 1
         again = calls % self.every != 0 and self.low < self.timesteps[step] < self.high
         if again:
