@@ -19,7 +19,19 @@ from cogvid.parallel import costs as traffic
 from cogvid.run import costs
 from cogvid.run.costs import FLOAT32, Kernels, Shape
 from cogvid.run.plan import (
-    GB, PROCESS, SLACK, Memory, Mode, Plan, Subject, activations, estimate_memory, kernels_of, mode_of, shape_of, si,
+    GB,
+    PROCESS,
+    SLACK,
+    Memory,
+    Mode,
+    Plan,
+    Subject,
+    activations,
+    estimate_memory,
+    kernels_of,
+    mode_of,
+    shape_of,
+    si,
 )  # fmt: skip
 from cogvid.weights.files import DTYPES
 from cogvid.weights.parallel_option import Parallel, best_split, parse_parallel

@@ -20,6 +20,7 @@ from cogvid.ops import Ops, can_fuse
 from cogvid.parallel import shard
 from cogvid.parallel.mesh import make_mesh
 from cogvid.parallel.shard import shard_weights
+from cogvid.parallel.transformer import split_transformer
 from cogvid.run.compiled import compile_modules
 from cogvid.weights.checkpoint import read_config
 from cogvid.weights.files import load_state
@@ -31,9 +32,10 @@ from cogvid.weights.lora_option import Lora
 from cogvid.weights.parallel_option import Parallel
 from cogvid.weights.placement import Placement, resolve_placement
 from measure import rel_rms
+from tests.distributed.models import mesh_of
 from tests.distributed.ranks import Ranks
+from tests.tolerances import SPLIT_FP32
 
-SPLIT_FP32 = 2e-6  # relative RMS, of several processes against one
 CPU = torch.device("cpu")
 # 3 blocks, with numbers of rows that neither 2 nor 3 processes share evenly.
 CONFIG = TransformerConfig(
@@ -215,6 +217,49 @@ def _refusal(call: Callable[[], Any]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("split", [Parallel(cfg=2), Parallel(ulysses=2)], ids=str)
+def test_a_split_transformer_can_be_sharded(ranks: Callable[[int], Ranks], split: Parallel) -> None:
+    _check_split(ranks, split)
+
+
+@pytest.mark.slow  # 4 processes
+@pytest.mark.parametrize(
+    "split",
+    [Parallel(ring=2), Parallel(cfg=2, ulysses=2), Parallel(cfg=2, ring=2), Parallel(ulysses=2, ring=2)],
+    ids=str,
+)
+def test_every_split_can_be_sharded(ranks: Callable[[int], Ranks], split: Parallel) -> None:
+    _check_split(ranks, split)
+
+
+def _check_split(ranks: Callable[[int], Ranks], split: Parallel) -> None:
+    for found in ranks(split.devices).run(_split, split):
+        assert found["sharded"]
+        assert found["most"] == 2
+        for shape, error in found["errors"].items():
+            assert error < SPLIT_FP32, shape
+
+
+def _split(split: Parallel) -> dict[str, Any]:
+    """Split before and after sharding; with one row, the second group of cfg=2 has none, but must gather weights."""
+    errors, most, sharded = {}, 0, True
+    for split_first in (True, False):
+        whole, model = _transformer(num_attention_heads=2), _transformer(num_attention_heads=2)
+        if split_first:
+            split_transformer(model, mesh_of(split))
+        shard_weights(model, _text_encoder(), _mesh())
+        if not split_first:
+            split_transformer(model, mesh_of(split))
+        watch = _Watch(model, model.blocks)
+        for rows in (2, 1, 3):
+            branch = "both" if rows == 2 else "cond"
+            found = model(*_inputs(model, rows), branch=branch)
+            errors[rows, split_first] = rel_rms(found, whole(*_inputs(model, rows), branch=branch))
+        most = max(most, watch.most)
+        sharded &= all(isinstance(p, DTensor) for p in model.parameters())
+    return {"errors": errors, "most": most, "sharded": sharded}
 
 
 def test_one_process_has_nothing_to_share() -> None:
