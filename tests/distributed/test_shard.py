@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from bench_parallel import Counter
 from cogvid.config import TransformerConfig, VAEConfig
 from cogvid.models.text import TextEncoder
 from cogvid.models.transformer import Transformer
 from cogvid.ops import Ops, can_fuse
 from cogvid.parallel import shard
+from cogvid.parallel.costs import bytes_of_block, bytes_of_gather
 from cogvid.parallel.mesh import make_mesh
 from cogvid.parallel.shard import shard_weights
 from cogvid.parallel.transformer import split_transformer
@@ -222,6 +224,35 @@ def _refusal(call: Callable[[], Any]) -> str:
 @pytest.mark.parametrize("split", [Parallel(cfg=2), Parallel(ulysses=2)], ids=str)
 def test_a_split_transformer_can_be_sharded(ranks: Callable[[int], Ranks], split: Parallel) -> None:
     _check_split(ranks, split)
+
+
+@pytest.mark.parametrize("split", [Parallel(cfg=2), Parallel(ulysses=2), Parallel(ring=2)], ids=str)
+def test_what_is_sent_and_gathered_is_what_a_plan_says(ranks: Callable[[int], Ranks], split: Parallel) -> None:
+    for rank, found in enumerate(ranks(2).run(_sent, split)):
+        block = bytes_of_block(split, rank, 2, 25, 2, 64, 4)  # 7 text tokens and 18 of video
+        assert found["sent"] == 3 * block.sent + bytes_of_gather(split, rank, 2, 25, 128, 4).sent
+        # `DevicesPlan.gathered`; rows that are filled up to be of one number are sent too.
+        assert found["gathered"] == pytest.approx(found["whole"] / 2, rel=0.05)
+
+
+def _sent(split: Parallel) -> dict[str, int]:
+    model, gathered = _transformer(num_attention_heads=2), 0
+    split_transformer(model, mesh_of(split))
+    # What FSDP2 calls is named otherwise before PyTorch 2.13.
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(torch.distributed, name)
+
+    def counted(output_tensor: Tensor, input_tensor: Tensor, **options: Any) -> Any:
+        nonlocal gathered
+        gathered += output_tensor.nbytes - input_tensor.nbytes
+        return gather(output_tensor, input_tensor, **options)
+
+    with Counter()() as counter:
+        model(*_inputs(model), branch="both")
+    shard_weights(model, _text_encoder(), _mesh())
+    with patch.object(torch.distributed, name, counted):
+        model(*_inputs(model), branch="both")
+    return {"sent": counter.sent, "gathered": gathered, "whole": sum(p.nbytes for p in model.parameters())}
 
 
 @pytest.mark.slow  # 4 processes
