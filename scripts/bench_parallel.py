@@ -73,7 +73,7 @@ def _narrow(config: TransformerConfig, **changed: Any) -> TransformerConfig:
 
 _2B = CONFIGS["cogvideox-2b"].transformer
 SIZES = {
-    "reduced": Size(_narrow(_2B, num_layers=2), (2, 24, 32), "cogvideox-2b", (1, 16, 12), 3),
+    "reduced": Size(_narrow(_2B, num_layers=2), (2, 16, 24), "cogvideox-2b", (1, 8, 12), 2),
     "toy": Size(_narrow(_2B, num_layers=1, num_attention_heads=4), (1, 8, 8), "tiny-t2v", (1, 8, 8), 1),
 }
 
@@ -134,9 +134,12 @@ def main(argv: list[str] | None = None) -> None:
         found = json.loads(Path(args.measured).read_text())
     elif not args.paper:
         command = " ".join(["python scripts/bench_parallel.py", *(sys.argv[1:] if argv is None else argv)])
-        found = {"header": measure.header(CPU, command), "rows": run_all(args.size, args.parts, args.processes)}
-    if args.json and found is not None:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        torch.set_num_threads(1)  # as the processes have, which the header tells
+        found = {"header": measure.header(CPU, command), "rows": []}
+        for count in args.processes:
+            found["rows"] += run_on(count, args.size, args.parts)
+            if args.json:  # what is there so far
+                Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(computed()))
     if found is not None:
         print("\n".join(measured_table(found)))
@@ -144,18 +147,15 @@ def main(argv: list[str] | None = None) -> None:
         write(found)
 
 
-def run_all(size: str, parts: list[str], processes: list[int]) -> list[dict[str, Any]]:
-    """Measure everything, and return one row for each case."""
-    rows = []
-    for count in processes:
-        context = torch.multiprocessing.get_context("spawn")
-        answers = context.SimpleQueue()
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        env = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
-        torch.multiprocessing.spawn(_worker, (count, env, size, parts, answers), nprocs=count)
-        rows += answers.get()
-    return rows
+def run_on(count: int, size: str, parts: list[str]) -> list[dict[str, Any]]:
+    """Measure everything on so many processes, and return one row for each case."""
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
+    torch.multiprocessing.spawn(_worker, (count, env, size, parts, answers), nprocs=count)
+    return answers.get()
 
 
 def _worker(rank: int, count: int, env: dict[str, Any], size: str, parts: list[str], answers: Any) -> None:
@@ -167,6 +167,8 @@ def _worker(rank: int, count: int, env: dict[str, Any], size: str, parts: list[s
         for scaling in ("strong", "weak"):
             if "transformer" in parts:
                 rows.append(_bench_transformer(SIZES[size], split, scaling))
+                if rank == 0:
+                    print(f"{split}, {scaling}: {rows[-1]['wall']:.2f} s", file=sys.stderr)
             if "vae" in parts and split == SPLITS[count][0]:
                 rows.append(_bench_vae(SIZES[size], split, scaling))
     if rank == 0:
