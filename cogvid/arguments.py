@@ -44,6 +44,8 @@ def make_parser(
     count.add_argument("prompt", nargs="?", metavar="PROMPT", help="as for generate; it costs the same whatever it is")
     count.add_argument("--json", action="store_true", help="print one JSON object instead of a table, legal or not")
     count.add_argument("-o", "--output", metavar="MP4", help="as for generate; checked, and not written")
+    count.add_argument("--devices", type=int, metavar="N", help="what each of N devices would do and send")
+    count.add_argument("--per-node", type=int, metavar="N", help="devices of a node; all of them if not given")
     _add_run_options(count)
     _add_replay(commands)
     _add_compare(commands)

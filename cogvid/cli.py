@@ -212,21 +212,27 @@ def _job(arguments: argparse.Namespace, model: ModelConfig, saved: SavedRun | No
 
 def plan(arguments: argparse.Namespace) -> None:
     """Print what a run would do and cost, or why it is not legal: nothing is loaded, downloaded or written."""
+    from cogvid.run import plan_devices
     from cogvid.run.plan import table
 
     try:
-        found = _planned(arguments)
+        asked = plan_devices.take_asked(arguments)
+        subject, placement, found = _planned(arguments)
+        shared = plan_devices.plan_devices(subject, placement, found, asked) if asked else None
     except Exception as error:
         reason, status = _judged(error)
         if arguments.json and status == USER_ERROR:
             _say(json.dumps({"legal": False, "reasons": [_line_of(reason)]}), sys.stdout)
         raise
-    rows = [json.dumps(found.to_dict())] if arguments.json else [f"{name:<10}{value}" for name, value in table(found)]
-    for row in rows:
+    whole, lines = found.to_dict(), table(found)
+    if shared is not None:
+        whole["devices"] = shared.to_dict()
+        lines += shared.table()
+    for row in [json.dumps(whole)] if arguments.json else [f"{name:<10}{value}" for name, value in lines]:
         _say(row, sys.stdout)
 
 
-def _planned(arguments: argparse.Namespace) -> Plan:
+def _planned(arguments: argparse.Namespace) -> tuple[Subject, Placement, Plan]:
     from cogvid.media.video import VideoWriter
     from cogvid.run.generate import default_model
     from cogvid.run.given import count_given
@@ -242,7 +248,7 @@ def _planned(arguments: argparse.Namespace) -> Plan:
     found = _plan(arguments, subject, placement, notes=notes, num_frames=num_frames)
     if arguments.output is not None:
         VideoWriter(arguments.output, found.settings.height, found.settings.width, found.fps)
-    return found
+    return subject, placement, found
 
 
 def _plan(arguments: argparse.Namespace, subject: Subject, placement: Placement, **changed: Any) -> Plan:

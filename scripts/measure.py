@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PATHS = [str(ROOT), str(ROOT / "kernels")]
 sys.path[:0] = PATHS
 
-from cogvid.run.figures import PACKAGES, header, installed, rel_rms, spread  # noqa: E402
+from cogvid.run.figures import PACKAGES, header, installed, machine, rel_rms, spread  # noqa: E402
 
 __all__ = [
-    "MIB", "PACKAGES", "PATHS", "ROOT", "SHORT", "caption", "header", "installed", "markdown_row",
+    "MIB", "PACKAGES", "PATHS", "ROOT", "SHORT", "caption", "header", "installed", "machine", "markdown_row",
     "peak_memory", "poisoned_memory", "pooled_ratio", "rel_rms", "reset_peak", "spread", "status_mib",
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Text encoding on several processes: once, in rank 0, for all."""
+"""Text encoding on several processes: once, in rank 0, for all; or, where each has a part of the weights, by all."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from torch import Tensor, nn
 
 from cogvid.models.text import TextEncoder, Tokenizer
 from cogvid.ops import Ops
-from cogvid.parallel.share import share
+from cogvid.parallel.share import all_or_none, share
 
 
 class SharedEncoder(TextEncoder):
-    """A text encoder whose weights only rank 0 has: it encodes for all. encoder: None in the other processes."""
+    """A text encoder that gives every process the embeddings of rank 0.
 
-    def __init__(self, encoder: TextEncoder | None, tokenizer: Tokenizer, device: torch.device) -> None:
+    encoder: None in a process without its weights. sharded: all have it and must run it, as each has a part of them.
+    """
+
+    def __init__(
+        self, encoder: TextEncoder | None, tokenizer: Tokenizer, device: torch.device, *, sharded: bool = False
+    ) -> None:
         super().__init__(encoder.t5 if encoder else _NoT5(), tokenizer, device)  # pyright: ignore[reportArgumentType]
-        self._encoder = encoder
+        self._encoder, self._sharded = encoder, sharded
 
     def set_ops(self, ops: Ops) -> None:
         if self._encoder is not None:
@@ -28,7 +33,11 @@ class SharedEncoder(TextEncoder):
             assert self._encoder is not None
             return self._encoder(prompts, max_length)
 
-        return share(encoded, self.device)
+        if not self._sharded:
+            return share(encoded, self.device)
+        with all_or_none():
+            mine = encoded()
+        return share(lambda: mine, self.device)
 
 
 class _NoT5(nn.Module):

@@ -85,7 +85,14 @@ def transformer_activations(
     """Return the most that one call keeps at a time.
 
     One unit is a `[rows, N, D]`. Two of them are there through a block: the embedded input and the input of the block.
-    Beside them there are, at one of three moments,
+    Beside them there are those of `block_units`. The inputs and the table of positions are kept too.
+    """
+    unit = rows * (length + tokens(config, latents)) * config.hidden_size * itemsize
+    return int(unit * (2 + block_units(itemsize, kernels))) + input_bytes(config, rows, length, latents, itemsize)
+
+
+def block_units(itemsize: int, kernels: Kernels) -> float:
+    """Return the most units that a block keeps beside its input, at one of three moments:
 
     - in the norm of K: Q, K and V, the input of the projections, the normed Q, and K in fp32 before and after (after
       alone where it was fp32 before; one of the dtype where a kernel does it);
@@ -93,17 +100,17 @@ def transformer_activations(
       is an operation of its own;
     - in the last residual: the first residual, the hidden layer, the MLP's result and the sum, in two parts that are
       then joined, but for a kernel.
-
-    The inputs and the table of positions are kept too: cos and sin of each video token, or a row of D.
     """
-    width, video = config.hidden_size, tokens(config, latents)
-    unit = rows * (length + video) * width * itemsize
     wide = 1 if kernels.fused_norms else FLOAT32 / itemsize * (1 if itemsize == FLOAT32 else 2)
-    norm, mlp, last = 5 + wide, 2 + (4 if kernels.fused_gelu else 8), 6 + (1 if kernels.fused_norms else 2)
+    return max(5 + wide, 2 + (4 if kernels.fused_gelu else 8), 6 + (1 if kernels.fused_norms else 2))
+
+
+def input_bytes(config: TransformerConfig, rows: int, length: int, latents: tuple[int, int, int], itemsize: int) -> int:
+    """Return the bytes of the inputs and of the table of positions: cos and sin of each video token, or a row of D."""
+    width, video = config.hidden_size, tokens(config, latents)
     tables = video * config.attention_head_dim * FLOAT32 if config.use_rotary_positional_embeddings else 0
     tables += video * width * itemsize if config.adds_positions else 0
-    tables += rows * (length * config.text_embed_dim + config.in_channels * math.prod(latents)) * itemsize
-    return int(unit * (2 + max(norm, mlp, last))) + tables
+    return tables + rows * (length * config.text_embed_dim + config.in_channels * math.prod(latents)) * itemsize
 
 
 @dataclass(frozen=True)

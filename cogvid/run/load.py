@@ -74,25 +74,26 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement, local_files_on
 
 
 def _load(checkpoint: Checkpoint, placement: Placement, local_files_only: bool) -> Pipeline:
-    """Load what this process needs of a checkpoint: all of it, but of several processes T5 is in the first alone."""
+    """Load what this process needs of a checkpoint: all of it, but T5, unless sharded, is in the first process alone."""
     config = checkpoint.model.transformer
     adapters = [read_lora(each, config, local_files_only=local_files_only) for each in placement.lora]
     directory = checkpoint.directory
-    first = rank() == 0
+    encodes = rank() == 0 or placement.shard_weights
     states = {
         part: load_state(directory / part, basename, checkpoint.variants[part])
         for part, basename in WEIGHTS.items()
-        if first or part != "text_encoder"
+        if encodes or part != "text_encoder"
     }
     _ = checkpoint.weights  # now, so that the record tells of the files that were loaded
     model, folders = checkpoint.model, {part: directory / part for part in COMPONENTS}
     transformer = make_transformer(model.transformer, states["transformer"], placement, folders["transformer"])
     vae = make_vae(model.vae, states["vae"], placement, folders["vae"])
     encoder = None
-    if first:
+    if encodes:
         encoder = make_text_encoder(folders["text_encoder"], folders["tokenizer"], states["text_encoder"], placement)
     if encoder is None or placement.parallel is not None:
-        encoder = SharedEncoder(encoder, read_tokenizer(folders["tokenizer"]), placement.device)
+        tokenizer = read_tokenizer(folders["tokenizer"])
+        encoder = SharedEncoder(encoder, tokenizer, placement.device, sharded=placement.shard_weights)
     if placement.compile:
         compile_modules([*transformer.blocks, vae.decoder])
     pipe = Pipeline(checkpoint, placement, transformer=transformer, vae=vae, text_encoder=encoder)

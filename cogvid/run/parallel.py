@@ -11,6 +11,7 @@ import torch
 from cogvid.media.image import load_image
 from cogvid.parallel.mesh import Mesh, make_mesh
 from cogvid.parallel.share import agree, share
+from cogvid.parallel.shard import shard_weights
 from cogvid.parallel.transformer import split_transformer
 from cogvid.parallel.vae import split_vae
 from cogvid.run.given import IMAGES, is_picture
@@ -60,6 +61,8 @@ def parallelize(pipe: Pipeline) -> Pipeline:
     mesh = make_mesh(pipe.placement.parallel, pipe.device)
     split_transformer(pipe.transformer, mesh)
     split_vae(pipe.vae, mesh)
+    if pipe.placement.shard_weights:
+        shard_weights(pipe.transformer, pipe.text_encoder, mesh)
     pipe.__class__ = ParallelPipeline
     assert isinstance(pipe, ParallelPipeline)
     pipe.mesh = mesh

@@ -249,7 +249,7 @@ def count_flops(
 ) -> dict[str, int]:
     """Return the floating-point operations of each phase, of one step with and without guidance, and in all."""
     model, length = subject.model, subject.model.text_length
-    kernels = _kernels("cpu", "float32", "torch")  # it does not change what is computed
+    kernels = kernels_of("cpu", "float32", "torch")  # it does not change what is computed
     one, both = (costs.transformer_flops(model.transformer, rows, length, size) for rows in (1, 2))
     latents = size[0] - model.padding(settings.num_frames), *size[1:]
     encoded = _encoded_frames(model, settings)
@@ -281,10 +281,13 @@ def estimate_memory(
     """
     on_cpu, itemsize = device == "cpu", DTYPES[dtype].itemsize
     weights = {part: _weights(subject, part, on_cpu, dtype, mode) for part in subject.weights}
-    activations = _activations(subject, settings, device, dtype, ops, rows, mode)
+    kept = activations(subject, settings, device, dtype, ops, rows, mode)
     if mode.quantize not in (None, "int8-dynamic"):  # one weight is cast at a time
-        for phase, shape in (("text", _shape(subject, "text_encoder")), ("denoise", _shape(subject, "transformer"))):
-            activations[phase] += shape.widest * itemsize
+        for phase, shape in (
+            ("text", shape_of(subject, "text_encoder")),
+            ("denoise", shape_of(subject, "transformer")),
+        ):
+            kept[phase] += shape.widest * itemsize
     encoded = _encoded_frames(subject.model, settings)
     clip = 3 * settings.height * settings.width * encoded * 5 if encoded > 1 else 0  # uint8, and fp32 until encoded
     read = {"text": "text_encoder", "encode": "vae_encoder", "denoise": "transformer", "decode": "vae_decoder"}
@@ -295,7 +298,7 @@ def estimate_memory(
         if phase == "encode" and not encoded:
             continue
         held += weights[read[phase]].mapped
-        phases[phase] = held + weights[read[phase]].comes + clip + int(SLACK[device] * activations[phase])
+        phases[phase] = held + weights[read[phase]].comes + clip + int(SLACK[device] * kept[phase])
     needed = max(phases["load"] - files, *(phases[phase] for phase in phases if phase != "load"))
     pinned = sum(each.copied for each in weights.values()) + max(each.stays for each in weights.values())
     measured = on_cpu and (dtype == "float32" or placement.cpu_has_bfloat16())
@@ -317,7 +320,7 @@ class _Weights:
     stays: int = 0
 
 
-def _shape(subject: Subject, part: str) -> costs.Shape:
+def shape_of(subject: Subject, part: str) -> costs.Shape:
     total = sum(subject.weights[part].values())
     if part == "transformer":
         return costs.transformer_shape(subject.model.transformer, total)
@@ -325,7 +328,7 @@ def _shape(subject: Subject, part: str) -> costs.Shape:
 
 
 def _weights(subject: Subject, part: str, on_cpu: bool, dtype: str, mode: Mode) -> _Weights:
-    counts, shape, itemsize = subject.weights[part], _shape(subject, part), DTYPES[dtype].itemsize
+    counts, shape, itemsize = subject.weights[part], shape_of(subject, part), DTYPES[dtype].itemsize
     small = shape.quantized if mode.quantize else 0  # in one byte each
     widened = 0
     if dtype == "float16" and part == "text_encoder" and not small:  # T5's `wo` stays in fp32
@@ -347,11 +350,11 @@ def _weights(subject: Subject, part: str, on_cpu: bool, dtype: str, mode: Mode) 
     return _Weights(resting, comes=comes, stays=0 if same else comes)
 
 
-def _activations(
+def activations(
     subject: Subject, settings: Settings, device: str, dtype: str, ops: str, rows: int, mode: Mode
 ) -> dict[str, int]:
     """Return the most that each phase keeps beside weights."""
-    model, itemsize, kernels = subject.model, DTYPES[dtype].itemsize, _kernels(device, dtype, ops)
+    model, itemsize, kernels = subject.model, DTYPES[dtype].itemsize, kernels_of(device, dtype, ops)
     size = model.latent_size(settings.height, settings.width, settings.num_frames)
     latents = size[0] - model.padding(settings.num_frames), *size[1:]
     encoded, tiling = _encoded_frames(model, settings), mode.vae_tiling
@@ -489,7 +492,7 @@ def _other_rows(subject: Subject, settings: Settings, own: Memory, ops: str, mod
             yield estimate_memory(subject, settings, device, dtype, kind, rows=count)
 
 
-def _kernels(device: str, dtype: str, ops: str) -> Kernels:
+def kernels_of(device: str, dtype: str, ops: str) -> Kernels:
     if device != "cpu":
         return Kernels(CONV_ELEMENTS["cuda"], fused_norms=ops == "triton", fused_gelu=ops == "triton")
     onednn = dtype == "bfloat16" and placement.cpu_has_bfloat16()
@@ -543,10 +546,10 @@ def table(plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{plan.steps} of {settings.scheduler}, {guidance}"),
         (
             "FLOPs",
-            f"{_si(step)} a step, {_si(flops['denoise'])} in all steps",
+            f"{si(step)} a step, {si(flops['denoise'])} in all steps",
         ),
-        ("", ", ".join(f"{_si(flops[part])} {part}" for part in ("text", "encode", "decode") if flops[part])),
-        ("", f"{_si(flops['total'])} in all"),
+        ("", ", ".join(f"{si(flops[part])} {part}" for part in ("text", "encode", "decode") if flops[part])),
+        ("", f"{si(flops['total'])} in all"),
     ]
     for i, memory in enumerate(plan.memory):
         worst = max(memory.phases, key=lambda phase: memory.phases[phase])
@@ -560,7 +563,7 @@ def table(plan: Plan) -> list[tuple[str, str]]:
     return [*rows, *(("warning", text) for text in plan.warnings)]
 
 
-def _si(flops: int) -> str:
+def si(flops: int) -> str:
     for unit, size in (("PFLOP", 10**15), ("TFLOP", 10**12), ("GFLOP", 10**9)):
         if flops >= size:
             return f"{flops / size:.3g} {unit}"

@@ -112,10 +112,11 @@ def replay(
 
 
 def _placement(record: dict[str, Any], checkpoint: Checkpoint, changed: dict[str, Any]) -> Placement:
-    """Return the recorded placement, with what is changed; its split is taken if it is of as many devices as here."""
+    """Return the recorded placement, with what is changed; a split of other devices than those here is not taken."""
     split = parse_parallel(record.get("parallel"))
     here = split if split is not None and split.devices == world_size() else None
     recorded = {**{name: record.get(name) for name in LOAD_OPTIONS}, "parallel": here}
+    recorded["shard_weights"] = bool(record.get("shard_weights")) and world_size() > 1
     return with_split(resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype), checkpoint.model)
 
 

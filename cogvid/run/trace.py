@@ -120,7 +120,8 @@ def trace(
     pipes = []
     for each in records:
         options = {name: each[name] for name in LOAD_OPTIONS}
-        options |= {"offload": None, "parallel": None}  # they change no result but by rounding, and move weights
+        # They change no result but by rounding, and move weights that are read here.
+        options |= {"offload": None, "parallel": None, "shard_weights": False}
         place = resolve_placement(**options)
         pipes.append(load_checkpoint(checkpoint, place(checkpoint.model.dtype)))
     call = {"image": image, "negative_prompt": (record["negative_prompt"] or [""])[0], "seed": record["seed"]}

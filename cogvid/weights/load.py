@@ -200,13 +200,14 @@ def _fill(module: Module, state: Mapping[str, Tensor], placement: Placement) -> 
 def _placed(module: nn.Module, state: Mapping[str, Tensor], placement: Placement) -> dict[str, Tensor]:
     """Return the weights of a part as it takes them: where and as they run.
 
-    Those that are quantised next are still as they are stored. So are matrices where weights leave the device: they
-    come to it, in the run's dtype, at each use.
+    Those that are quantised next are still as they are stored. So are matrices where weights leave the device, which
+    come to it, in the run's dtype, at each use, and those that are sharded next.
     """
     later = {f"{name}.weight" for name in linears_to_quantize(module)} if placement.quantize else set()
+    leave = placement.offload is not None or (placement.shard_weights and not isinstance(module, VAE))
     return {
         key: tensor
-        if key in later or (placement.offload is not None and tensor.ndim > 1)
+        if key in later or (leave and tensor.ndim > 1)
         else tensor.to(placement.device, run_dtype(key, placement.dtype))
         for key, tensor in state.items()
     }
@@ -220,8 +221,9 @@ def _quantize(module: nn.Module, placement: Placement) -> None:
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         stored = linear.weight
-        # Where weights leave the device, they rest in memory.
-        linear.to("cpu" if placement.offload else placement.device, run_dtype(name, placement.dtype))
+        # Where weights leave the device, or are sharded next, they rest in memory.
+        where = "cpu" if placement.offload or placement.shard_weights else placement.device
+        linear.to(where, run_dtype(name, placement.dtype))
         module.set_submodule(name, quantized(linear, placement.quantize, name))
         drop_pages([stored])
 

@@ -91,6 +91,9 @@ class LoadOptions:
         "cogvid.Parallel; the best split if not given",
         parse=parse_parallel,
     )
+    shard_weights: bool = option(
+        False, bool, "with several processes, each keeps a part of the transformer's and T5's weights (FSDP2)"
+    )
 
 
 LOAD_OPTIONS = options_of(LoadOptions)

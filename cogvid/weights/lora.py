@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,15 +120,19 @@ class Loras:
         """Make the transformer have exactly these adapters."""
         loras = tuple(each.lora for each in adapters)
         check_names([lora.name for lora in loras])
-        originals = dict(self._originals)
+        originals, fused = dict(self._originals), {*_fused(self._adapters), *_fused(adapters)}
         made: dict[str, tuple[Any, list[LowRank]]] = {}
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.updates):
             module = self._transformer.get_submodule(path)
             module, weight = originals.setdefault(path, (module, module._parameters.get("weight")))
             made[path] = self._adapted(path, module, weight, adapters)
+        for path in fused:
+            kind = type(originals[path][0]._parameters["weight"])
+            if kind is not nn.Parameter:  # it was sharded since, and what is set here would be lost
+                raise ValueError(f"lora: got a fused adapter and a {kind.__name__} at {path}, want it unfused")
         for path, (module, weight) in originals.items():
             new_weight, beside = made.get(path, (weight, []))
-            if new_weight is not None:
+            if path in fused:
                 module.weight = new_weight
             if beside:
                 there = self._transformer.get_submodule(path)
@@ -160,6 +164,13 @@ class Loras:
             summed = (weight.to(like.dtype) + added.to(weight.device)).to(like.dtype)
             weight = nn.Parameter(summed, requires_grad=weight.requires_grad)
         return weight, beside
+
+
+def _fused(adapters: Iterable[Adapter]) -> Iterator[str]:
+    """Yield the linears whose weights hold an adapter."""
+    for adapter in adapters:
+        if adapter.lora.fused:
+            yield from adapter.updates
 
 
 class TakesLoras:

@@ -51,6 +51,7 @@ class Placement:
     vae_tiling: bool = False
     quantize: str | None = None
     parallel: Parallel | None = None
+    shard_weights: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, ready for JSON."""
@@ -75,6 +76,8 @@ def resolve_placement(**options: Any) -> Callable[..., Placement]:
     dtype = values.pop("dtype")
     values["device"] = device = resolve_device(values["device"])
     values["ops"], values["ops_name"] = resolve_ops(values["ops"], device)
+    if values["shard_weights"]:
+        _check_shards(values["quantize"], values["offload"])
     _check_memory(values["quantize"], values["offload"], device)
     values["parallel"] = check_devices(values["parallel"], world_size())
     if values["compile"]:
@@ -109,6 +112,16 @@ def _check_memory(quantize: str | None, offload: str | None, device: torch.devic
             "offload='model', or on CUDA 'fp8-storage'"
         )
     check_torchao(quantize)
+
+
+def _check_shards(quantize: str | None, offload: str | None) -> None:
+    """Raise unless weights can be sharded here and with the other options that save memory."""
+    if world_size() == 1:
+        raise ValueError("shard_weights: got it for one process, want several, which torchrun starts")
+    if offload is not None:
+        raise ValueError(f"shard_weights: got it with offload={offload!r}, want one of the two")
+    if quantize not in (None, "fp8-storage"):  # fully_shard takes none of torchao's tensors
+        raise ValueError(f"shard_weights: got it with quantize={quantize!r}, want 'fp8-storage' or none")
 
 
 def run_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -200,13 +200,19 @@ def test_a_replay_says_what_differs(made: Path, tmp_path: Path, capfd: pytest.Ca
         versions=record["versions"] | {"torch": "1.0"},
         weights=record["weights"] | {"headers": "00"},
         machine=record["machine"] | {"name": "an abacus"},
+        shard_weights=True,  # a run of several processes
     )
     assert main(["replay", str(other), "-o", str(tmp_path / "again.mp4"), "--dtype", "bfloat16"]) == 0
     lines = capfd.readouterr().err.splitlines()
     here = f"versions.torch: '1.0' in the record, {torch.__version__!r} in this run"
     assert here in lines
     assert lines.index(here) < next(i for i, line in enumerate(lines) if "denoise" in line)
-    for start in ("dtype: 'float32' in the record, 'bfloat16' in", "weights.headers: ", "machine.name: "):
+    for start in (
+        "dtype: 'float32' in the record, 'bfloat16' in",
+        "weights.headers: ",
+        "machine.name: ",
+        "shard_weights: ",
+    ):
         assert [line for line in lines if line.startswith(start)], start
     assert "has other bytes than" in lines[-1]
     assert "of 9 frames differ, the first is 0" in lines[-1]
