@@ -74,7 +74,7 @@ def load_checkpoint(checkpoint: Checkpoint, placement: Placement, local_files_on
 
 
 def _load(checkpoint: Checkpoint, placement: Placement, local_files_only: bool) -> Pipeline:
-    """Load what this process needs of a checkpoint: all of it, but T5, unless sharded, is in the first process alone."""
+    """Load what this process needs of a checkpoint: all of it, but T5, unless sharded, in the first process alone."""
     config = checkpoint.model.transformer
     adapters = [read_lora(each, config, local_files_only=local_files_only) for each in placement.lora]
     directory = checkpoint.directory

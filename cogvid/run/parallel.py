@@ -10,8 +10,8 @@ import torch
 
 from cogvid.media.image import load_image
 from cogvid.parallel.mesh import Mesh, make_mesh
-from cogvid.parallel.share import agree, share
 from cogvid.parallel.shard import shard_weights
+from cogvid.parallel.share import agree, share
 from cogvid.parallel.transformer import split_transformer
 from cogvid.parallel.vae import split_vae
 from cogvid.run.given import IMAGES, is_picture

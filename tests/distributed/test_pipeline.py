@@ -45,9 +45,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "int8": ("tiny-t2v", {"quantize": "int8"}, {}),
     "parts": ("tiny-t2v", {"offload": "model"}, {}),
     "blocks": ("tiny-t2v", {"offload": "block"}, {}),
+    "shards": ("tiny-t2v", {"shard_weights": True}, {}),
+    "shards, 8 bits": ("tiny-t2v", {"shard_weights": True, "quantize": "fp8-storage"}, {}),
 }
 pytestmark = pytest.mark.filterwarnings("ignore")
-DEFAULT = ("image", "batch", "pyramid")
+DEFAULT = ("image", "batch", "pyramid", "shards")
 SPLITS = [Parallel(ulysses=2), Parallel(ring=3), Parallel(cfg=2, ulysses=2), Parallel(cfg=2, ring=3)]
 
 
@@ -68,11 +70,13 @@ def run(case: str, folder: Path, split: Parallel | None = None) -> tuple[Any, ..
     """Run a case: latents, frames, and the record without what differs by the number of processes."""
     name, options, call = CASES[case]
     source = name if name.startswith("tiny") else str(folder / name)
+    if split is None:
+        options = {name: value for name, value in options.items() if name != "shard_weights"}
     pipe = load(source, tuple({**options, "parallel": split}.items()))
     given: dict[str, Any] = {"seed": 3, **SMALL, **call, "progress": False}
     latents = pipe("a red circle moves right", output_type="latent", **given)
     out = pipe("a red circle moves right", output_type="pt", **given)
-    record = {k: v for k, v in out.provenance.items() if k not in ("parallel", "machine")}
+    record = {k: v for k, v in out.provenance.items() if k not in ("parallel", "shard_weights", "machine")}
     return latents.frames, out.frames, record, out.skipped_steps
 
 
