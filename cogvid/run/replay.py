@@ -90,11 +90,8 @@ def replay(
     given = {"last_image": last_image, "video": video, "mask": mask, "control_video": control_video}
     given = {name: _by_hash(name, record, value) for name, value in given.items()}
     files = SideFiles(noise=_by_hash("noise", record, noise))
-
-    def prepared() -> list[Job]:
-        return _jobs(record, checkpoint, read_embedded_images(path), output, image=image, given=given, files=files)
-
-    jobs = share(prepared)
+    own = {"image": image, "given": given, "files": files}
+    jobs = share(lambda: _jobs(record, checkpoint, read_embedded_images(path), output, **own))
     options = {"device": device, "dtype": dtype, "ops": ops, "lora": find_loras(record["lora"], lora)}
     placement = _placement(record, checkpoint, {name: value for name, value in options.items() if value})
     here = environment(checkpoint, placement)

@@ -29,7 +29,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f == "kill" else pytest.mark.slow) for f in FAULTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_one_rank_ends_all(fault: str, tmp_path: Path) -> None:
     command = ["generate", *QUICK, "4", "-o", str(tmp_path / "out.mp4"), "--sidecar", str(tmp_path / "sidecar.json")]
     ended = torchrun.faulty(fault, 1, 2, *command)
