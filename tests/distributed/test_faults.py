@@ -17,7 +17,7 @@ from tests.distributed import torchrun
 
 QUICK = ["a red circle moves right", "--seed", "3", "--height", "32", "--width", "32", "--num-frames", "9", "--device",
          "cpu", "--guidance-scale", "2", "--num-inference-steps"]  # fmt: skip
-SOON = 30.0  # seconds, on a machine that does other things; the README says 4, which are measured on an idle one
+SOON = 30.0  # seconds, on a machine that is busy with other things; 5 were measured
 KILLED = "want one: the process was killed, or hangs"
 FAULTS = {
     "kill": f"rank 1: got no answer for 3 s, {KILLED}",
