@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "one frame": ("tiny-t2v", {}, {"num_frames": 1}),
     "ddim": ("tiny-t2v", {}, {"scheduler": "ddim", "guidance_interval": "0-0.5"}),
     "first block": ("tiny-t2v", {}, {"step_cache": "first-block=0.25", "num_inference_steps": 8}),
-    "teacache": ("tiny-t2v", {}, {"step_cache": "teacache=0.9:coefficients=1/0", "num_inference_steps": 8}),
+    "teacache": ("tiny-t2v", {}, {"step_cache": "teacache=0.9:coefficients=1/0", "num_inference_steps": 5}),
     "pyramid": ("tiny-t2v", {}, {"step_cache": "pyramid=2", "num_inference_steps": 8}),
     "adapter": ("tiny-i2v", {"lora": f"{LORA}:0.8"}, {"image": picture(48, 32)}),
     "int8": ("tiny-t2v", {"quantize": "int8"}, {}),
