@@ -105,7 +105,7 @@ def test_only_the_noted_tiles_are_computed_again(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
-@pytest.mark.parametrize("tiles", [1, 2, 3, 5])
+@pytest.mark.parametrize("tiles", [1, 2, 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_every_order_is_right(slots: int, tiles: int) -> None:
     if (slots, tiles) == (4, 5):
         tiles = 4  # 60,000 states instead of 300,000: every slot is used, and the first one is waited for

@@ -48,11 +48,24 @@ print(compile_case(bad, {arch}).problems)
 @pytest.mark.parametrize(
     ("arch", "name", "change", "problem"),
     [
-        (80, "attention/pointer/fp32-hd64", {"BLOCK_M": 64, "BLOCK_N": 64}, "spills: "),
-        (89, "attention/pointer/bf16-hd64", {"BLOCK_N": 128, "num_stages": 5}, "shared memory: "),
-        (90, "attention/pointer/bf16-hd64", {"BLOCK_M": 32, "num_warps": 2}, "no HGMMA "),
+        pytest.param(
+            80,
+            "attention/pointer/fp32-hd64",
+            {"BLOCK_M": 64, "BLOCK_N": 64},
+            "spills: ",
+            id="spill",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            89,
+            "attention/pointer/bf16-hd64",
+            {"BLOCK_N": 128, "num_stages": 5},
+            "shared memory: ",
+            id="shared",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(90, "attention/pointer/bf16-hd64", {"BLOCK_M": 32, "num_warps": 2}, "no HGMMA ", id="instruction"),
     ],
-    ids=["spill", "shared", "instruction"],
 )
 def test_the_check_can_fail(arch: int, name: str, change: dict, problem: str) -> None:
     run = run_without_interpreter("-c", BAD_TILE.format(arch=arch, name=name, change=change))

@@ -17,7 +17,9 @@ STEPS = 2
 
 
 # Without rotation; with it; with frames in pairs and an image. The widths are not those of each other.
-@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5b-i2v"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("2b", marks=pytest.mark.slow), "5b", pytest.param("1.5-5b-i2v", marks=pytest.mark.slow)]
+)
 def test_triton_equals_torch(variant: str, tmp_path: Path, device: torch.device) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     directory = save_pipeline(*tiny_pipeline(variant), tmp_path / "model")

@@ -78,9 +78,10 @@ def test_latents_of_any_strides(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     "dtype",
-    [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow)],
+    [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")],
 )
 @each_layout
+@pytest.mark.slow
 def test_tiles_of_a_gpu(
     layout: torch.memory_format, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -329,7 +329,8 @@ print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children
 """
 
 
-@pytest.mark.parametrize("kill", [pytest.param("no", marks=pytest.mark.slow), "yes"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", ["no", "yes"])
 def test_processes_share_a_directory(tmp_path: Path, kill: str) -> None:
     """Each job is done once; those of a process that is killed are done by the others."""
     out = tmp_path / "out"

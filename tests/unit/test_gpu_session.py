@@ -37,6 +37,7 @@ def states(out: Path) -> dict[str, str]:
     return {f"{stage}/{key}": line["state"] for (stage, key), line in read_results(out).items() if stage in STAGES}
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_killed_loses_one_result(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     out = tmp_path / "out"
