@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import logging
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from cogvid.arguments import UNSET, make_parser
 from cogvid.run import settings
 from cogvid.run.enhance import chat_address
+from cogvid.run.errors import USER_ERROR, as_line, is_out_of_memory, judged, line_of
 from cogvid.run.signals import StopOnSignals
 from cogvid.weights.load_options import LOAD_OPTIONS
 
@@ -39,18 +39,8 @@ if TYPE_CHECKING:
     from cogvid.run.saved_run import SavedRun
     from cogvid.weights.placement import Placement
 
-USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
+JOBS_FAILED = 3
 _PICTURES = ("image", "last_image", "video", "mask", "control_video")
-MACHINE_ERRNOS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
-    errno.EPIPE, errno.EBADF,
-)  # fmt: skip
-# What the loader says of a library that there is no memory for (an ImportError), and PyTorch of a tensor.
-_NO_MEMORY = (
-    "Cannot allocate memory", "failed to map segment", "cannot allocate", "DefaultCPUAllocator",
-    "Storage size calculation overflowed", "integer multiplication overflow",
-)  # fmt: skip
-_LONGEST_LINE = 1000  # characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with StopOnSignals() as stop:
             status = _main(sys.argv[1:] if argv is None else list(argv))
     except OSError as error:  # there is no descriptor left, even for the pipe that signals are watched with
-        return _fail(*_judged(error))
+        return _fail(*judged(error))
     if stop.received is None:
         return status
     with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal to write to
@@ -87,7 +77,7 @@ def _main(argv: list[str]) -> int:
         except Exception as error:
             if getattr(arguments, "traceback", False):
                 traceback.print_exc()
-            return _fail(*_judged(error))
+            return _fail(*judged(error))
     return status
 
 
@@ -155,7 +145,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
             pipe = load_checkpoint(checkpoint, placement, arguments.local_files_only)
         out = run(pipe, job, saved)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise out_of_memory(planned, subject, placement, error) from error
     for line in memory_lines(pipe) if arguments.verbose else []:
@@ -200,9 +190,9 @@ def plan(arguments: argparse.Namespace) -> None:
     try:
         found = _planned(arguments)
     except Exception as error:
-        reason, status = _judged(error)
+        reason, status = judged(error)
         if arguments.json and status == USER_ERROR:
-            _say(json.dumps({"legal": False, "reasons": [_line_of(reason)]}), sys.stdout)
+            _say(json.dumps({"legal": False, "reasons": [line_of(reason)]}), sys.stdout)
         raise
     rows = [json.dumps(found.to_dict())] if arguments.json else [f"{name:<10}{value}" for name, value in table(found)]
     for row in rows:
@@ -385,25 +375,6 @@ def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     return make_parser({**runs, "enhance": enhance, "inspect": inspect}, unset)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by.
-    no_memory = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _NO_MEMORY)
-    return no_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
-def _judged(error: Exception) -> tuple[BaseException | str, int]:
-    """Return what to say of an error, and the exit status."""
-    if _is_out_of_memory(error):
-        said = str(error).removeprefix("out of memory").removeprefix(": ")
-        return f"out of memory: {said}" if said else "out of memory", MACHINE_ERROR
-    if isinstance(error, FloatingPointError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
-        return error, MACHINE_ERROR
-    if isinstance(error, (ValueError, OSError, ImportError)):
-        return error, USER_ERROR
-    said = f"unexpected {type(error).__name__}: {error} (--traceback shows where it comes from)"
-    return said, MACHINE_ERROR
-
-
 def _prepare_stdio() -> None:
     """Make stdin, stdout and stderr safe to use, whatever the caller made of them.
 
@@ -438,22 +409,10 @@ def _say(line: str, stream: TextIO, end: str = "\n") -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"cogvid: warning: {_one_line(message)}", sys.stderr)
+    _say(f"cogvid: warning: {as_line(message)}", sys.stderr)
 
 
 def _fail(error: BaseException | str, status: int) -> int:
     _say("", sys.stdout, end="")  # what is left there
-    _say(f"cogvid: error: {_line_of(error)}", sys.stderr)
+    _say(f"cogvid: error: {line_of(error)}", sys.stderr)
     return status
-
-
-def _line_of(error: BaseException | str) -> str:
-    text = error.strerror or "" if isinstance(error, OSError) and not error.filename else ""
-    return _one_line(text or error) or type(error).__name__
-
-
-def _one_line(text: object) -> str:
-    """Return a message as one line that is not too long, without the secrets of URLs in it."""
-    from cogvid.media.download import one_line
-
-    return one_line(text, _LONGEST_LINE) if str(text) else ""

@@ -29,6 +29,8 @@ from cogvid.weights.placement import resolve_placement
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from cogvid.run.pipeline import Pipeline
+
 _STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
 _NEEDED = (*_STRINGS, *OPTIONS, *ENVIRONMENT, "given", "num_videos_per_prompt", "negative_prompt",
            "image", "video", "revision", "variant", "fps", "seed", "noise")  # fmt: skip
@@ -62,6 +64,7 @@ def replay(
     lora: Sequence[str] | None = None,
     local_files_only: bool = False,
     say: Callable[[str], None] = print,
+    on_step: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Make the video at `path` again and return its record.
 
@@ -76,6 +79,7 @@ def replay(
             videos that were sampled together, the image is that of this one.
         say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
             the same.
+        on_step: as for `generate.run`; a video that was sampled with others does not call it.
 
     Raises:
         ValueError: the record does not hold all that the run was given; an input is another one.
@@ -91,20 +95,24 @@ def replay(
     jobs = _jobs(record, checkpoint, read_embedded_images(path), output, image=image, given=given, files=files)
     recorded = {name: record[name] for name in LOAD_OPTIONS}
     options = {"device": device, "dtype": dtype, "ops": ops, "lora": find_loras(record["lora"], lora)}
-    changed = {name: value for name, value in options.items() if value}
-    placement = resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype)
+    options = {**recorded, **{name: value for name, value in options.items() if value}}
+    placement = resolve_placement(**options)(checkpoint.model.dtype)
     here = environment(checkpoint, placement)
     for line in differences({name: record[name] for name in ENVIRONMENT}, here):
         say(line)
     jobs = [_with_origin(job, record, here) for job in jobs]
     pipe = load_checkpoint(checkpoint, placement, local_files_only)
-    if len(jobs) == 1:
-        made = run(pipe, jobs[0]).provenance
-    else:
-        pipe.text_encoder = RememberingEncoder(pipe.text_encoder)
-        made = sample_together(pipe, jobs)[record["batch_index"]].write()
+    made = _run(pipe, jobs, record.get("batch_index", 0), on_step)
     say(_outcome(path, output))
     return made
+
+
+def _run(pipe: Pipeline, jobs: list[Job], own: int, on_step: Callable[..., None] | None) -> dict[str, Any]:
+    """Make the video of one of several jobs that were sampled together, and return its record."""
+    if len(jobs) == 1:
+        return run(pipe, jobs[0], on_step=on_step).provenance
+    pipe.text_encoder = RememberingEncoder(pipe.text_encoder)
+    return sample_together(pipe, jobs)[own].write()
 
 
 def _with_origin(job: Job, record: dict[str, Any], here: dict[str, Any]) -> Job:

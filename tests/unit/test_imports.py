@@ -84,6 +84,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.resume": (TENSORS, {"PIL"}),
     "run.saved_run": (TENSORS | {"safetensors"}, set()),
     "run.signals": (set(), set()),
+    "run.errors": (set(), set()),
     "run.stages": (TENSORS | {"tqdm"}, set()),
     "run.steps": (TENSORS | {"tqdm"}, set()),
 }
