@@ -1,7 +1,7 @@
 """The `cogvid` command: `generate` makes an MP4, `plan` says what one would cost, `batch` makes many.
 
 `replay` makes a video again, `compare` says how far two are apart, `inspect` says what a checkpoint or a video is,
-`enhance` makes a long prompt of a short one.
+`enhance` makes a long prompt of a short one, `ui` serves a page for all of this.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
 the machine (no memory, no disk) or of the program, each with one line on stderr; 3 if jobs of a batch failed; 128 + n
@@ -264,6 +264,13 @@ def enhance(arguments: argparse.Namespace) -> None:
     print(enhance(arguments.prompt, arguments.url, llm=arguments.llm or DEFAULT_LLM, image=arguments.image))
 
 
+def ui(arguments: argparse.Namespace) -> None:
+    """Serve a page in which videos are made, looked at and compared, and print its address; Ctrl-C ends it."""
+    from cogvid.ui.command import ui
+
+    ui(arguments, lambda line: _say(line, sys.stdout))
+
+
 def _check_given(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None or arguments.output is None:
         raise ValueError("PROMPT, -o/--output: got one or none of them, want both, or the --resume DIR of a saved run")
@@ -372,7 +379,7 @@ def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]
 
 def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     runs = {"generate": generate, "batch": batch, "plan": plan, "replay": replay, "compare": compare}
-    return make_parser({**runs, "enhance": enhance, "inspect": inspect}, unset)
+    return make_parser({**runs, "enhance": enhance, "inspect": inspect, "ui": ui}, unset)
 
 
 def _prepare_stdio() -> None:

@@ -31,7 +31,7 @@ def groups() -> dict[str, list[str]]:
 
 def label(name: str) -> str:
     """Return what a field is called."""
-    return name.replace("_", " ")
+    return name.replace("_", " ").capitalize()
 
 
 def choices(name: str) -> list[str] | None:
@@ -41,15 +41,35 @@ def choices(name: str) -> list[str] | None:
 
 
 def read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were filled in, as the command line would have them; an empty field is not given."""
+    """Return the options that were filled in, as the command line would have them; an empty field is not given.
+
+    Raises:
+        ValueError: a text that is no number in a field of numbers.
+    """
     given: dict[str, Any] = {}
     for name, value in values.items():
-        value = value.strip() if isinstance(value, str) else value
-        if value is None or value == "":
+        kind, text = OPTIONS[name].metadata["kind"], value.strip() if isinstance(value, str) else value
+        if text is None or text == "":
             continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        given[name] = float(value) if OPTIONS[name].metadata["kind"] is float and is_number else value
+        given[name] = whole(name, text) if kind is int else _number(name, text) if kind is float else text
     return given
+
+
+def whole(name: str, text: str | None) -> int | None:
+    """Return the whole number in a field; None where it is empty."""
+    if not text or not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r:.60}, want a whole number") from None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r:.60}, want a number") from None
 
 
 def recommended(model: ModelConfig, task: str) -> dict[str, str]:
@@ -65,8 +85,6 @@ def recommended(model: ModelConfig, task: str) -> dict[str, str]:
 def _text(value: Any) -> str:
     if value is None:
         return "none"
-    return "-".join(map(_text, value)) if isinstance(value, list) else f"{value:g}" if _is_float(value) else str(value)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, float)
+    if isinstance(value, list):
+        return "-".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -68,6 +68,15 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "compat.pipelines": (TENSORS, {"PIL"}),
     "run.settings": (set(), set()),
     "ui": (set(), set()),
+    "ui.command": (set(), {"gradio"}),
+    "ui.fields": (set(), set()),
+    "ui.guard": (set(), set()),
+    "ui.page": ({"gradio"}, set()),
+    "ui.past": (set(), set()),
+    "ui.pictures": (set(), {"PIL"}),
+    "ui.preview": (TENSORS, {"PIL"}),
+    "ui.server": ({"fastapi", "gradio", "uvicorn"}, set()),
+    "ui.views": (set(), set()),
     "run.capture": (TENSORS | {"safetensors"}, set()),
     "run.compare": (TENSORS, {"PIL"}),
     "run.lpips": (TENSORS, {"torchmetrics", "torchvision"}),
@@ -246,13 +255,13 @@ def test_help_imports_no_torch() -> None:
     code = """
 import sys
 from cogvid.cli import main
-for argv in ("--help", "generate --help", "inspect --help", "batch --help", "enhance --help", "--version"):
+for argv in ("--help", "generate --help", "inspect --help", "batch --help", "enhance --help", "ui --help", "--version"):
     try:
         main(argv.split())
     except SystemExit as exit:
         assert exit.code == 0
 assert main(["generate", "x", "--no-such-option"]) == 2
-print({"torch", "numpy", "PIL", "av", "transformers"} & set(sys.modules))
+print({"torch", "numpy", "PIL", "av", "transformers", "gradio"} & set(sys.modules))
 """
     assert run_python("-c", code).endswith("set()\n")
 
