@@ -53,8 +53,6 @@ def theme() -> gr.themes.Base:
         block_title_text_color="*neutral_700",
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
-        color_accent="*primary_600",
-        color_accent_dark="*primary_400",
         link_text_color="*primary_700",
         link_text_color_dark="*primary_300",
     )
@@ -110,7 +108,7 @@ class Page:
         self._options: dict[str, gr.components.Component] = {}
         for number, (title, names) in enumerate(fields.groups().items()):
             with gr.Accordion(title, open=False):
-                if number == 0:
+                if number == 1:
                     self._negative = gr.Textbox(label="Negative prompt", placeholder="none", elem_id="negative")
                 self._make_fields(names)
         self._plan = gr.HTML(elem_classes="cog", elem_id="plan")
@@ -126,7 +124,8 @@ class Page:
                 common: dict[str, Any] = {"label": label, "elem_id": f"option-{name}", "min_width": 130}
                 choices = fields.choices(name)
                 if choices is not None:
-                    listed = [("as recommended", _AS_RECOMMENDED), *((each, each) for each in choices)]
+                    listed = [("default", _AS_RECOMMENDED), *((each, each) for each in choices)]
+                    common["min_width"] = 200
                     made: Any = gr.Dropdown(listed, value=_AS_RECOMMENDED, filterable=False, **common)
                 elif metadata["kind"] is bool:
                     made = gr.Checkbox(value=bool(OPTIONS[name].default), **common)
@@ -313,8 +312,9 @@ class Page:
             return [_alert(error), *shown]
         for place, (name, field) in enumerate(self._options.items()):
             if isinstance(field, gr.Dropdown):
-                listed = [(f"as recommended: {best[name]}", _AS_RECOMMENDED)]
-                shown[place] = gr.Dropdown(choices=[*listed, *((each, each) for each in fields.choices(name) or [])])
+                listed = [(f"{best[name]} (default)", _AS_RECOMMENDED)]
+                listed += [(each, each) for each in fields.choices(name) or []]
+                shown[place] = gr.Dropdown(choices=listed, value=ask.options.get(name, _AS_RECOMMENDED))
             elif not isinstance(field, gr.Checkbox):
                 shown[place] = type(field)(placeholder=best[name])  # pyright: ignore[reportCallIssue]
         return [self._cost(*asked), *shown]
