@@ -37,7 +37,8 @@ def label(name: str) -> str:
 def choices(name: str) -> list[str] | None:
     """Return what an option may be; None where it is a number or a text."""
     known: Any = OPTIONS[name].metadata["choices"]
-    return None if known is None else list(known() if callable(known) else known)
+    listed: Any = known() if callable(known) else known
+    return None if listed is None else list(listed)
 
 
 def read(values: Mapping[str, Any]) -> dict[str, Any]:

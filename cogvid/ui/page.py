@@ -158,7 +158,8 @@ class Page:
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def _connect(self, blocks: gr.Blocks) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
+        blocks.queue(api_open=False, max_size=200)
         ask = [self._picture, self._prompt, self._negative, self._model, self._seed, self._enhance]
         ask += self._options.values()
         run = [self._timer, self._progress, self._preview, self._result, self._shown, self._cancel, self._next]
@@ -195,7 +196,7 @@ class Page:
         pressed = self._cards.click(
             self._press, [self._picked, self._count],
             [self._picked, self._count, self._pair, self._gallery_message, self._shown, self._tabs],
-            concurrency_limit=1, **quiet,
+            **{**quiet, "concurrency_limit": 1},
         )  # fmt: skip
         pressed.then(self._list, by, seen, **quiet).then(self._look, **look)
 
@@ -259,14 +260,13 @@ class Page:
         """
         run = self.engine.latest(visitor) if visitor else None
         active = run is not None and run.active
-        done = run is not None and run.state == "done"
         result: Any = gr.skip()
-        if run is not None and done and f"{run.id} {run.name}" != shown and not shown.startswith(f"{run.id} +"):
-            shown = f"{run.id} {run.name}"
-            result = views.result(self._past(run.name), run.notes)
-        elif shown.startswith("+"):
+        if shown.startswith("+"):  # it was just opened
             shown = f"{run.id if run is not None else ''} {shown}"
             result = views.result(self._past(_name_of(shown)))
+        elif run is not None and run.state == "done" and not shown.startswith((f"{run.id} +", f"{run.id} {run.name}")):
+            shown = f"{run.id} {run.name}"
+            result = views.result(self._past(run.name), run.notes)
         name = _name_of(shown)
         own = self._run_of(visitor, shown)
         again = own is not None and own.ask.replay is None and own.name == name
@@ -286,9 +286,11 @@ class Page:
         return run if run is not None and run.id == shown.partition(" ")[0] else None
 
     def _past(self, name: str | None) -> Past | None:
-        if not name:
+        """Return a video by its name; None where it is not there any more."""
+        try:
+            return Past(name, read_record(self.engine.video(name))) if name else None
+        except (ValueError, OSError):
             return None
-        return Past(name, read_record(self.engine.video(name)))
 
     def _fetch_picture(self, address: str, picture: str) -> tuple[str, str]:
         try:
