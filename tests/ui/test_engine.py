@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from cogvid.run.record import read_record
 from cogvid.run.signals import Cancelled, stop_if_asked, stop_when
 from cogvid.ui import engine as module
 from cogvid.ui.engine import Ask, Engine, Run
+from tests.llm_server import LONG as LONG_TEXT
+from tests.llm_server import serve_llm
 
 PNG = Path(__file__).parents[2].joinpath("scripts", "demo.png").read_bytes()
 QUICK = {"num_inference_steps": 2, "num_frames": 9, "guidance_scale": 1.0}
@@ -157,6 +160,24 @@ def test_one_model_is_loaded_and_an_error_of_a_run_is_one_line(engine: Engine, m
     assert "\n" not in line
 
 
+def test_a_prompt_is_enhanced_where_a_server_was_named(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # a proxy could not reach this machine
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="enhance: got it without a server, want the page started with --enhance URL"):
+        engine.submit(Ask(WORDS, options=QUICK, enhance=True), "anna")
+    with serve_llm() as server:
+        with_server = Engine(tmp_path / "out", url=server.base(), llm="a-model")
+        run = finished(with_server.submit(Ask(WORDS, options=QUICK, enhance=True), "anna"))
+        with_server.close()
+    assert run.state == "done", run.notes
+    assert run.record is not None
+    assert run.record["prompt"] == [LONG_TEXT]
+    assert run.record["enhanced"]["prompt"] == WORDS
+    assert [each["model"] for each in server.requests] == ["a-model"]
+
+
 def test_the_plan_is_that_of_the_ask(engine: Engine) -> None:
     small = engine.plan(Ask(WORDS, options=QUICK))
     large = engine.plan(Ask(WORDS, image=b"", options={**QUICK, "num_frames": 17}))
@@ -187,8 +208,6 @@ def test_closing_ends_what_runs(tmp_path: Path) -> None:
 
 
 def test_an_event_stops_the_thread_that_asked_for_it() -> None:
-    import threading
-
     event = threading.Event()
     with stop_when(event):
         stop_if_asked()
