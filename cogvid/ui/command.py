@@ -33,7 +33,8 @@ def ui(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
         raise ValueError(f"llm: got {arguments.llm!r:.60} without --enhance, want both or neither")
     directory = os.path.abspath(arguments.output_dir)
     os.environ.update(_QUIET)
-    os.environ["GRADIO_TEMP_DIR"] = os.path.join(directory, ".gradio")  # it writes nowhere else
+    for name in ("GRADIO_TEMP_DIR", "MPLCONFIGDIR"):  # Gradio imports matplotlib; nothing is written elsewhere
+        os.environ[name] = os.path.join(directory, ".gradio")
     with listen_on(arguments.share_on or LOCAL, arguments.port) as listening:
         _serve(arguments, directory, listening, password, say)
 

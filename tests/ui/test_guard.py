@@ -244,7 +244,7 @@ def test_what_cannot_be_served_is_one_line(
 SERVED = """
 import base64, json, os, signal, subprocess, sys, time, urllib.request, urllib.error
 directory = sys.argv[1]
-environment = {**os.environ, "COGVID_UI_PASSWORD": "secret"}
+environment = {**os.environ, "COGVID_UI_PASSWORD": "secret", "HOME": directory}
 command = [sys.executable, "-m", "cogvid", "ui", "--port=0", "--share-on=127.0.0.1", f"--output-dir={directory}/out"]
 server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=directory)
 url = server.stdout.readline().strip()
