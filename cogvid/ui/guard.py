@@ -22,7 +22,8 @@ EXACT = (
     "/gradio_api/app_id", "/gradio_api/info",
 )  # fmt: skip
 PREFIXES = (
-    "/assets/", "/static/", "/svelte/", "/videos/", "/records/", "/pictures/", "/compared/", "/gradio_api/heartbeat/",
+    "/assets/", "/static/", "/svelte/", "/videos/", "/posters/", "/records/", "/pictures/", "/compared/",
+    "/gradio_api/heartbeat/",
 )  # fmt: skip
 HEADERS = {
     # The browser asks no other host. Gradio runs functions that it makes of text.

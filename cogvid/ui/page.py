@@ -70,6 +70,7 @@ class Page:
             self._shown = gr.State("")  # what the result shows, see `_look`
             self._picked = gr.State(())
             self._count = gr.State(_SHOWN)
+            self._changed = gr.State(0)  # counts what changes the list of cards besides its filters
             self._timer = gr.Timer(_EVERY, active=False)
             gr.HTML("<h1>cogvid</h1>", elem_classes="cog")
             with gr.Tabs(elem_id="tabs") as self._tabs:
@@ -152,6 +153,7 @@ class Page:
                                          allow_custom_value=True, elem_id="by-model", min_width=150)  # fmt: skip
             self._by_seed = gr.Textbox(label="With the seed", elem_id="by-seed", min_width=110, max_lines=1)
         self._gallery_message = gr.HTML(elem_classes="cog", elem_id="gallery-message")
+        self._pick_message = gr.HTML(elem_classes="cog", elem_id="pick-message")
         self._pair = gr.HTML(elem_classes="cog", elem_id="pair")
         self._cards = gr.HTML(elem_classes="cog", elem_id="cards", js_on_load=_PRESS)
 
@@ -190,15 +192,16 @@ class Page:
         changed = [each.change for each in self._options.values()]  # pyright: ignore[reportAttributeAccessIssue]
         gr.on(changed, self._cost, ask, self._plan, trigger_mode="always_last", **quiet)
 
-        filters = [self._by_prompt.change, self._by_model.change, self._by_seed.change]
+        # One event for all, so that the last list that was asked for is the one that is shown.
+        filters = [self._by_prompt.change, self._by_model.change, self._by_seed.change, self._changed.change]
         gr.on(filters, self._list, by, seen, trigger_mode="always_last", **quiet)
-        self._gallery_tab.select(self._models, None, self._by_model, **quiet).then(self._list, by, seen, **quiet)
+        self._gallery_tab.select(self._models, self._changed, [self._by_model, self._changed], **quiet)
         pressed = self._cards.click(
-            self._press, [self._picked, self._count],
-            [self._picked, self._count, self._pair, self._gallery_message, self._shown, self._tabs],
+            self._press, [self._picked, self._count, self._changed],
+            [self._changed, self._picked, self._count, self._pair, self._pick_message, self._shown, self._tabs],
             **{**quiet, "concurrency_limit": 1},
         )  # fmt: skip
-        pressed.then(self._list, by, seen, **quiet).then(self._look, **look)
+        pressed.then(self._look, **look)
 
     def _enter(self, visitor: str) -> str:
         return visitor or secrets.token_urlsafe(16)
@@ -321,8 +324,8 @@ class Page:
                 shown[place] = type(field)(placeholder=best[name])  # pyright: ignore[reportCallIssue]
         return [self._cost(*asked), *shown]
 
-    def _models(self) -> gr.Dropdown:
-        return gr.Dropdown(choices=[("all", ""), *((name, name) for name in self.gallery.models())])
+    def _models(self, changed: int) -> tuple[gr.Dropdown, int]:
+        return gr.Dropdown(choices=[("all", ""), *((name, name) for name in self.gallery.models())]), changed + 1
 
     def _list(self, prompt: str, model: str, seed: Any, picked: Sequence[str], count: int) -> tuple[str, Any]:
         try:
@@ -331,30 +334,25 @@ class Page:
             return "", _alert(error)
         return views.cards(runs, picked, count), ""
 
-    def _press(self, picked: Sequence[str], count: int, event: gr.EventData) -> tuple[Any, ...]:
+    def _press(self, picked: Sequence[str], count: int, changed: int, event: gr.EventData) -> tuple[Any, ...]:
         """Do what a button of a card says: show more of them, open a video, or pick it for a comparison."""
         data = getattr(event, "_data", None) or {}
         act, name = str(data.get("act")), str(data.get("name"))
-        pair: Any = gr.skip()
+        pair, shown, tab, said = gr.skip(), gr.skip(), gr.skip(), ""
         try:
             if act == "more":
-                return picked, count + _SHOWN, pair, "", gr.skip(), gr.skip()
-            self.engine.video(name)
-            if act == "open":
-                return picked, count, pair, "", f"+{name}", gr.Tabs(selected="make")
-            picked = tuple(each for each in picked if each != name) if name in picked else (*picked[-1:], name)
-            said = "Pick one more to compare the two." if len(picked) == 1 else ""
-            pair = self._compared(*picked) if len(picked) == 2 else ""
-            return (
-                picked,
-                count,
-                pair,
-                f'<p class="status" role="status">{said}</p>' if said else "",
-                gr.skip(),
-                gr.skip(),
-            )
+                count += _SHOWN
+            elif act == "open":
+                shown, tab = f"+{self.engine.video(name).name}", gr.Tabs(selected="make")
+            elif act == "pick":
+                self.engine.video(name)
+                rest = tuple(each for each in picked if each != name)
+                picked = rest if name in picked else (*picked[-1:], name)
+                said = '<p role="status">Pick one more to compare the two.</p>' if len(picked) == 1 else ""
+                pair = self._compared(*picked) if len(picked) == 2 else ""
         except Exception as error:
-            return picked, count, "", _alert(error), gr.skip(), gr.skip()
+            pair, said = "", _alert(error)
+        return changed + 1, picked, count, pair, said, shown, tab
 
     def _compared(self, first: str, second: str) -> str:
         paths = self.engine.video(first), self.engine.video(second)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogvid.media.video import read_video
 from cogvid.run.compare import Comparison, compare, write_side_by_side
 from cogvid.run.record import read_record
 
 _PICTURES = ".compared"  # the folder of the difference pictures
 _KEPT = 20  # of them
+_POSTER = 480  # pixels
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,17 @@ class Gallery:
         if Path(name).name != name or path.suffix != ".png" or not path.is_file():
             raise ValueError(f"picture: got {name!r:.60}, want one that was made by a comparison")
         return path
+
+    def poster(self, path: Path) -> bytes:
+        """Return the first frame of a video as a JPEG."""
+        from PIL import Image
+
+        frames, _ = read_video(path, max_frames=1)
+        file = io.BytesIO()
+        image = Image.fromarray(frames[0].numpy())
+        image.thumbnail((_POSTER, _POSTER))
+        image.save(file, "JPEG", quality=85)
+        return file.getvalue()
 
     def _files(self) -> list[tuple[Path, tuple[str, int, int]]]:
         found = []

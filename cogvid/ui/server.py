@@ -62,6 +62,13 @@ def _add_files(app: FastAPI, engine: Engine, gallery: Gallery) -> None:
     def video(name: str) -> Response:
         return file(engine.video, name, "video/mp4")
 
+    @app.get("/posters/{name}")
+    def poster(name: str) -> Response:
+        try:
+            return Response(gallery.poster(engine.video(name)), media_type="image/jpeg")
+        except ValueError as error:
+            return PlainTextResponse(line_of(error), 404)
+
     @app.get("/compared/{name}")
     def compared(name: str) -> Response:
         return file(gallery.picture, name, "image/png")

@@ -130,7 +130,10 @@ def _facts_of(past: Past) -> list[tuple[str, str]]:
 
 
 def cards(runs: Sequence[Past], picked: Sequence[str], shown: int) -> str:
-    """Show past runs; the buttons carry what they do and to which video."""
+    """Show past runs; the buttons carry what they do and to which video.
+
+    A video is not loaded before it is played: a browser has six connections to a server, and each may hold one.
+    """
     if not runs:
         return '<p class="empty">No videos here yet, or none that the filter lets through.</p>'
     items = "".join(_card(past, past.name in picked) for past in runs[:shown])
@@ -149,8 +152,8 @@ def _card(past: Past, is_picked: bool) -> str:
         f'aria-label="Compare {about}">{"Picked" if is_picked else "Compare"}</button>'
     )
     return (
-        f'<li class="card{" picked" if is_picked else ""}"><video controls loop muted playsinline preload="metadata" '
-        f'src="videos/{name}" aria-label="{about}"></video><p class="prompt">{prompt}</p>'
+        f'<li class="card{" picked" if is_picked else ""}"><video controls loop muted playsinline preload="none" '
+        f'poster="posters/{name}" src="videos/{name}" aria-label="{about}"></video><p class="prompt">{prompt}</p>'
         f'<p class="about">{escape(past.model)}, seed {past.seed}</p><p class="buttons">{buttons}</p></li>'
     )
 

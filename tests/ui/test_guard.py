@@ -205,6 +205,7 @@ def test_the_gallery_finds_compares_and_bounds(two: Path) -> None:
     assert len(found.rows) == 9
     assert found.first == 0
     assert Image.open(gallery.picture(name)).height == 3 * 64
+    assert Image.open(io.BytesIO(gallery.poster(two / "1.mp4"))).size == (64, 64)
     for wrong in ("../1.mp4", "x.png", "/etc/passwd", ""):
         with pytest.raises(ValueError, match="picture: got"):
             gallery.picture(wrong)

@@ -72,7 +72,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "ui.fields": (set(), set()),
     "ui.guard": (set(), set()),
     "ui.page": ({"gradio"}, set()),
-    "ui.past": (set(), set()),
+    "ui.past": (set(), {"PIL"}),
     "ui.pictures": (set(), {"PIL"}),
     "ui.preview": (TENSORS, {"PIL"}),
     "ui.server": ({"fastapi", "gradio", "uvicorn"}, set()),
