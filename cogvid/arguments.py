@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import cogvid
+from cogvid.options import Options
 from cogvid.run import settings
 from cogvid.run.enhance import DEFAULT_LLM, KEY
+from cogvid.ui.command import PASSWORD
 from cogvid.weights.load_options import LOAD_OPTIONS
 
 UNSET = object()
@@ -51,6 +53,7 @@ def make_parser(
     _add_compare(commands)
     _add_enhance(commands)
     _add_report(commands)
+    _add_ui(commands)
 
     look = commands.add_parser("inspect", help="say what a checkpoint or an MP4 is")
     _add_checkpoint_options(look, "checkpoint", help="or an MP4 of cogvid")
@@ -73,13 +76,15 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video-start", type=float, metavar="SECONDS", help="the time of its first frame that is used")
     parser.add_argument("--video-fps", type=float, metavar="X", help="frames a second that are used; all if not given")
     parser.add_argument("--negative-prompt", type=_as_text, default="", metavar="TEXT", help="what to steer away from")
-    parser.add_argument(
-        "--defaults",
-        default="recommended",
-        metavar="WHOSE",
-        help="defaults of the options: recommended (by the model's authors), diffusers, or sat (the authors' code)",
-    )
-    for name, option in {**settings.OPTIONS, **LOAD_OPTIONS}.items():
+    _add_defaults(parser)
+    _add_options(parser, {**settings.OPTIONS, **LOAD_OPTIONS})
+    parser.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
+    parser.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
+    parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
+
+
+def _add_options(parser: argparse.ArgumentParser, options: Options) -> None:
+    for name, option in options.items():
         kind, how = option.metadata["kind"], {"default": option.default, "help": option.metadata["help"]}
         if kind is bool:
             parser.add_argument(_flag(name), action="store_true", **how)
@@ -87,9 +92,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(_flag(name), action=_Append, metavar=option.metadata["many"], **how)
         else:
             parser.add_argument(_flag(name), type=kind, metavar=_METAVARS[kind], **how)
-    parser.add_argument("--seed", type=int, metavar="N", help="drawn and printed if not given")
-    parser.add_argument("--fps", type=int, metavar="N", help="frames per second of the file; the model's if not given")
-    parser.add_argument("--verbose", action="store_true", help="print seconds and memory of each stage")
 
 
 def _add_batch_options(parser: argparse.ArgumentParser) -> None:
@@ -207,9 +209,35 @@ def _add_enhance(commands: Any) -> None:
     longer.add_argument("--image", metavar="PATH|URL", help="first frame, which the language model sees")
 
 
-def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str) -> None:
+def _add_defaults(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        name, help=f"a directory, a hub id, or a shipped model; {help}", metavar=name.strip("-").upper()
+        "--defaults",
+        default="recommended",
+        metavar="WHOSE",
+        help="defaults of the options: recommended (by the model's authors), diffusers, or sat (the authors' code)",
+    )
+
+
+def _add_ui(commands: Any) -> None:
+    page = commands.add_parser("ui", help="make, look at and compare videos in a browser")
+    page.add_argument("--port", type=int, default=7860, metavar="N", help="7860 if not given; 0 is any that is free")
+    page.add_argument(
+        "--output-dir", default="outputs", metavar="DIR", help="where the videos go; outputs if not given"
+    )
+    page.add_argument(
+        "--share-on", metavar="HOST", help="listen there, and ask for the password in the environment's " + PASSWORD
+    )
+    page.add_argument("--enhance", metavar="URL", help="offer the long form of a prompt, as `cogvid enhance` gives it")
+    page.add_argument("--llm", metavar="NAME", help=_LLM)
+    named = "may be repeated; visitors choose among these and the shipped ones"
+    _add_checkpoint_options(page, "--model", help=named, action="append")
+    _add_defaults(page)
+    _add_options(page, LOAD_OPTIONS)
+
+
+def _add_checkpoint_options(parser: argparse.ArgumentParser, name: str, help: str, **how: Any) -> None:
+    parser.add_argument(
+        name, help=f"a directory, a hub id, or a shipped model; {help}", metavar=name.strip("-").upper(), **how
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--local-files-only", action="store_true", help="do not use the network")

@@ -1,7 +1,8 @@
 """The `cogvid` command: `generate` makes an MP4, `plan` says what one would cost, `batch` makes many.
 
 `replay` makes a video again, `compare` says how far two are apart, `inspect` says what a checkpoint or a video is,
-`enhance` makes a long prompt of a short one, `report` shows batches and measurements on a page.
+`enhance` makes a long prompt of a short one, `report` shows batches and measurements on a page, `ui` serves a page for
+all of this.
 
 Exit status: 0, with the output's path as the last line on stdout; 2 for a mistake of the user and 1 for a failure of
 the machine (no memory, no disk) or of the program, each with one line on stderr; 3 if jobs of a batch failed; 128 + n
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import functools
 import io
 import json
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from cogvid.arguments import UNSET, make_parser
 from cogvid.run import settings
 from cogvid.run.enhance import chat_address
+from cogvid.run.errors import USER_ERROR, as_line, is_out_of_memory, judged, line_of
 from cogvid.run.signals import Interrupted, StopOnSignals
 from cogvid.weights.load_options import LOAD_OPTIONS
 from cogvid.weights.parallel_option import world_size
@@ -42,18 +43,8 @@ if TYPE_CHECKING:
     from cogvid.run.saved_run import SavedRun
     from cogvid.weights.placement import Placement
 
-USER_ERROR, MACHINE_ERROR, JOBS_FAILED = 2, 1, 3
+JOBS_FAILED = 3
 _PICTURES = ("image", "last_image", "video", "mask", "control_video")
-MACHINE_ERRNOS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
-    errno.EPIPE, errno.EBADF,
-)  # fmt: skip
-# What the loader says of a library that there is no memory for (an ImportError), and PyTorch of a tensor.
-_NO_MEMORY = (
-    "Cannot allocate memory", "failed to map segment", "cannot allocate", "DefaultCPUAllocator",
-    "Storage size calculation overflowed", "integer multiplication overflow",
-)  # fmt: skip
-_LONGEST_LINE = 1000  # characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with StopOnSignals(at_last) as stop:
             status = _main(sys.argv[1:] if argv is None else list(argv), several)
     except (OSError, ValueError) as error:  # there is no descriptor left for the pipe that signals are watched with
-        return _fail(*_judged(error))
+        return _fail(*judged(error))
     if stop.received is None:
         return status
     with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal to write to
@@ -92,7 +83,7 @@ def _main(argv: list[str], several: bool) -> int:
         except Exception as error:
             if getattr(arguments, "traceback", False):
                 traceback.print_exc()
-            return _fail_of_one(*_judged(error), error) if several else _fail(*_judged(error))
+            return _fail_of_one(*judged(error), error) if several else _fail(*judged(error))
     return status
 
 
@@ -172,7 +163,7 @@ def _generate(arguments: argparse.Namespace, saved: SavedRun | None) -> None:
             pipe = load_checkpoint(checkpoint, placement, arguments.local_files_only)
         out = run(pipe, job, saved)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise out_of_memory(planned, subject, placement, error) from error
     for line in memory_lines(pipe) if arguments.verbose else []:
@@ -220,9 +211,9 @@ def plan(arguments: argparse.Namespace) -> None:
         subject, placement, found = _planned(arguments)
         shared = plan_devices.plan_devices(subject, placement, found, asked) if asked else None
     except Exception as error:
-        reason, status = _judged(error)
+        reason, status = judged(error)
         if arguments.json and status == USER_ERROR:
-            _say(json.dumps({"legal": False, "reasons": [_line_of(reason)]}), sys.stdout)
+            _say(json.dumps({"legal": False, "reasons": [line_of(reason)]}), sys.stdout)
         raise
     whole, lines = found.to_dict(), table(found)
     if shared is not None:
@@ -295,6 +286,13 @@ def enhance(arguments: argparse.Namespace) -> None:
     from cogvid.run.enhance import DEFAULT_LLM, enhance
 
     print(enhance(arguments.prompt, arguments.url, llm=arguments.llm or DEFAULT_LLM, image=arguments.image))
+
+
+def ui(arguments: argparse.Namespace) -> None:
+    """Serve a page in which videos are made, looked at and compared, and print its address; Ctrl-C ends it."""
+    from cogvid.ui.command import ui
+
+    ui(arguments, lambda line: _say(line, sys.stdout))
 
 
 def _check_given(arguments: argparse.Namespace) -> None:
@@ -427,26 +425,7 @@ def _given(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]
 
 def _parser(unset: Iterable[str] = ()) -> argparse.ArgumentParser:
     runs = {"generate": generate, "batch": batch, "plan": plan, "replay": replay, "compare": compare}
-    return make_parser({**runs, "enhance": enhance, "report": report, "inspect": inspect}, unset)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by.
-    no_memory = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _NO_MEMORY)
-    return no_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
-def _judged(error: Exception) -> tuple[BaseException | str, int]:
-    """Return what to say of an error, and the exit status."""
-    if _is_out_of_memory(error):
-        said = str(error).removeprefix("out of memory").removeprefix(": ")
-        return f"out of memory: {said}" if said else "out of memory", MACHINE_ERROR
-    if isinstance(error, FloatingPointError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
-        return error, MACHINE_ERROR
-    if isinstance(error, (ValueError, OSError, ImportError)):
-        return error, USER_ERROR
-    said = f"unexpected {type(error).__name__}: {error} (--traceback shows where it comes from)"
-    return said, MACHINE_ERROR
+    return make_parser({**runs, "enhance": enhance, "report": report, "inspect": inspect, "ui": ui}, unset)
 
 
 def _prepare_stdio() -> None:
@@ -483,12 +462,12 @@ def _say(line: str, stream: TextIO, end: str = "\n") -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"cogvid: warning: {_one_line(message)}", sys.stderr)
+    _say(f"cogvid: warning: {as_line(message)}", sys.stderr)
 
 
 def _fail(error: BaseException | str, status: int) -> int:
     _say("", sys.stdout, end="")  # what is left there
-    _say(f"cogvid: error: {_line_of(error)}", sys.stderr)
+    _say(f"cogvid: error: {line_of(error)}", sys.stderr)
     return status
 
 
@@ -498,7 +477,7 @@ def _fail_of_one(said: BaseException | str, status: int, error: BaseException | 
 
     cause = said if isinstance(said, BaseException) else error
     assert cause is not None
-    line, status = judge(_line_of(said), status, cause)
+    line, status = judge(line_of(said), status, cause)
     if line is not None:
         _say_error(sys.stderr, line)
     return status
@@ -513,15 +492,3 @@ def _end(stream: TextIO, interrupted: Interrupted) -> None:
     from cogvid.parallel.watch import end
 
     end(functools.partial(_say_error, stream), str(interrupted), interrupted.status)
-
-
-def _line_of(error: BaseException | str) -> str:
-    text = error.strerror or "" if isinstance(error, OSError) and not error.filename else ""
-    return _one_line(text or error) or type(error).__name__
-
-
-def _one_line(text: object) -> str:
-    """Return a message as one line that is not too long, without the secrets of URLs in it."""
-    from cogvid.media.download import one_line
-
-    return one_line(text, _LONGEST_LINE) if str(text) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,22 +121,40 @@ def prepare(
     return Job(output, inputs, settings, fps, noise, files, origin)
 
 
-def run(pipe: Pipeline, job: Job, saved_run: SavedRun | None = None) -> Output:
-    """Generate the video of a job and write its files, each whole or not at all; return what the pipeline did."""
+def run(
+    pipe: Pipeline, job: Job, saved_run: SavedRun | None = None, on_step: Callable[..., None] | None = None
+) -> Output:
+    """Generate the video of a job and write its files, each whole or not at all; return what the pipeline did.
+
+    on_step: a `callback_on_step_end` that only looks.
+    """
     stages: list[Stage] = []
     with contextlib.ExitStack() as stack:
         if job.files.sidecar is not None:
             stack.enter_context(listen(stages.append))
         draws = draws_before_noise(pipe.model.conditions, job.settings)
         with Watched(job.files, draws, job.noise) as watched, _capturing(pipe, job):
-            out = pipe(**job.inputs, output_type="stream", callback_on_step_end=watched.callback, saved_run=saved_run)
-        provenance = {**out.provenance, "given": []}  # the callback only looks
+            callback = _both(watched.callback, on_step)
+            out = pipe(**job.inputs, output_type="stream", callback_on_step_end=callback, saved_run=saved_run)
+        provenance = {**out.provenance, "given": []}  # the callbacks only look
         share(lambda: watched.save(record_of(job, provenance)))
         record = lead(lambda frames: write_video(job, frames, provenance), out.frames[0])
     if job.files.sidecar is not None:
         sidecar = job.files.sidecar
         share(lambda: write_sidecar(sidecar, record, stages))
     return replace(out, seed=record["seed"], provenance=record)
+
+
+def _both(first: Callable[..., None] | None, second: Callable[..., None] | None) -> Callable[..., None] | None:
+    """Return a callback that calls those of two that are there."""
+    if first is None or second is None:
+        return first or second
+
+    def call(*arguments: Any) -> None:
+        first(*arguments)
+        second(*arguments)
+
+    return call
 
 
 def _capturing(pipe: Pipeline, job: Job) -> contextlib.AbstractContextManager[None]:

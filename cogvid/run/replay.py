@@ -31,6 +31,8 @@ from cogvid.weights.placement import Placement, resolve_placement, with_split
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from cogvid.run.pipeline import Pipeline
+
 _STRINGS = ("source", "source_kind", "defaults", "device", "dtype", "ops", "qk_norm")
 _NEEDED = (*_STRINGS, *OPTIONS, *(name for name in ENVIRONMENT if name != "parallel"), "given", "noise", "image",
            "num_videos_per_prompt", "negative_prompt", "video", "revision", "variant", "fps", "seed")  # fmt: skip
@@ -64,6 +66,7 @@ def replay(
     lora: Sequence[str] | None = None,
     local_files_only: bool = False,
     say: Callable[[str], None] = print,
+    on_step: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Make the video at `path` again and return its record.
 
@@ -78,6 +81,7 @@ def replay(
             videos that were sampled together, the image is that of this one.
         say: gets each line of what is not as in the record, before anything runs, and at the end whether the bytes are
             the same.
+        on_step: as for `generate.run`; a video that was sampled with others does not call it.
 
     Raises:
         ValueError: the record does not hold all that the run was given; an input is another one.
@@ -99,11 +103,7 @@ def replay(
         say(line)
     jobs = [_with_origin(job, record, here) for job in jobs]
     pipe = load_checkpoint(checkpoint, placement, local_files_only)
-    if len(jobs) == 1:
-        made = run(pipe, jobs[0]).provenance
-    else:
-        pipe.text_encoder = RememberingEncoder(pipe.text_encoder)
-        made = sample_together(pipe, jobs)[record["batch_index"]].write()
+    made = _run(pipe, jobs, record.get("batch_index", 0), on_step)
     say(share(lambda: _outcome(path, output)))
     return made
 
@@ -115,6 +115,14 @@ def _placement(record: dict[str, Any], checkpoint: Checkpoint, changed: dict[str
     recorded = {**{name: record.get(name) for name in LOAD_OPTIONS}, "parallel": here}
     recorded["shard_weights"] = bool(record.get("shard_weights")) and world_size() > 1
     return with_split(resolve_placement(**{**recorded, **changed})(checkpoint.model.dtype), checkpoint.model)
+
+
+def _run(pipe: Pipeline, jobs: list[Job], own: int, on_step: Callable[..., None] | None) -> dict[str, Any]:
+    """Make the video of one of several jobs that were sampled together, and return its record."""
+    if len(jobs) == 1:
+        return run(pipe, jobs[0], on_step=on_step).provenance
+    pipe.text_encoder = RememberingEncoder(pipe.text_encoder)
+    return sample_together(pipe, jobs)[own].write()
 
 
 def _with_origin(job: Job, record: dict[str, Any], here: dict[str, Any]) -> Job:

@@ -1,22 +1,26 @@
 """Ctrl-C, SIGTERM and SIGHUP end a program in order; a second one ends it at once. Only the command line asks for it.
 
 Python drops an exception that is raised within a `__del__`, and so may a library or a callback that catches everything.
-So a signal is also remembered, and `stop_if_asked` raises it again: at each stage, step and chunk of a run.
+So a signal is also remembered, and `stop_if_asked` raises it again: at each stage, step and chunk of a run. `stop_when`
+ends the run of one thread in the same way, without a signal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _entered: list[StopOnSignals] = []  # the blocks that the process is in
 PATIENCE = 10.0  # seconds
+_asked: ContextVar[threading.Event | None] = ContextVar("asked", default=None)  # of a thread
 _SAME = 0.1  # seconds; `timeout` and a closed terminal send one signal twice
 
 
@@ -37,11 +41,31 @@ class Interrupted(KeyboardInterrupt):
         return "interrupted" if self.number == signal.SIGINT else f"interrupted by {name}"
 
 
+class Cancelled(Exception):
+    """Someone asked a run to end, by the event of `stop_when`."""
+
+
 def stop_if_asked() -> None:
-    """Raise `Interrupted` if a signal asked the program to stop; in a program that does not watch them, do nothing."""
+    """Raise `Interrupted` if a signal asked the program to stop, and `Cancelled` if the event of `stop_when` is set.
+
+    In a program that watches neither it does nothing.
+    """
     for block in _entered:
         if block.received is not None:
             raise Interrupted(block.received.number)
+    event = _asked.get()
+    if event is not None and event.is_set():
+        raise Cancelled("cancelled")
+
+
+@contextlib.contextmanager
+def stop_when(event: threading.Event) -> Iterator[None]:
+    """Within the block, and in this thread alone, `stop_if_asked` raises `Cancelled` once the event is set."""
+    token = _asked.set(event)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 class StopOnSignals:

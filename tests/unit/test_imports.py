@@ -69,6 +69,16 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "compat.media": (TENSORS, {"PIL"}),
     "compat.pipelines": (TENSORS, {"PIL"}),
     "run.settings": (set(), set()),
+    "ui": (set(), set()),
+    "ui.command": (set(), {"gradio"}),
+    "ui.fields": (set(), set()),
+    "ui.guard": (set(), set()),
+    "ui.page": ({"gradio"}, set()),
+    "ui.past": (set(), {"PIL"}),
+    "ui.pictures": (set(), {"PIL"}),
+    "ui.preview": (TENSORS, {"PIL"}),
+    "ui.server": ({"fastapi", "gradio", "uvicorn"}, set()),
+    "ui.views": (set(), set()),
     "run.capture": (TENSORS | {"safetensors"}, set()),
     "run.compare": (TENSORS, {"PIL"}),
     "run.lpips": (TENSORS, {"torchmetrics", "torchvision"}),
@@ -87,6 +97,7 @@ EXTERNAL: dict[str, tuple[set[str], set[str]]] = {
     "run.resume": (TENSORS, {"PIL"}),
     "run.saved_run": (TENSORS | {"safetensors"}, set()),
     "run.signals": (set(), set()),
+    "run.errors": (set(), set()),
     "run.stages": (TENSORS | {"tqdm"}, set()),
     "run.steps": (TENSORS | {"tqdm"}, set()),
     "ui.report": ({"jinja2", "markupsafe"}, set()),
@@ -251,14 +262,14 @@ def test_help_imports_no_torch() -> None:
     code = """
 import sys
 from cogvid.cli import main
-commands = ("generate", "inspect", "batch", "enhance", "report")
+commands = ("generate", "inspect", "batch", "enhance", "report", "ui")
 for argv in ("--help", *(f"{command} --help" for command in commands), "--version"):
     try:
         main(argv.split())
     except SystemExit as exit:
         assert exit.code == 0
 assert main(["generate", "x", "--no-such-option"]) == 2
-print({"torch", "numpy", "PIL", "av", "transformers"} & set(sys.modules))
+print({"torch", "numpy", "PIL", "av", "transformers", "gradio"} & set(sys.modules))
 """
     assert run_python("-c", code).endswith("set()\n")
 

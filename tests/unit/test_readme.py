@@ -130,7 +130,7 @@ def test_the_line_of_a_feature_runs(
 
 @pytest.mark.parametrize("block", [block for block in blocks("bash") if re.search("^cogvid ", block, re.MULTILINE)])
 def test_the_commands_are_understood(
-    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: LLMServer
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: LLMServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands of a block run one after the other, with a server in OPENAI_BASE_URL."""
     monkeypatch.chdir(ROOT)
@@ -141,7 +141,12 @@ def test_the_commands_are_understood(
         words = shlex.split(os.path.expandvars(line.split("#")[0]))
         pairs = itertools.pairwise(words)
         arguments = [str(tmp_path / a) if a in made or a.endswith(".mp4") else a for _, a in pairs]
-        if any("/CogVideoX" in a for a in arguments):  # official weights: refused before a byte is fetched, but parsed
+        if arguments[0] == "ui":  # it would serve until a signal comes
+            assert main([*arguments, "--port=-1"]) == 2
+            assert "port: got -1" in capsys.readouterr().err
+        elif any(
+            "/CogVideoX" in a for a in arguments
+        ):  # official weights: refused before a byte is fetched, but parsed
             assert main([*arguments, "--local-files-only", "--guidance-scale", "nan"]) == 2
         else:
             assert main(arguments) == 0
