@@ -1,14 +1,21 @@
-"""Make the pictures of README.md. The page and the report are taken in Chromium, with Playwright.
+"""Make the pictures of README.md. The page and the report are taken in Chromium, with the extra `browser`.
 
-python scripts/readme_pictures.py [demo]
+python scripts/readme_pictures.py [demo] [page] [report]
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Callable
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -48,7 +55,81 @@ def demo() -> None:
     (SCRIPTS / "demo.webp").write_bytes(file.getvalue())
 
 
-PICTURES: dict[str, Callable[[], None]] = {"demo": demo}
+def page() -> None:
+    """Write page.png: the page after a run."""
+    with tempfile.TemporaryDirectory() as directory, _chromium() as visit:
+        command = [sys.executable, "-m", "cogvid", "ui", "--port", "0", "--output-dir", directory]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            seen = visit(server.stdout.readline().strip())
+            seen.wait_for_selector("#plan .facts")
+            seen.set_input_files("#picture input[type=file]", SCRIPTS / "demo.png")
+            seen.fill("#prompt textarea", PROMPTS[0])
+            seen.fill("#seed :is(input, textarea)", "42")
+            seen.wait_for_selector("#picture img")
+            seen.click("#generate")
+            seen.wait_for_selector("#result video")
+            _seek(seen, 1.0)
+            _save(seen, "page.png")
+            server.send_signal(signal.SIGINT)
+
+
+def report() -> None:
+    """Write report.png: the report of a sweep."""
+    with tempfile.TemporaryDirectory() as directory, _chromium() as visit:
+        shutil.copy(SCRIPTS / "demo.png", directory)
+        job = ["--prompt", PROMPTS[0], "--image", "demo.png", "--seed", "42"]
+        sweep = ["--sweep", "num_inference_steps=4,10,20", "guidance_scale=1,4"]
+        for command in (["batch", *job, *sweep, "-o", "sweep"], ["report", "sweep", "-o", "sweep.html"]):
+            subprocess.run([sys.executable, "-m", "cogvid", *command], cwd=directory, check=True)
+        seen = visit(f"file://{directory}/sweep.html")
+        seen.wait_for_selector("video")
+        _seek(seen, 1.5)
+        _save(seen, "report.png")
+
+
+@contextmanager
+def _chromium() -> Iterator[Callable[[str], Any]]:
+    """Give a function that opens a URL and returns its page."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 1400, "height": 900}, color_scheme="light")
+
+        def visit(url: str) -> Any:
+            seen = context.new_page()
+            seen.set_default_timeout(120_000)
+            seen.goto(url)
+            return seen
+
+        yield visit
+        browser.close()
+
+
+def _seek(seen: Any, seconds: float) -> None:
+    """Show all videos of a page at this time."""
+    seen.evaluate(
+        """async (seconds) => {
+            for (const video of document.querySelectorAll("video")) {
+                video.pause();
+                video.controls = false;
+                video.currentTime = seconds;
+                await new Promise((done) => video.addEventListener("seeked", done, { once: true }));
+            }
+        }""",
+        seconds,
+    )
+
+
+def _save(seen: Any, name: str) -> None:
+    """Take the whole page, 1000 pixels wide, in 256 colours, which are enough for text and small videos."""
+    picture = Image.open(io.BytesIO(seen.screenshot(full_page=True))).convert("RGB")
+    small = picture.resize((1000, 1000 * picture.height // picture.width), Image.Resampling.LANCZOS)
+    small.quantize(256).save(SCRIPTS / name, "PNG", optimize=True)
+
+
+PICTURES: dict[str, Callable[[], None]] = {"demo": demo, "page": page, "report": report}
 
 
 if __name__ == "__main__":
