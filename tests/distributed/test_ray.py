@@ -21,7 +21,9 @@ import torch
 from cogvid.cli import main
 from cogvid.media.video import export_to_video
 from cogvid.run import ray_batch
+from cogvid.run.compare import compare
 from cogvid.run.jobs import BatchJob
+from cogvid.run.record import read_record
 from references import picture
 
 ROOT = Path(__file__).parents[2]
@@ -280,7 +282,12 @@ def test_a_group_of_actors(cluster: TwoNodes, folder: Path) -> None:
     assert status == 0
     found = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}  # both nodes are this machine
     assert f"cogvid: warning: sum 1 of {found}" in said
-    assert videos(folder / "group") == videos(folder / "alone")
+    [one], [other] = (sorted((folder / name).glob("*.mp4")) for name in ("group", "alone"))
+    # They share the work of the video, so it is the same to rounding, which may move a pixel by a level of 255, and
+    # then the encoder a few more.
+    compared = compare(one, other)
+    assert all(row["psnr"] is None or row["psnr"] > 45 for row in compared.rows), compared.table()
+    assert read_record(one)["parallel"] == "cfg=2,ulysses=1,ring=1"
 
 
 @slow

@@ -548,19 +548,16 @@ def test_an_edit_shares_tokens_but_not_rows_and_a_capture_nothing(ranks: AllRank
 
 
 def captured() -> str:
-    pipe = cogvid.load("tiny-t2v", device="cpu", dtype="float32")
-    split_transformer(pipe.transformer, mesh_of(P(ulysses=2)))
+    pipe = cogvid.load("tiny-t2v", device="cpu", dtype="float32", parallel=P(ulysses=2))
     with pytest.raises(ValueError, match=r"^parallel: ") as error, capture_attention(pipe, "never", steps=[0]):
         pass
     return str(error.value)
 
 
 def edited(split: Parallel | None) -> Tensor | str:
-    pipe = cogvid.load("tiny-t2v", device="cpu", dtype="float32")
+    pipe = cogvid.load("tiny-t2v", device="cpu", dtype="float32", parallel=split)
     video = torch.linspace(0, 255, 9 * 64 * 64 * 3).reshape(9, 64, 64, 3).to(torch.uint8)
     inversion = cogvid.invert(pipe, video, num_inference_steps=2, seed=1, progress=False)
-    if split is not None:
-        split_transformer(pipe.transformer, mesh_of(split))
     try:
         return cogvid.edit(pipe, inversion, "a blue square", output_type="latent", seed=1, progress=False).frames
     except ValueError as error:
