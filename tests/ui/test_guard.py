@@ -193,6 +193,7 @@ def two(tmp_path: Path) -> Iterator[Path]:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_gallery_finds_compares_and_bounds(two: Path) -> None:
     (two / "other.mp4").write_bytes(b"no video")
     (two / ".hidden.mp4").write_bytes((two / "1.mp4").read_bytes())
