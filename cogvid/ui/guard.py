@@ -17,9 +17,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # All that the page asks for. Gradio's own uploads, files and proxies are not among it: pictures come by /pictures, and
 # what is served are videos of the directory by their names.
 EXACT = (
-    "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/pictures", "/gradio_api/queue/join",
-    "/gradio_api/queue/data", "/gradio_api/startup-events", "/gradio_api/reset", "/gradio_api/cancel",
-    "/gradio_api/app_id", "/gradio_api/info",
+    "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/pictures", "/gradio_api/run/predict",
+    "/gradio_api/startup-events", "/gradio_api/app_id", "/gradio_api/info",
 )  # fmt: skip
 PREFIXES = (
     "/assets/", "/static/", "/svelte/", "/videos/", "/posters/", "/records/", "/pictures/", "/compared/",

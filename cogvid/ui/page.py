@@ -70,7 +70,6 @@ class Page:
             self._shown = gr.State("")  # what the result shows, see `_look`
             self._picked = gr.State(())
             self._count = gr.State(_SHOWN)
-            self._changed = gr.State(0)  # counts what changes the list of cards besides its filters
             self._timer = gr.Timer(_EVERY, active=False)
             gr.HTML("<h1>cogvid</h1>", elem_classes="cog")
             with gr.Tabs(elem_id="tabs") as self._tabs:
@@ -115,7 +114,7 @@ class Page:
         self._plan = gr.HTML(elem_classes="cog", elem_id="plan")
         self._message = gr.HTML(elem_classes="cog", elem_id="message")
         with gr.Row():
-            self._generate = gr.Button("Generate", variant="primary", elem_id="generate")
+            self._generate = gr.Button("Generate", variant="primary", interactive=False, elem_id="generate")
             self._cancel = gr.Button("Cancel", interactive=False, elem_id="cancel")
 
     def _make_fields(self, names: Sequence[str]) -> None:
@@ -160,8 +159,9 @@ class Page:
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def _connect(self, blocks: gr.Blocks) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 16}
-        blocks.queue(api_open=False, max_size=200)
+        # Each is answered at once. Gradio's queue would hold a connection, and loses an answer now and then: when the
+        # browser closes the stream of one event, it drops the messages of the next.
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
         ask = [self._picture, self._prompt, self._negative, self._model, self._seed, self._enhance]
         ask += self._options.values()
         run = [self._timer, self._progress, self._preview, self._result, self._shown, self._cancel, self._next]
@@ -169,7 +169,9 @@ class Page:
         look = {"inputs": [self._visitor, self._shown], "outputs": run, **quiet}
         seen = [self._cards, self._gallery_message]
         by = [self._by_prompt, self._by_model, self._by_seed, self._picked, self._count]
-        blocks.load(self._enter, self._visitor, self._visitor, **quiet).then(self._look, **look)
+        # Before the visitor has a name, a run of his could not be found again.
+        entered = blocks.load(self._enter, self._visitor, self._visitor, **quiet).then(self._look, **look)
+        entered.then(lambda: gr.Button(interactive=True), None, self._generate, **quiet)
         blocks.load(self._foresee, ask, [self._plan, *self._options.values()], **quiet)
         self._timer.tick(self._look, **look)
 
@@ -192,16 +194,15 @@ class Page:
         changed = [each.change for each in self._options.values()]  # pyright: ignore[reportAttributeAccessIssue]
         gr.on(changed, self._cost, ask, self._plan, trigger_mode="always_last", **quiet)
 
-        # One event for all, so that the last list that was asked for is the one that is shown.
-        filters = [self._by_prompt.change, self._by_model.change, self._by_seed.change, self._changed.change]
+        filters = [self._by_prompt.change, self._by_model.change, self._by_seed.change]
         gr.on(filters, self._list, by, seen, trigger_mode="always_last", **quiet)
-        self._gallery_tab.select(self._models, self._changed, [self._by_model, self._changed], **quiet)
+        self._gallery_tab.select(self._models, None, self._by_model, **quiet).then(self._list, by, seen, **quiet)
         pressed = self._cards.click(
-            self._press, [self._picked, self._count, self._changed],
-            [self._changed, self._picked, self._count, self._pair, self._pick_message, self._shown, self._tabs],
-            **{**quiet, "concurrency_limit": 1},
+            self._press, [self._picked, self._count],
+            [self._picked, self._count, self._pair, self._pick_message, self._shown, self._tabs],
+            **quiet,
         )  # fmt: skip
-        pressed.then(self._look, **look)
+        pressed.then(self._list, by, seen, **quiet).then(self._look, **look)
 
     def _enter(self, visitor: str) -> str:
         return visitor or secrets.token_urlsafe(16)
@@ -324,8 +325,8 @@ class Page:
                 shown[place] = type(field)(placeholder=best[name])  # pyright: ignore[reportCallIssue]
         return [self._cost(*asked), *shown]
 
-    def _models(self, changed: int) -> tuple[gr.Dropdown, int]:
-        return gr.Dropdown(choices=[("all", ""), *((name, name) for name in self.gallery.models())]), changed + 1
+    def _models(self) -> gr.Dropdown:
+        return gr.Dropdown(choices=[("all", ""), *((name, name) for name in self.gallery.models())])
 
     def _list(self, prompt: str, model: str, seed: Any, picked: Sequence[str], count: int) -> tuple[str, Any]:
         try:
@@ -334,7 +335,7 @@ class Page:
             return "", _alert(error)
         return views.cards(runs, picked, count), ""
 
-    def _press(self, picked: Sequence[str], count: int, changed: int, event: gr.EventData) -> tuple[Any, ...]:
+    def _press(self, picked: Sequence[str], count: int, event: gr.EventData) -> tuple[Any, ...]:
         """Do what a button of a card says: show more of them, open a video, or pick it for a comparison."""
         data = getattr(event, "_data", None) or {}
         act, name = str(data.get("act")), str(data.get("name"))
@@ -352,7 +353,7 @@ class Page:
                 pair = self._compared(*picked) if len(picked) == 2 else ""
         except Exception as error:
             pair, said = "", _alert(error)
-        return changed + 1, picked, count, pair, said, shown, tab
+        return picked, count, pair, said, shown, tab
 
     def _compared(self, first: str, second: str) -> str:
         paths = self.engine.video(first), self.engine.video(second)

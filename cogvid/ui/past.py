@@ -44,7 +44,7 @@ class Gallery:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._read: dict[tuple[str, int, int], Past | None] = {}
-        self._lock = threading.Lock()
+        self._lock, self._comparing = threading.Lock(), threading.Lock()
 
     def runs(self, prompt: str = "", model: str = "", seed: int | None = None) -> list[Past]:
         """Return the videos whose record has these words in the prompt, this model and this seed; newest first."""
@@ -69,16 +69,19 @@ class Gallery:
         Raises:
             ValueError: they have other sizes.
         """
+        with self._comparing:  # the frames of one pair are in memory
+            return self._compare(first, second)
+
+    def _compare(self, first: Path, second: Path) -> tuple[Comparison, str]:
         found = compare(first, second)
         marks = [f"{path.name} {path.stat().st_mtime_ns}" for path in (first, second)]
         target = self.directory / _PICTURES / f"{hashlib.sha256(repr(marks).encode()).hexdigest()[:16]}.png"
-        with self._lock:
-            if not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                kept = sorted(target.parent.glob("*.png"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-                for path in kept[_KEPT - 1 :]:
-                    path.unlink(missing_ok=True)
-                write_side_by_side(first, second, target)
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            kept = sorted(target.parent.glob("*.png"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for path in kept[_KEPT - 1 :]:
+                path.unlink(missing_ok=True)
+            write_side_by_side(first, second, target)
         return found, target.name
 
     def picture(self, name: str) -> Path:

@@ -160,6 +160,7 @@ def test_one_model_is_loaded_and_an_error_of_a_run_is_one_line(engine: Engine, m
     assert "\n" not in line
 
 
+@pytest.mark.slow
 def test_a_prompt_is_enhanced_where_a_server_was_named(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

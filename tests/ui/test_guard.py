@@ -62,7 +62,7 @@ def basic(password: str) -> str:
 
 def test_only_what_the_page_has_is_answered() -> None:
     guard = Guard(echo, ("127.0.0.1", "localhost", "::1"), None, 100)
-    for path in ("/", "/config", "/videos/x.mp4", "/gradio_api/queue/join", "/assets/index.js"):
+    for path in ("/", "/config", "/videos/x.mp4", "/gradio_api/run/predict", "/assets/index.js"):
         status, headers = ask(guard, path)
         assert status == 200, path
         assert "default-src 'self'" in headers["content-security-policy"]
@@ -193,6 +193,7 @@ def two(tmp_path: Path) -> Iterator[Path]:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_gallery_finds_compares_and_bounds(two: Path) -> None:
     (two / "other.mp4").write_bytes(b"no video")
     (two / ".hidden.mp4").write_bytes((two / "1.mp4").read_bytes())

@@ -58,6 +58,7 @@ def visit(open_page: Open, url: str) -> Open:
         page = open_page(url, **options)
         page.set_default_timeout(LATE)
         page.wait_for_selector("#plan .facts")
+        page.wait_for_selector("#generate:enabled")
         return page
 
     return visit
