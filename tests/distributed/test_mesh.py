@@ -61,6 +61,7 @@ def test_the_best_split(devices: int, heads: int, guided: bool, per_node: int | 
     assert split.devices == devices
 
 
+@pytest.mark.slow
 def test_groups_and_gathering(ranks: Callable[[int], Ranks]) -> None:
     found = ranks(4).run(_groups)
     assert [each["piece"] for each in found] == [0, 1, 0, 1]

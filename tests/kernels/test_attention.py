@@ -57,6 +57,7 @@ def assert_accurate(got: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     [(1, 1, 2), (3, 17, 1), (2, 32, 3), (2, 63, 2), (1, 226, 1), (1, 300, 1)],
     ids=["B1-N1", "B3-N17", "B2-N32", "B2-N63", "B1-N226", "B1-N300"],
 )
+@pytest.mark.every(2)
 def test_sizes(batch: int, tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = make_qkv(batch, tokens, heads, 64, dtype, device).unbind(2)
     assert_accurate(attention(q, k, v), q, k, v)
@@ -64,6 +65,7 @@ def test_sizes(batch: int, tokens: int, heads: int, dtype: torch.dtype, device: 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name].schedule != "ws"])
+@pytest.mark.every(2)
 def test_variants(variant: str, dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = make_qkv(2, 77, 2, 64, dtype, device).unbind(2)
     if dtype == torch.float32 and VARIANTS[variant].load == "tma":
@@ -157,6 +159,7 @@ def test_extreme_logits(case: str, variant: str, device: torch.device) -> None:
         "all-minus-inf",
     ],
 )
+@pytest.mark.every(3)
 def test_infinity_and_nan_as_in_the_reference(case: str, variant: str, device: torch.device) -> None:
     q, k, v = (x.clone() for x in make_qkv(2, 70, 1, 64, torch.float32, device).unbind(2))
     if case.endswith("minus-inf"):

@@ -101,6 +101,7 @@ def test_every_public_function_is_an_operator_of_its_name() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.every(2)
 def test_opcheck(case: str) -> None:
     with caught_calls() as calls:
         call(case)
@@ -266,6 +267,7 @@ def test_training_a_model_on_the_kernels_is_refused(device: torch.device) -> Non
         loss.backward()
 
 
+@pytest.mark.slow
 def test_compile_without_a_graph_break(device: torch.device) -> None:
     model, inputs = tiny(device)
     model.requires_grad_(False)

@@ -40,6 +40,7 @@ def make(
     [((1, 4, 1, 1, 2), 2), ((3, 24, 3, 7, 5), 4), ((1, 8, 9, 24, 40), 8), ((2, 96, 2, 6, 10), 32)],
     ids=["one-pixel-pair", "B3-C24", "several-splits", "B2-C96"],
 )
+@pytest.mark.every(3)
 def test_group_norm(
     shape: tuple[int, int, int, int, int], groups: int, layout: torch.memory_format, dtype: torch.dtype,
     device: torch.device,
@@ -162,6 +163,7 @@ def test_the_layout_is_kept(layout: torch.memory_format, device: torch.device) -
 
 @each_layout
 @pytest.mark.parametrize("mean", [100.0, 10000.0])
+@pytest.mark.every(2)
 def test_a_large_mean_does_not_cancel(mean: float, layout: torch.memory_format, device: torch.device) -> None:
     """A naive E[x^2] - E[x]^2 in fp32 has no correct digit at a mean of 10,000."""
     x, weight, bias, *_ = make((1, 8, 9, 24, 40), (1, 1, 1), layout)
@@ -175,6 +177,7 @@ def test_a_large_mean_does_not_cancel(mean: float, layout: torch.memory_format, 
 
 @each_layout
 @pytest.mark.parametrize("mean", [0.0, 10.0])
+@pytest.mark.every(3)
 def test_the_two_halves(mean: float, layout: torch.memory_format, device: torch.device) -> None:
     """The statistics are those of the reference, and a norm from them is the whole one."""
     arguments = make((2, 8, 9, 24, 40), (3, 12, 20), layout)

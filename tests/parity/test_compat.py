@@ -193,6 +193,7 @@ def test_pixels_as_tensors(pair: Callable[[str], Pair]) -> None:
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 @pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.every(3)
 def test_return_types(pair: Callable[[str], Pair], output_type: str, return_dict: bool) -> None:
     both = pair("t2v")
     given = both.inputs(output_type=output_type, return_dict=return_dict, num_inference_steps=1)
@@ -351,6 +352,7 @@ def test_a_callback_that_changes_nothing_costs_no_precision(pair: Callable[[str]
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("task", ["t2v", "i2v-1.5"])
+@pytest.mark.every(2)
 def test_interrupt_ends_the_steps_and_decodes(pair: Callable[[str], Pair], task: str, at: int) -> None:
     both, steps = pair(task), []
 

@@ -64,6 +64,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.every(3)
 def test_text_and_image_to_video(both: Any, variant: str, scheduler: str) -> None:
     reference, ours = both(variant, scheduler)
     image = {"image": picture(50, 70)} if variant.endswith("i2v") else {}

@@ -344,6 +344,7 @@ def sat_shapes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", OFFICIAL)
+@pytest.mark.every(3)
 def test_there_and_back_keeps_every_bit(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     configs = write_configs(tmp_path / "configs", kind)
     module = {TRANSFORMER_PREFIX + name: x.to(dtype) for name, x in weights(kind).items()}

@@ -173,6 +173,7 @@ KINDS = ("image", "first and last", "picture mask", "video mask", "text", "all a
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
 @INPAINT
+@pytest.mark.every(3)
 def test_inpainting_equals_videox_fun(variant: str, kind: str, noisy: bool, tmp_path: Path) -> None:
     reference, ours = inpainting(variant, tmp_path, noisy)
     assert ours.model.name == "custom-inpaint"

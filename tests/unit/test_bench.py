@@ -452,6 +452,7 @@ def run_line(words: list[str]) -> str:
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.slow
 def test_the_module_finds_a_function_in_the_working_directory() -> None:
     """As a process, whatever is on its path; the interpreter has no say in what PyTorch computes."""
     arguments = [

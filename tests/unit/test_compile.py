@@ -175,6 +175,7 @@ class Decode(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_export_of_the_decoder() -> None:
     vae = randomise(small_vae())
     program = torch.export.export(Decode(vae), (torch.randn(1, 16, 3, 2, 4),))

@@ -49,6 +49,7 @@ KINDS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.every(3)
 def test_a_run_is_recorded_and_replayed(kind: str, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(folder)
     out, again, noise = (str(tmp_path / name) for name in ("out.mp4", "again.mp4", "noise.safetensors"))
@@ -82,6 +83,7 @@ def test_a_run_is_recorded_and_replayed(kind: str, folder: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["last image", "control", "inpainting"])
+@pytest.mark.every(3)
 def test_a_run_goes_on_where_it_stopped(kind: str, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(folder)
     out, again, saved = (str(tmp_path / name) for name in ("out.mp4", "again.mp4", "saved"))

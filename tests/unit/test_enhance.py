@@ -254,6 +254,7 @@ def test_an_image_of_a_run_is_seen(llm: LLMServer, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_saved_run_goes_on_with_the_same_prompt(
     llm: LLMServer, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: Callable[..., str]
 ) -> None:

@@ -144,10 +144,7 @@ SHELL = {
 
 @pytest.mark.parametrize(
     "case",
-    [
-        case if case in ("closed", "ascii", "no-directory") else pytest.param(case, marks=pytest.mark.slow)
-        for case in SHELL
-    ],
+    [case if case in ("closed", "no-directory") else pytest.param(case, marks=pytest.mark.slow) for case in SHELL],
 )
 def test_the_status_is_that_of_the_video(tmp_path: Path, case: str) -> None:
     script, status, words = SHELL[case]

@@ -379,6 +379,7 @@ generate("next.mp4")
 """
 
 
+@pytest.mark.slow
 def test_generate_asks_the_hub_for_a_newer_version_of_what_is_here(
     hub: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

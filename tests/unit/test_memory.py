@@ -334,6 +334,7 @@ def test_a_batch_keeps_its_prompts_while_the_encoder_leaves(tmp_path: Path) -> N
     assert len(list(tmp_path.glob("*.mp4"))) == 2
 
 
+@pytest.mark.slow
 def test_the_command_prints_nothing_of_torchao(tmp_path: Path) -> None:
     """transformers imports it where it is installed, and on a CPU it tells of libraries for GPUs."""
     pytest.importorskip("torchao", reason="needs the extra quant")

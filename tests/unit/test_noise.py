@@ -38,6 +38,7 @@ def without_seed(output: Path, *options: str) -> Path:
 @pytest.mark.filterwarnings("ignore:num_inference_steps")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.every(3)
 def test_noise_that_is_put_back_gives_the_same_latents(
     kind: str, dtype: str, inputs: dict[str, list[str]], tmp_path: Path
 ) -> None:

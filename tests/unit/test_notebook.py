@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +69,26 @@ def test_there_is_an_example_of_each_use() -> None:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A kernel for all examples, because a start of one takes seconds. It works where `scripts` is, as they expect."""
+    pytest.importorskip("jupytext", reason="needs the extra test")
+    from jupyter_client.manager import KernelManager
+
+    directory = tmp_path_factory.mktemp("examples")
+    (directory / "scripts").symlink_to(ROOT / "scripts")
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(directory), env={**os.environ, "PYTHONPATH": str(ROOT)})
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_as_a_notebook(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jupytext = pytest.importorskip("jupytext", reason="needs the extra test")
+def test_an_example_runs_as_a_notebook(path: Path, kernel: Any) -> None:
+    import jupytext
     from nbconvert.preprocessors import ExecutePreprocessor
 
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = jupytext.read(path)
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    done, _ = ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(
-        notebook, {"metadata": {"path": str(tmp_path)}}
-    )
+    done, _ = ExecutePreprocessor(timeout=300).preprocess(jupytext.read(path), km=kernel)
     outputs = [each for cell in done.cells if cell.cell_type == "code" for each in cell.outputs]
     shown = [each["data"] for each in outputs if "data" in each]
     assert any("text/html" in each or "image/png" in each for each in shown), "nothing to look at"

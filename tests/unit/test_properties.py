@@ -62,6 +62,7 @@ def test_the_same_seed_gives_the_same_file(model: tuple[str, Path], tmp_path: Pa
     indirect=["model"],
     scope="module",  # that of the fixture; pytest 8.3 does not find it
 )
+@pytest.mark.every(3)
 def test_each_video_of_a_batch_is_the_one_of_its_seed(
     pipe: cogvid.Pipeline, inputs: dict[str, Any], source: str, scheduler: str, per_prompt: int
 ) -> None:

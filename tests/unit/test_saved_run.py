@@ -415,6 +415,7 @@ def kill_and_go_on(tmp_path: Path, seed: int, kills: int) -> None:
     assert f"{-signal.SIGKILL} saved" in done.stdout  # some were killed after a save
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     kill_and_go_on(tmp_path, seed=0, kills=6)
 
@@ -488,6 +489,7 @@ LOST = [  # a function, how often it is called once the signal is lost in its fi
 ]
 
 
+@pytest.mark.slow
 def test_a_signal_that_a_library_loses_stops_the_run_all_the_same(tmp_path: Path) -> None:
     """In a `__del__`, and where everything is caught: while a prompt is encoded, in a step, a chunk, between jobs."""
     options = ["--model", "tiny-t2v", "--num-inference-steps", "5", "--num-frames", "17", "--height", "32"]
