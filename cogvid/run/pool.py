@@ -32,10 +32,6 @@ class Made:
     stages: Sequence[Stage] = ()
     warnings: Sequence[str] = ()
 
-    @property
-    def failed(self) -> list[str]:
-        return [entry["error"] for entry in self.entries if entry["error"]]
-
 
 @dataclass(frozen=True)
 class Event:

@@ -49,7 +49,6 @@ from cogvid.weights.parallel_option import parse_parallel, world_size
 CONNECT = 30  # seconds in which a cluster must answer
 _MAX_FILE = 2**31  # bytes of a picture or video that is sent to a node
 _OBJECTS = 2**28  # bytes of memory for what a local Ray sends; more goes to the disk
-_LAST_RANKS = 60.0  # seconds that the other ranks of a video have to end when one has failed
 _REASON = 300  # characters
 
 Inputs = dict[str, "bytes | Exception"]  # the files of a job by the names of its values; why one cannot be read
@@ -259,13 +258,12 @@ def _told(text: str, known: dict[str, str]) -> str:
 
 @dataclass(eq=False)
 class Team:
-    """A worker: the actors of one video, and the calls that they have not answered yet. begun: of the first failure."""
+    """A worker: the actors of one video, and the calls that they have not all answered yet."""
 
     actors: list[Any]
     group: Any
     calls: list[Any]
     answers: dict[int, Any] = field(default_factory=dict)
-    begun: float | None = None
 
 
 class RayPool:
@@ -358,7 +356,7 @@ class RayPool:
     def send(self, worker: Team, jobs: Sequence[BatchJob]) -> None:
         sent = self._ray.put((list(jobs), [_read(job) for job in jobs]))
         worker.calls = [actor.run.remote(sent) for actor in worker.actors]
-        worker.answers, worker.begun = {}, None
+        worker.answers = {}
 
     def dismiss(self, worker: Team) -> None:
         if worker not in self._teams:
@@ -384,7 +382,7 @@ class RayPool:
         return [event for event in events if event is not None]
 
     def _event(self, team: Team, answered: list[Any]) -> Event | None:
-        """Say what happened to a team, if all its actors answered, or one died, or one failed without the others."""
+        """Say what happened to a team: all its actors answered, or one died or raised, for which the others wait."""
         if not team.calls:
             return None
         for rank, call in enumerate(team.calls):
@@ -398,17 +396,10 @@ class RayPool:
                 return Event(team, died=one_line(error.cause, _REASON))
             except self._ray.exceptions.RayError as error:
                 return Event(team, died=_reason(error))
-        made = [team.answers[rank] for rank in sorted(team.answers)]
-        failed = [each for each in made if each is not None and each.failed]
-        if len(made) == len(team.calls):
-            team.calls = []
-            differ = bool(failed) and any(each.failed != made[0].failed for each in made)
-            return Event(team, failed[0] if failed else made[0], "its ranks ended differently" if differ else None)
-        if failed:
-            team.begun = team.begun or time.monotonic()
-            if time.monotonic() > team.begun + _LAST_RANKS:
-                return Event(team, failed[0], "a rank failed and others went on")
-        return None
+        if len(team.answers) < len(team.calls):
+            return None
+        team.calls = []
+        return Event(team, team.answers[0])  # rank 0 is the one that writes
 
 
 def _reason(error: Exception) -> str:

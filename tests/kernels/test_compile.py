@@ -20,7 +20,7 @@ def run_without_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# In the default run attention alone, on the chip that has wgmma and TMA; all kernels take longer, and so do other chips.
+# In the default run attention alone, on the chip that has wgmma and TMA; all kernels, and other chips, take longer.
 @pytest.mark.parametrize(
     ("arch", "only"),
     [(90, "attention"), *(pytest.param(arch, "", marks=pytest.mark.slow) for arch in (80, 89, 90, 100))],
