@@ -56,6 +56,7 @@ def test_a_loop_of_one_unit_takes_what_the_unit_takes(body: list[Instruction], b
         assert rates[0] == pytest.approx(LIMIT * 512 / busy, rel=0.01)
 
 
+@pytest.mark.slow
 def test_two_units_overlap_across_warps_and_not_within_one() -> None:
     """Wgmma and exp2 for 512 clocks each, with a wait after the wgmma."""
     body = [LOGITS] * 8 + [WAIT] + [EXP2] * 64
@@ -64,6 +65,7 @@ def test_two_units_overlap_across_warps_and_not_within_one() -> None:
     assert both > 1.7 * alone
 
 
+@pytest.mark.slow
 def test_a_barrier_of_the_block_keeps_its_warps_together_and_one_of_a_warpgroup_does_not() -> None:
     work = [LOGITS] * 8 + [WAIT] + [EXP2] * 64
     block, group = make("BAR.SYNC.DEFER_BLOCKING", "0x0"), make("BAR.SYNC.DEFER_BLOCKING", "0x0, 0x80")

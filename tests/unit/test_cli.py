@@ -419,6 +419,7 @@ def _disk_full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_130_and_leaves_nothing(t2v: Path, out: Path) -> None:
     command = ["generate", "x", "-o", str(out), "--model", str(t2v), *QUICK, "--num-inference-steps", "1000"]
     process = subprocess.Popen(

@@ -85,6 +85,7 @@ def test_results_are_not_mixed_unless_asked_for(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_killed_and_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages are stand-ins: one that sleeps inside a result, and one that writes a result."""
     program = tmp_path / "stages.py"

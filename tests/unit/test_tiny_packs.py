@@ -70,6 +70,7 @@ MOTION_OF = {"right": "right", "left": "left", "up": "up", "down": "down", "grow
 
 
 @pytest.mark.parametrize("scheduler", SAMPLERS)
+@pytest.mark.slow
 def test_image_to_video_moves_one_shape_as_told(i2v: cogvid.Pipeline, scheduler: str):
     prompts = [prompt for prompt, _ in ONE_SHAPE]
     images = [picture(shape) for _, shape in ONE_SHAPE]

@@ -148,6 +148,7 @@ def test_the_commit_is_what_the_hubs_client_noted(tmp_path: Path) -> None:
     assert verify_official.commit_of(find("tiny-t2v")) is None
 
 
+@pytest.mark.slow
 def test_what_the_hub_is_asked_for_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the tokenizer only spiece.model is fetched; transformers must read it alone."""
     directory = custom(tmp_path, "5b")
