@@ -73,7 +73,7 @@ def _narrow(config: TransformerConfig, **changed: Any) -> TransformerConfig:
 
 _2B = CONFIGS["cogvideox-2b"].transformer
 SIZES = {
-    "reduced": Size(_narrow(_2B, num_layers=2), (2, 16, 24), "cogvideox-2b", (1, 8, 12), 2),
+    "reduced": Size(_narrow(_2B, num_layers=2), (2, 16, 24), "cogvideox-2b", (1, 24, 32), 2),
     "toy": Size(_narrow(_2B, num_layers=1, num_attention_heads=4), (1, 8, 8), "tiny-t2v", (1, 8, 8), 1),
 }
 
