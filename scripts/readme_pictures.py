@@ -91,7 +91,7 @@ def report() -> None:
 @contextmanager
 def _chromium() -> Iterator[Callable[[str], Any]]:
     """Give a function that opens a URL and returns its page."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports] - of another extra
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
