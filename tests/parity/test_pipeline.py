@@ -118,6 +118,7 @@ def test_default_grid_meets_every_pair() -> None:
     "case",
     [pytest.param(c, id="-".join(c), marks=() if c in DEFAULT else pytest.mark.slow) for c in GRID],
 )
+@pytest.mark.every(2)
 def test_pipeline(pair: Callable[..., Pair], case: Case) -> None:
     variant, scheduler, guidance, size, count = case
     both = pair(variant, size)

@@ -291,6 +291,7 @@ def test_a_last_frame_equals_the_pipeline_of_its_models(tmp_path: Path, schedule
 
 @pytest.mark.parametrize("generators", ["one generator", "one per video"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.every(2)
 def test_video_to_video_on_several_videos(tmp_path: Path, scheduler: str, generators: str) -> None:
     base, ours = make("5b", tmp_path)
     reference = as_video_to_video(base)

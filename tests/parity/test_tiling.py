@@ -95,6 +95,7 @@ def test_what_is_no_larger_than_a_tile_is_not_tiled(pair: tuple[AutoencoderKLCog
     assert tile_places(30, 45, 8) == tile_places(240, 360, 1) == []
 
 
+@pytest.mark.slow
 def test_chunks_are_those_of_the_untiled_vae(pair: tuple[AutoencoderKLCogVideoX, TiledVAE]) -> None:
     _, ours = pair
     z = randn(1, ours.config.latent_channels, 5, 31, 8)

@@ -79,6 +79,7 @@ def test_configs(name: str) -> None:
 
 
 @pytest.mark.parametrize("elements", [1, 3000, 9000])
+@pytest.mark.every(2)
 def test_any_split_of_the_work_is_the_same(
     pair: tuple[AutoencoderKLCogVideoX, VAE], monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:

@@ -107,6 +107,7 @@ def test_jobs_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert not loads  # nothing to do
 
 
+@pytest.mark.slow
 def test_a_sweep_over_prompts(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(f"{RED}\n\n  {BLUE}\n", encoding="utf-8")
     options = ["-o", str(tmp_path / "out"), "--model", "tiny-t2v", *STEPS]

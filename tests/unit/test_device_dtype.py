@@ -80,6 +80,7 @@ ASK = "import warnings; from cogvid.weights.placement import cpu_has_bfloat16; p
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limit is of x86 instructions")
+@pytest.mark.slow
 def test_limits_of_the_environment_count_as_the_cpu() -> None:
     for limit in ("SSE41", "AVX2"):
         environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}

@@ -457,6 +457,7 @@ def test_an_address_is_checked_after_each_redirect_and_each_look_up(
 # Random cases.
 
 
+@pytest.mark.slow
 def test_a_few_random_cases_of_each_reader_hold() -> None:
     check_random_cases(5)
 

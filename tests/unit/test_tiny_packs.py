@@ -131,6 +131,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("scheduler", SAMPLERS)
+@pytest.mark.slow
 def test_text_to_video_shows_what_the_words_say(t2v: cogvid.Pipeline, scheduler: str):
     out = t2v([prompt for prompt, *_ in WORDS], seed=4, num_inference_steps=20, scheduler=scheduler, progress=False)
     for (prompt, *wanted), frames in zip(WORDS, out.frames, strict=True):

@@ -119,6 +119,7 @@ def test_memory_does_not_grow_with_the_steps() -> None:
         "vae.decoder.conv_in",
     ],
 )
+@pytest.mark.every(2)
 def test_a_module_that_is_wrong_is_named(name: str) -> None:
     a, b = pipeline("tiny-i2v"), pipeline("tiny-i2v", "bfloat16")
     part, _, inner = name.partition(".")

@@ -80,6 +80,7 @@ def test_every_kind_of_checkpoint_passes(variant: str, tmp_path: Path, capsys: p
     assert all(0 <= float(row[name]) < 1e-4 for name in COLUMNS)
 
 
+@pytest.mark.slow
 def test_an_unlike_weight_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
 
