@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -71,7 +70,7 @@ def page() -> None:
             seen.wait_for_selector("#result video")
             _seek(seen, 1.0)
             _save(seen, "page.png")
-            server.send_signal(signal.SIGINT)
+            server.terminate()
 
 
 def report() -> None:

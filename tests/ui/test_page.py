@@ -40,8 +40,8 @@ def url(browser: Any, directory: Path) -> Iterator[str]:  # noqa: ARG001 - where
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         yield server.stdout.readline().strip()
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 130
+        server.send_signal(signal.SIGTERM)  # SIGINT is ignored where the tests run in the background
+        assert server.wait(30) == 128 + signal.SIGTERM
 
 
 @pytest.fixture(autouse=True)
