@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.ui.reports import sweep_jobs, write_batch
+
 SIZES = {"wide": (1400, 900), "narrow": (400, 800)}  # pixels: a desktop and a phone
 LOCAL = ("127.0.0.1", "localhost", "")
 # Chromium as root in a container, and without the requests that it makes of its own.
@@ -118,3 +120,10 @@ def playing(page: Any, selector: str = "video") -> bool:
         }""",
         selector,
     )
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A batch of 2x3 jobs. It is not to be changed."""
+    jobs = sweep_jobs(scheduler=["dpm", "ddim"], guidance_scale=[1.0, 3.0, 6.0])
+    return write_batch(tmp_path_factory.mktemp("report") / "batch", jobs)
